@@ -1,0 +1,1 @@
+"""Low-bit and block-sparse operators for compressed transformers."""
