@@ -1,0 +1,214 @@
+"""Finds the parts of a text model by their structure: layers, attention, feed-forward, embeddings and head.
+
+Only q, k and v are recognised by name; shapes and order say the rest, so no code has to ask for a `model_type`.
+Weights are `nn.Linear` (out, in) or GPT-2's `Conv1D` (in, out); `out_features` and `in_features` read both.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
+
+PROJECTION_NAMES = {
+    "query": re.compile(r"q|query|q_proj|q_lin|query_proj"),
+    "key": re.compile(r"k|key|k_proj|k_lin|key_proj"),
+    "value": re.compile(r"v|value|v_proj|v_lin|value_proj"),
+    "fused": re.compile(r"c_attn|qkv|Wqkv|qkv_proj|query_key_value"),
+}
+POSITIONAL = re.compile(r"pos_(key|query|k|q)_proj")  # DeBERTa: cut along with the heads
+HEAD_DIM_NAMES = ("head_dim", "attention_head_size", "key_value_proj_dim", "dim_per_head")
+
+Projection = nn.Linear | Conv1D
+
+
+def is_projection(module: nn.Module) -> bool:
+    """True for a linear map: `nn.Linear` and its subclasses, or GPT-2's `Conv1D`."""
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def out_features(module: Projection) -> int:
+    return module.nf if isinstance(module, Conv1D) else module.out_features
+
+
+def in_features(module: Projection) -> int:
+    return module.nx if isinstance(module, Conv1D) else module.in_features
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention: its projections and where they are. H heads of size `head_dim`, grouped over the key-value heads."""
+
+    name: str  # of the module that owns the projections, within the model
+    module: nn.Module
+    query: Projection  # (H * head_dim, D); fused models hold q, k and v in one module, three times the same here
+    key: Projection  # (num_key_value_heads * head_dim, D)
+    value: Projection
+    output: Projection  # (D, H * head_dim)
+    head_dim: int
+    num_heads: int
+    num_key_value_heads: int
+    positional: tuple[Projection, ...] = ()  # DeBERTa's projections of relative positions, one row block a head
+    is_cross: bool = False  # decoder over encoder
+
+    @property
+    def is_fused(self) -> bool:
+        return self.query is self.key
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """inputs: one projection (F, D), or gate and up; output: (D, F)."""
+
+    inputs: tuple[Projection, ...]
+    output: Projection
+    is_fused: bool  # gate and up in one projection (2 * F, D)
+
+    @property
+    def num_neurons(self) -> int:
+        return in_features(self.output)
+
+
+@dataclass(frozen=True)
+class Layer:
+    name: str
+    module: nn.Module
+    attentions: tuple[Attention, ...]  # self-attention, then cross-attention if there is one
+    feed_forward: FeedForward
+
+    @property
+    def attention(self) -> Attention:
+        return self.attentions[0]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A list of layers that run one after the other: the encoder, the decoder."""
+
+    name: str  # of the `nn.ModuleList`
+    modules: nn.ModuleList
+    layers: tuple[Layer, ...]
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    stacks: tuple[Stack, ...]  # encoder before decoder
+    hidden_size: int
+    embeddings: nn.Module | None  # input embeddings; None for models of pixels
+    head: nn.Module | None  # output embeddings of language models; None for classifiers
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """All layers, those of an encoder before those of a decoder."""
+        return tuple(layer for stack in self.stacks for layer in stack.layers)
+
+    @property
+    def attentions(self) -> tuple[Attention, ...]:
+        return tuple(attention for layer in self.layers for attention in layer.attentions)
+
+
+def anatomy(model: nn.Module) -> Anatomy:
+    """Describe `model` by its structure. Raises ValueError, naming the model and what was not found."""
+    stacks = tuple(
+        Stack(name, modules, tuple(_layer(model, f"{name}.{i}", block) for i, block in enumerate(modules)))
+        for name, modules in model.named_modules()
+        if isinstance(modules, nn.ModuleList)
+        and len(modules)
+        and all(isinstance(block, GradientCheckpointingLayer) for block in modules)
+    )
+    if not stacks:
+        raise _not_found(model, "a list of transformer layers")
+    embeddings = _embeddings(model)
+    return Anatomy(stacks, in_features(stacks[0].layers[0].attention.query), embeddings, _head(model))
+
+
+def module_names(model: nn.Module) -> dict[nn.Module, str]:
+    """The (first) name of each module of `model`."""
+    return {module: name for name, module in reversed(list(model.named_modules()))}
+
+
+def _layer(model: nn.Module, name: str, block: nn.Module) -> Layer:
+    projections = {n: m for n, m in block.named_modules() if is_projection(m)}
+    attentions = tuple(_attentions(model, name, block, projections))
+    if not attentions:
+        raise _not_found(model, f"query, key and value projections in {name}")
+    used = {m for a in attentions for m in (a.query, a.key, a.value, a.output, *a.positional)}
+    rest = [m for m in projections.values() if m not in used]
+    hidden_size = in_features(attentions[0].query)
+    # The last one leads back to the hidden size, the others away from it: this also holds for square matrices.
+    if len(rest) < 2 or out_features(rest[-1]) != hidden_size or any(in_features(m) != hidden_size for m in rest[:-1]):
+        shapes = {n: (out_features(m), in_features(m)) for n, m in projections.items() if m in rest}
+        raise _not_found(
+            model, f"a feed-forward (D -> F -> D, D={hidden_size}) in {name}, whose other weights are {shapes}"
+        )
+    inputs, output = tuple(rest[:-1]), rest[-1]
+    is_fused = len(inputs) == 1 and in_features(output) > 0 and out_features(inputs[0]) == 2 * in_features(output)
+    return Layer(name, block, attentions, FeedForward(inputs, output, is_fused))
+
+
+def _attentions(
+    model: nn.Module, name: str, block: nn.Module, projections: dict[str, Projection]
+) -> Iterator[Attention]:
+    names = list(projections)
+    parents = {n.rpartition(".")[0] for n in names}
+    found = []
+    for parent in sorted(parents, key=lambda p: min(i for i, n in enumerate(names) if n.rpartition(".")[0] == p)):
+        leaves = {n.rpartition(".")[2]: n for n in names if n.rpartition(".")[0] == parent}
+        roles = {
+            role: leaves[leaf] for leaf in leaves for role, known in PROJECTION_NAMES.items() if known.fullmatch(leaf)
+        }
+        if "fused" in roles:
+            roles = dict.fromkeys(("query", "key", "value"), roles["fused"])
+        if {"query", "key", "value"} <= roles.keys():
+            positional = [leaves[leaf] for leaf in leaves if POSITIONAL.fullmatch(leaf)]
+            found.append((parent, roles, positional))
+    taken = {n for _, roles, positional in found for n in (*roles.values(), *positional)}
+    for i, (parent, roles, positional) in enumerate(found):
+        full_name = f"{name}.{parent}" if parent else name
+        module = block.get_submodule(parent)
+        head_dim = next((getattr(module, n) for n in HEAD_DIM_NAMES if hasattr(module, n)), None)
+        if head_dim is None:
+            raise _not_found(model, f"the size of a head ({', '.join(HEAD_DIM_NAMES)}) on {full_name}")
+        query, key, value = (projections[roles[r]] for r in ("query", "key", "value"))
+        last = max(names.index(n) for n in roles.values())
+        output = next(
+            (projections[n] for n in names[last + 1 :] if n not in taken and _leads_back(projections[n], query)), None
+        )
+        if output is None:
+            raise _not_found(model, f"the output projection of {full_name}")
+        num_heads = in_features(output) // head_dim
+        is_fused = query is key
+        num_kv = (out_features(key) // head_dim - num_heads) // 2 if is_fused else out_features(key) // head_dim
+        yield Attention(full_name, module, query, key, value, output, head_dim, num_heads, num_kv,
+                        tuple(projections[n] for n in positional), is_cross=i > 0)  # fmt: skip
+
+
+def _leads_back(output: Projection, query: Projection) -> bool:
+    """Whether `output` maps the heads of `query` back to its input's width."""
+    is_fused = out_features(query) != in_features(output)
+    return out_features(output) == in_features(query) and (not is_fused or in_features(output) < out_features(query))
+
+
+def _embeddings(model: nn.Module) -> nn.Module | None:
+    try:
+        embeddings = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return embeddings if isinstance(embeddings, nn.Embedding) else None
+
+
+def _head(model: nn.Module) -> nn.Module | None:
+    try:
+        return model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def _not_found(model: nn.Module, what: str) -> ValueError:
+    return ValueError(
+        f"{type(model).__name__} is not a model that can be read by structure: expected {what}, found none. "
+        "Supported are models built of transformer layers with separate weights for each layer "
+        "(BERT, RoBERTa, ELECTRA, DistilBERT, DeBERTa-v2, ModernBERT, GPT-2, Llama, Qwen2, Qwen3, Gemma 3, BART, ViT and their like)."
+    )
