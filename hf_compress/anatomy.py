@@ -39,7 +39,7 @@ def in_features(module: Projection) -> int:
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention: its projections and where they are. H heads of size `head_dim`, grouped over the key-value heads."""
+    """One attention and its projections: H heads of size `head_dim`, grouped over the key-value heads."""
 
     name: str  # of the module that owns the projections, within the model
     module: nn.Module
@@ -210,5 +210,6 @@ def _not_found(model: nn.Module, what: str) -> ValueError:
     return ValueError(
         f"{type(model).__name__} is not a model that can be read by structure: expected {what}, found none. "
         "Supported are models built of transformer layers with separate weights for each layer "
-        "(BERT, RoBERTa, ELECTRA, DistilBERT, DeBERTa-v2, ModernBERT, GPT-2, Llama, Qwen2, Qwen3, Gemma 3, BART, ViT and their like)."
+        "(BERT, RoBERTa, ELECTRA, DistilBERT, DeBERTa-v2, ModernBERT, GPT-2, Llama, Qwen2, Qwen3, Gemma 3, "
+        "BART, ViT and their like)."
     )
