@@ -1,0 +1,181 @@
+"""Uniform grids: which values a weight of few bits can take, and how its range is chosen.
+
+    w ~ scale * (q - zero_point),  q in [0, 2^bits - 1]
+
+Every function works on rows: a weight (N, K) is first split by `group_rows` into (N, G, g), and a range belongs to the
+last dimension. One row of everything is the per-tensor grid, one row per output channel the per-channel grid.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+MIN_SCALE = 2.0**-24  # the smallest positive float16: a scale must not round to zero
+SHRINK_STEPS, SMALLEST_SHRINK = 48, 0.36  # the range search tries shares of the full range from 1 down to this
+PERCENTILE = 0.999  # share of the values inside the percentile range
+KL_BINS, KL_CANDIDATES, KL_ROWS, KL_SMOOTHING = 512, 32, 2048, 1e-4
+
+
+def group_rows(weight: Tensor, group_size: int) -> Tensor:
+    """Split a weight (N, K) into its groups along K, (N, G, g). `group_size` -1 makes one group of the whole row."""
+    N, K = weight.shape
+    if group_size == -1:
+        group_size = K
+    if group_size < 1 or K % group_size:
+        raise ValueError(
+            f"group_size must divide in_features: got group_size={group_size}, in_features={K}. "
+            "Choose a divisor, -1 for one group per row, or leave this layer out with `skip_modules`."
+        )
+    return weight.reshape(N, K // group_size, group_size)
+
+
+def grid_from_range(low: Tensor, high: Tensor, bits: int, *, symmetric: bool = False) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of the grid that covers [low, high] and contains zero.
+
+    returns  scale, zero_point of the shape of `low`; the zero point is a whole number in [0, 2^bits - 1] (float).
+    Symmetric: zero_point = 2^(bits - 1) and scale = 2 max(-low, high) / (2^bits - 1), as GPTQ has it.
+    """
+    largest = 2**bits - 1
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    if symmetric:
+        scale = 2 * torch.maximum(-low, high) / largest
+        zero_point = torch.full_like(scale, 2 ** (bits - 1))
+    else:
+        scale = (high - low) / largest
+        zero_point = None
+    scale = torch.where(scale > 0, scale.clamp(min=MIN_SCALE), 1.0)  # a group of zeros: any scale will do
+    if zero_point is None:
+        zero_point = (-low / scale).round().clamp(0, largest)
+    return scale, zero_point
+
+
+def quantize_to_grid(values: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """The integers q in [0, 2^bits - 1] nearest to `values`, as float. The grid broadcasts over the last dimension."""
+    return (values / scale + zero_point).round().clamp(0, 2**bits - 1)
+
+
+def dequantize_from_grid(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    return scale * (q - zero_point)
+
+
+def grid_error(values: Tensor, scale: Tensor, zero_point: Tensor, bits: int, importance: Tensor | None) -> Tensor:
+    """Weighted squared error of rounding each row (..., g) to its grid (..., 1): shape (..., 1)."""
+    q = torch.add(zero_point, values / scale).round_().clamp_(0, 2**bits - 1)
+    error = q.sub_(zero_point).mul_(scale).sub_(values).square_()
+    if importance is not None:
+        error = error.mul_(importance)
+    return error.sum(-1, keepdim=True)
+
+
+def minmax_range(values: Tensor, bits: int, *, symmetric: bool = False, importance: Tensor | None = None):
+    """The full range: nothing is clipped."""
+    return values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
+
+
+def percentile_range(values: Tensor, bits: int, *, symmetric: bool = False, importance: Tensor | None = None):
+    """The central PERCENTILE of the values; the tails are clipped."""
+    tail = (1 - PERCENTILE) / 2
+    ordered = values.sort(-1).values  # torch.quantile refuses more than 16M values
+    last = values.shape[-1] - 1
+    return (_interpolate(ordered, tail * last), _interpolate(ordered, (1 - tail) * last))
+
+
+def _interpolate(ordered: Tensor, position: float) -> Tensor:
+    below = min(int(position), ordered.shape[-1] - 1)
+    above = min(below + 1, ordered.shape[-1] - 1)
+    return torch.lerp(ordered[..., below : below + 1], ordered[..., above : above + 1], position - below)
+
+
+def mse_range(values: Tensor, bits: int, *, symmetric: bool = False, importance: Tensor | None = None):
+    """The shrunken range with the smallest squared error, each value weighted by `importance` (same shape, or g)."""
+    low, high = minmax_range(values, bits)
+    best_low, best_high, best_error = low, high, torch.full_like(low, torch.inf)
+    for shrink in torch.linspace(1.0, SMALLEST_SHRINK, SHRINK_STEPS).tolist():
+        scale, zero_point = grid_from_range(shrink * low, shrink * high, bits, symmetric=symmetric)
+        error = grid_error(values, scale, zero_point, bits, importance)
+        better = error < best_error
+        best_low, best_high = torch.where(better, shrink * low, best_low), torch.where(better, shrink * high, best_high)
+        best_error = torch.where(better, error, best_error)
+    return best_low, best_high
+
+
+def kl_range(values: Tensor, bits: int, *, symmetric: bool = False, importance: Tensor | None = None):
+    """The clipped range [-c, c] whose quantized histogram is nearest to the full one in KL divergence.
+
+    The entropy calibration of Migacz, "8-bit inference with TensorRT", 2017: the values beyond c are counted in the
+    last bin of the reference, and the quantized histogram spreads each level's count evenly over its non-empty bins.
+    Meant for activations and for whole tensors: a row of a few values has no histogram worth the name.
+    """
+    flat = values.reshape(-1, values.shape[-1]).abs().float()
+    limits = torch.cat([_kl_limits(rows, bits) for rows in flat.split(KL_ROWS)]).reshape(*values.shape[:-1], 1)
+    limits = limits.to(values.dtype)
+    return torch.maximum(-limits, values.amin(-1, keepdim=True)), torch.minimum(limits, values.amax(-1, keepdim=True))
+
+
+def _kl_limits(magnitudes: Tensor, bits: int) -> Tensor:
+    """The best |value| to clip at, one per row of (rows, g): shape (rows, 1)."""
+    largest = magnitudes.amax(-1, keepdim=True)
+    levels = 2 ** (bits - 1)  # of one sign
+    bins = (magnitudes / largest.clamp(min=torch.finfo(torch.float32).tiny) * KL_BINS).long().clamp(max=KL_BINS - 1)
+    counts = torch.zeros(len(bins), KL_BINS, dtype=torch.double).scatter_add_(1, bins, torch.ones_like(bins).double())
+    best = torch.full_like(largest, KL_BINS)
+    best_divergence = torch.full_like(largest, torch.inf, dtype=torch.double)
+    for kept in torch.linspace(levels, KL_BINS, KL_CANDIDATES).long().tolist():
+        reference = counts[:, :kept].clone()
+        reference[:, -1] += counts[:, kept:].sum(-1)
+        level = torch.arange(kept) * levels // kept  # the level each bin falls into
+        filled = (counts[:, :kept] > 0).double()
+        per_level = torch.zeros(len(bins), levels, dtype=torch.double).index_add_(1, level, counts[:, :kept])
+        bins_per_level = torch.zeros_like(per_level).index_add_(1, level, filled)
+        quantized = filled * (per_level / bins_per_level.clamp(min=1))[:, level]
+        p = reference / reference.sum(-1, keepdim=True)
+        q = quantized / quantized.sum(-1, keepdim=True).clamp(min=1)
+        q = (q + KL_SMOOTHING / kept) / (1 + KL_SMOOTHING)  # the clipped tail may fall on a bin that was empty
+        divergence = torch.special.xlogy(p, p / q).sum(-1, keepdim=True)
+        better = divergence < best_divergence
+        best = torch.where(better, kept, best)
+        best_divergence = torch.where(better, divergence, best_divergence)
+    return largest * best / KL_BINS
+
+
+RANGES: dict[str, Callable] = {
+    "minmax": minmax_range,
+    "percentile": percentile_range,
+    "mse": mse_range,
+    "kl": kl_range,
+}
+
+
+def find_grid(
+    values: Tensor,
+    bits: int,
+    *,
+    symmetric: bool = False,
+    range_method: str = "minmax",
+    importance: Tensor | None = None,
+    scale_dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of each row of `values`.
+
+    values      (..., g)  float
+    importance  (..., g)  weight of each value's squared error, only for range_method "mse"
+    returns     scale, zero_point, both (..., 1) float; the scale already rounded to `scale_dtype`, so that what is
+                stored is what the integers were chosen for.
+    """
+    if range_method not in RANGES:
+        raise ValueError(f"range_method must be one of {sorted(RANGES)}, got {range_method!r}.")
+    low, high = RANGES[range_method](values, bits, symmetric=symmetric, importance=importance)
+    scale, zero_point = grid_from_range(low, high, bits, symmetric=symmetric)
+    return round_scale(scale, scale_dtype), zero_point
+
+
+def round_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`scale` rounded to what `dtype` can hold, in its own dtype. Raises where a scale overflows."""
+    rounded = scale.clamp(min=MIN_SCALE).to(dtype)
+    if not rounded.isfinite().all():
+        raise ValueError(
+            f"A scale of {float(scale.abs().nan_to_num().max()):.3g} does not fit {dtype}. "
+            "Store the scales of this layer in float32 (`scale_dtype=torch.float32`)."
+        )
+    return rounded.to(scale.dtype)
