@@ -23,6 +23,7 @@ class AttentionSignals:
 
     query  (B, H, T, Dh)      key, value  (B, num_key_value_heads, S, Dh)
     bias   (B or 1, H, T, S)  added to the scores, None where there is none
+    mask   as the model passed it: boolean or additive (B or 1, 1, T, S), flash attention's (B, S), or None
     """
 
     query: Tensor
@@ -30,6 +31,9 @@ class AttentionSignals:
     value: Tensor
     scaling: float
     bias: Tensor | None = None
+    mask: Tensor | None = None
+    is_causal: bool = False
+    sliding_window: int | None = None
 
     @property
     def scores(self) -> Tensor:
@@ -37,6 +41,21 @@ class AttentionSignals:
         key = self.key.repeat_interleave(self.query.shape[1] // self.key.shape[1], dim=1)  # (B, H, S, Dh)
         scores = (self.query * self.scaling) @ key.mT
         return scores if self.bias is None else scores + self.bias
+
+    @property
+    def allowed(self) -> Tensor:
+        """True where a query may attend to a key, (B or 1, 1, T, S)."""
+        if self.mask is not None and self.mask.dim() == 4:
+            mask = self.mask[..., : self.key.shape[-2]]
+            return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        T, S = self.query.shape[-2], self.key.shape[-2]
+        device = self.query.device
+        distance = torch.arange(S - T, S, device=device)[:, None] - torch.arange(S, device=device)  # (T, S)
+        allowed = distance >= 0 if self.is_causal else torch.ones_like(distance, dtype=torch.bool)
+        if self.sliding_window is not None:
+            allowed = allowed & (distance.abs() < self.sliding_window)
+        allowed = allowed[None, None]
+        return allowed if self.mask is None else allowed & self.mask[:, None, None, :].bool()
 
 
 @dataclass
@@ -105,12 +124,19 @@ def _record_attention(wanted: dict[nn.Module, tuple[int, Attention]], signals: S
     def recording_get_interface(self, attn_implementation, default):
         run = get_interface(self, attn_implementation, default)
 
-        def record_and_run(module, query, key, value, *args, **kwargs):
+        def record_and_run(module, query, key, value, attention_mask, **kwargs):
             if (layer := through_interface.get(module)) is not None:
                 scaling = kwargs.get("scaling")
-                scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-                signals.attention[layer] = AttentionSignals(query, key, value, scaling, kwargs.get("position_bias"))
-            return run(module, query, key, value, *args, **kwargs)
+                causal = kwargs.get("is_causal")
+                signals.attention[layer] = AttentionSignals(
+                    query, key, value,
+                    scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+                    bias=kwargs.get("position_bias"),
+                    mask=attention_mask,
+                    is_causal=getattr(module, "is_causal", True) if causal is None else causal,
+                    sliding_window=kwargs.get("sliding_window"),
+                )  # fmt: skip
+            return run(module, query, key, value, attention_mask, **kwargs)
 
         return record_and_run
 
@@ -154,7 +180,8 @@ def _record_deberta(module: nn.Module, layer: int, attention: Attention, signals
             )
             bias = bias.unflatten(0, (-1, module.num_attention_heads))
             seen.clear()
-        signals.attention[layer] = AttentionSignals(heads["query"], heads["key"], heads["value"], scaling, bias)
+        mask = given["attention_mask"].bool()
+        signals.attention[layer] = AttentionSignals(heads["query"], heads["key"], heads["value"], scaling, bias, mask)
 
     handles = [m.register_forward_hook(keep(n)) for n, m in projections.items()]
     handles.append(module.register_forward_hook(read, with_kwargs=True))

@@ -31,6 +31,9 @@ def test_scores_equal_those_of_eager_attention(family, attn):
         if family == "deberta-v2":  # its padded queries attend to everything alike, whatever their scores
             allowed = allowed & batch["attention_mask"].bool()[:, None, :, None]
         seen = attention_probabilities(signals.attention[layer].scores, allowed).nan_to_num()
+        real = batch["attention_mask"].bool()[:, None, :, None] if "attention_mask" in batch else True
+        if p.shape[-2] == allowed.shape[-2] and family != "bart":
+            assert torch.equal((signals.attention[layer].allowed & real).expand_as(p), (p > 0) & real)
         # Most eager attentions take their softmax in float32 whatever the model's dtype.
         torch.testing.assert_close(seen[allowed], p[allowed], rtol=2e-6, atol=1e-7)
     assert torch.equal(outputs.logits, plain)

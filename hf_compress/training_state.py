@@ -1,0 +1,144 @@
+"""The one owner of parameters that exist only for training: projections, gates, scores, step sizes.
+
+While a trainer trains, its `TrainingState` is a submodule of the model, so that the optimiser, DDP and FSDP see it. It
+is no part of the model's state dict, so no save of the model holds it; each checkpoint has it in a file of its own.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer
+
+from hf_compress.resume import last_complete_checkpoint
+
+logger = logging.getLogger(__name__)
+
+STATE_NAME = "hfc_training_state"  # the attribute of the model while it trains
+STATE_FILE = "training_state.safetensors"  # beside optimizer.pt in a checkpoint
+
+
+class TrainingState(nn.Module):
+    """Training-only modules, parameters and buffers, by name. Their order is the optimiser's, so keep it."""
+
+    def add(self, name: str, value: nn.Module | nn.Parameter | Tensor) -> nn.Module | nn.Parameter | Tensor:
+        """Own `value`: a module, a parameter, or a tensor that is state but not learned (a mask). Returns it."""
+        if isinstance(value, nn.Module):
+            self.add_module(name, value)
+        elif isinstance(value, nn.Parameter):
+            self.register_parameter(name, value)
+        else:
+            self.register_buffer(name, value)
+        return value
+
+    def __len__(self) -> int:
+        return len(self.state_dict())
+
+
+@contextmanager
+def attached(state: TrainingState, model: nn.Module) -> Iterator[None]:
+    """Make `state` a submodule of `model` while open, out of reach of `state_dict` and `load_state_dict`."""
+    prefix = f"{STATE_NAME}."
+
+    def strip(module, state_dict, prefix_of_module, local_metadata):
+        for key in [k for k in state_dict if k.startswith(prefix_of_module + prefix)]:
+            del state_dict[key]
+
+    def do_not_miss(module, incompatible_keys):
+        incompatible_keys.missing_keys[:] = [k for k in incompatible_keys.missing_keys if not k.startswith(prefix)]
+
+    first = next((p for p in model.parameters()), None)
+    if first is not None:
+        state.to(first.device)
+    handles = [
+        model.register_state_dict_post_hook(strip),
+        model.register_load_state_dict_post_hook(do_not_miss),
+    ]
+    setattr(model, STATE_NAME, state)
+    try:
+        yield
+    finally:
+        delattr(model, STATE_NAME)
+        for handle in handles:
+            handle.remove()
+
+
+class TrainingStateMixin(Trainer):
+    """A `Trainer` whose `training_state` trains with the model, is saved in every checkpoint and resumed exactly.
+
+    Also resumes from the last checkpoint that was written to its end, passing over one that a kill or a full disk tore.
+    """
+
+    _training_state: TrainingState | None = None
+
+    @property
+    def training_state(self) -> TrainingState:
+        if self._training_state is None:
+            self._training_state = self.make_training_state(self.model)
+        return self._training_state
+
+    def make_training_state(self, model: PreTrainedModel) -> TrainingState:
+        """Build what training `model` needs besides itself. Called again for each new model of `model_init`."""
+        return TrainingState()
+
+    def call_model_init(self, trial=None):
+        model = super().call_model_init(trial)
+        self._training_state = None
+        return model
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, **kwargs):
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"There is no complete checkpoint in {self.args.output_dir}. Start with "
+                    "resume_from_checkpoint=False, or name a folder."
+                )
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, trial=trial, **kwargs)
+
+    def _inner_training_loop(self, *args, **kwargs):
+        with attached(self.training_state, self.model):
+            return super()._inner_training_loop(*args, **kwargs)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        tensors = {name: _whole(tensor) for name, tensor in self.training_state.state_dict().items()}
+        if tensors and self.args.should_save:
+            save_file(tensors, Path(output_dir) / STATE_FILE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and len(self.training_state):
+            file = Path(checkpoint) / STATE_FILE
+            if not file.exists():
+                raise ValueError(
+                    f"{checkpoint} has no {STATE_FILE}, which this trainer needs to resume: was it written by another "
+                    "trainer, or with save_only_model? Start without resume_from_checkpoint."
+                )
+            _load_whole(self.training_state, load_file(file))
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The tensor as one process would hold it: FSDP's shards gathered, on CPU, its own memory."""
+    tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+@torch.no_grad()
+def _load_whole(state: TrainingState, tensors: dict[str, Tensor]) -> None:
+    own = state.state_dict()
+    if (shapes := {n: tuple(t.shape) for n, t in own.items()}) != (
+        found := {n: tuple(t.shape) for n, t in tensors.items()}
+    ):
+        raise ValueError(f"{STATE_FILE} belongs to another setting: expected {shapes}, found {found}.")
+    for name, tensor in tensors.items():
+        target = own[name]
+        if hasattr(target, "device_mesh"):
+            from torch.distributed.tensor import distribute_tensor  # only under FSDP
+
+            tensor = distribute_tensor(tensor.to(target.device), target.device_mesh, target.placements)
+        target.copy_(tensor)
