@@ -1,0 +1,85 @@
+"""8-bit linear with quantized activations, and the packed embedding."""
+
+import pytest
+import torch
+from hf_compress_kernels import pack_rows, packed_embedding, register_cpu_engine, unregister_cpu_engine, w8a8_linear
+from hf_compress_kernels.int8 import _packed_embedding, _w8a8_linear
+from torch.library import opcheck
+
+from tests.kernels.oracle import relative_error
+
+
+def quantized_weight(N=24, K=40):
+    generator = torch.Generator().manual_seed(0)
+    qweight = torch.randint(-127, 128, (N, K), generator=generator, dtype=torch.int8)
+    return qweight, torch.rand(N, generator=generator) + 0.1
+
+
+def test_w8a8_worked_out_by_hand():
+    # 2 is the largest of the row: q = (127, 64), scale 2/127; 127 * 3 - 64 * 5 = 61
+    y = w8a8_linear(torch.tensor([[2.0, 1.008]]), torch.tensor([[3, -5]], dtype=torch.int8), torch.tensor([0.5]))
+    assert y.item() == pytest.approx(61 * (2 / 127) * 0.5)
+
+
+def test_w8a8_stays_within_the_rounding_of_its_activations():
+    qweight, scale = quantized_weight()
+    x = torch.randn(2, 5, 40)
+    weight = qweight.double() * scale.double()[:, None]
+    bound = (x.abs().amax(-1, keepdim=True) / 254) * weight.abs().sum(1)  # half a step in every activation
+    error = (w8a8_linear(x, qweight, scale).double() - x.double() @ weight.T).abs()
+    assert (error <= bound * 1.001).all()
+    assert w8a8_linear(torch.zeros(1, 40), qweight, scale, torch.ones(24)).eq(1).all()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8], ids="{}-bit".format)
+@pytest.mark.parametrize("groups", [1, 4], ids="{}-groups".format)
+def test_embedding_rows_are_the_dequantized_rows(bits, groups):
+    table = torch.randint(0, 1 << bits, (9, 48), dtype=torch.uint8)
+    scale, zero = torch.rand(9, groups) + 0.1, torch.randint(0, 1 << bits, (9, groups)).float()
+    ids = torch.tensor([[0, 8, 3], [3, 3, 1]])
+    rows = (table.unflatten(1, (groups, -1)) - zero[..., None]) * scale[..., None]
+    assert torch.equal(packed_embedding(ids, pack_rows(table, bits), scale, zero, bits, 48), rows.flatten(1)[ids])
+
+
+def test_operators_pass_opcheck():
+    qweight, scale = quantized_weight()
+    opcheck(_w8a8_linear, (torch.randn(3, 40), qweight, scale, None))
+    table = torch.randint(0, 16, (9, 48), dtype=torch.uint8)
+    opcheck(_packed_embedding, (torch.tensor([1, 2]), pack_rows(table, 4), torch.ones(9, 1), torch.ones(9, 1), 4, 48))
+
+
+def test_engine_replaces_the_reference_and_may_decline():
+    qweight, scale = quantized_weight()
+    x = torch.randn(2, 40)
+    plain = w8a8_linear(x, qweight, scale)
+    register_cpu_engine("w8a8_linear", lambda x, *rest: x.new_full((len(x), 24), 7.0) if len(x) == 2 else None)
+    try:
+        assert w8a8_linear(x, qweight, scale).eq(7).all()
+        assert relative_error(w8a8_linear(x[:1], qweight, scale), plain[:1].double()) == 0
+    finally:
+        unregister_cpu_engine("w8a8_linear")
+    assert torch.equal(w8a8_linear(x, qweight, scale), plain)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda q, s: w8a8_linear(torch.ones(1, 8), q, s), "in_features=40"),
+        (lambda q, s: w8a8_linear(torch.ones(1, 40), q.float(), s), "int8 matrix"),
+        (lambda q, s: w8a8_linear(torch.ones(1, 40), q, s[:3]), r"scale must be \(24,\)"),
+        (lambda q, s: packed_embedding(torch.ones(1), q.int(), s, s, 4, 48), r"qweight must be int32 \(rows, 6\)"),
+        (lambda q, s: packed_embedding(torch.ones(1), q.int(), s, s, 8, 160), "scale and zero must be"),
+        (lambda q, s: packed_embedding(torch.ones(1), q.int(), s[:, None], s[:, None], 8, 160), "ids must be int"),
+    ],
+    ids=["x", "weight", "scale", "words", "groups", "ids"],
+)
+def test_bad_values_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(*quantized_weight())
+
+
+def test_ids_out_of_range_are_refused():
+    with pytest.raises(IndexError):
+        packed_embedding(
+            torch.tensor([9]), torch.zeros(9, 6, dtype=torch.int32), torch.ones(9, 1), torch.ones(9, 1), 4, 48
+        )

@@ -1,0 +1,54 @@
+"""Which body of an operator runs: Triton, a registered CPU engine, or the plain PyTorch reference."""
+
+import importlib.util
+import os
+from typing import Callable, Dict, Optional
+
+import torch
+from torch import Tensor
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+# Triton decides at import whether its kernels run in the interpreter, so this is read once as well.
+INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
+
+_cpu_engines: Dict[str, Callable[..., Optional[Tensor]]] = {}
+
+
+def require_triton(op_name: str) -> None:
+    if not HAS_TRITON:
+        raise ImportError(
+            f"{op_name} on a GPU needs Triton, which is not installed. Run `pip install triton` "
+            "(or `pip install hf_compress[kernels]`), or move the tensors to the CPU."
+        )
+
+
+def register_cpu_engine(op_name: str, engine: Callable[..., Optional[Tensor]]) -> None:
+    """Let `engine` run operator `op_name` on CPU tensors, e.g. "wna16_linear".
+
+    The engine gets the operator's own arguments, in order, and returns a new tensor, or None for a call it leaves to
+    the reference. A later registration under the same name replaces the earlier one.
+    """
+    _cpu_engines[op_name] = engine
+
+
+def unregister_cpu_engine(op_name: str) -> None:
+    """Run the reference again for `op_name`. Nothing happens when no engine is registered."""
+    _cpu_engines.pop(op_name, None)
+
+
+def run_on_cpu(op_name: str, reference: Callable[..., Tensor], *args: object) -> Tensor:
+    engine = _cpu_engines.get(op_name)
+    result = engine(*args) if engine is not None else None
+    return reference(*args) if result is None else result
+
+
+def check_same_device(**tensors: Optional[Tensor]) -> None:
+    devices = {name: t.device for name, t in tensors.items() if t is not None}
+    if len(set(devices.values())) > 1:
+        places = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"All tensors must be on one device, got {places}.")
+
+
+def float_accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that CPU bodies compute in: float64 stays, everything else is float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,80 @@
+"""Plain PyTorch bodies of the low-bit operators: correct, simple, and what the CPU runs."""
+
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .dispatch import float_accumulator
+from .packing import unpack_rows
+from .planes import unpack_planes, unpack_sz
+
+ROWS_AT_ONCE = 1024  # output features dequantized together, to bound memory
+
+
+def _dequantize(ints: Tensor, scales: Tensor, zeros: Tensor, perm: Optional[Tensor], group_size: int) -> Tensor:
+    """scale * (q - zero) for ints (N, K) and scales, zeros (G, N); columns back in the weight's own order."""
+    K = ints.shape[1]
+    group = torch.arange(K, device=ints.device) // group_size
+    weight = (ints.to(scales.dtype) - zeros.t()[:, group]) * scales.t()[:, group]  # (N, K)
+    if perm is None:
+        return weight
+    return torch.empty_like(weight).index_copy_(1, perm.long(), weight)
+
+
+def wna16_dequant(
+    qweight: Tensor,
+    sz: Tensor,
+    perm: Optional[Tensor],
+    bits: int,
+    group_size: int,
+    out_features: int,
+    in_features: int,
+    tile_k: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    ints = unpack_planes(qweight, bits, tile_k, out_features, in_features)
+    scales, zeros = unpack_sz(sz, bits, dtype, out_features)
+    return _dequantize(ints, scales, zeros, perm, group_size)
+
+
+def wna16_linear(
+    x: Tensor,
+    qweight: Tensor,
+    sz: Tensor,
+    perm: Optional[Tensor],
+    bias: Optional[Tensor],
+    bits: int,
+    group_size: int,
+    out_features: int,
+    in_features: int,
+    tile_k: int,
+) -> Tensor:
+    compute = float_accumulator(x.dtype)
+    scales, zeros = unpack_sz(sz, bits, x.dtype, out_features)
+    y = torch.empty(x.shape[0], out_features, dtype=x.dtype, device=x.device)
+    tiles = ROWS_AT_ONCE // 64
+    for start in range(0, qweight.shape[0], tiles):
+        n = slice(start * 64, min((start + tiles) * 64, out_features))
+        ints = unpack_planes(qweight[start : start + tiles], bits, tile_k, n.stop - n.start, in_features)
+        weight = _dequantize(ints, scales[:, n].to(compute), zeros[:, n].to(compute), perm, group_size)
+        y[:, n] = F.linear(x.to(compute), weight, None if bias is None else bias[n].to(compute)).to(x.dtype)
+    return y
+
+
+def w8a8_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Optional[Tensor]) -> Tensor:
+    compute = float_accumulator(x.dtype)
+    x = x.to(compute)
+    x_scale = x.abs().amax(dim=1, keepdim=True) / 127  # (M, 1)
+    q = torch.where(x_scale > 0, x / x_scale, torch.zeros_like(x)).round()
+    products = q.double() @ qweight.double().t()  # exact: below 2^53
+    y = products.to(compute) * x_scale * scale.to(compute)
+    return y if bias is None else y + bias.to(compute)
+
+
+def packed_embedding(ids: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor, bits: int, dim: int) -> Tensor:
+    ints = unpack_rows(F.embedding(ids, qweight), bits, dim)  # (..., D)
+    groups = ints.unflatten(-1, (scale.shape[1], -1)).to(scale.dtype)  # (..., G, D / G)
+    rows = (groups - F.embedding(ids, zero)[..., None]) * F.embedding(ids, scale)[..., None]
+    return rows.flatten(-2)
