@@ -81,11 +81,13 @@ def quantize_weight(
     group_size = K if group_size == -1 else group_size
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     H = hessian.to(dtype)
-    order = torch.argsort(H.diagonal(), descending=True, stable=True) if desc_act else torch.arange(K)
+    order = torch.argsort(H.diagonal(), descending=True, stable=True) if desc_act else torch.arange(K, device=H.device)
     U = inverse_cholesky(H[order][:, order], damp_percent, name=name, num_samples=num_samples).to(dtype)
     W = weight.to(dtype)[:, order]  # (N, K), in the order of quantization
     is_static = desc_act and static_groups
-    groups = order // group_size if is_static else torch.arange(K) // group_size  # (K,) of the ordered columns
+    groups = (
+        order // group_size if is_static else torch.arange(K, device=H.device) // group_size
+    )  # (K,) of the ordered columns
     num_groups = K // group_size
     importance = 1 / U.diagonal().square()  # (K,)
 
@@ -125,7 +127,7 @@ def quantize_weight(
     g_idx = groups[inverse]
     q = Q[inverse].t().contiguous()  # (N, K)
     if refinements:
-        damped = H + damp_percent * H.diagonal().mean() * torch.eye(K, dtype=dtype)
+        damped = H + damp_percent * H.diagonal().mean() * torch.eye(K, dtype=dtype, device=H.device)
         W = weight.to(dtype)
         for _ in range(refinements):
             scales = round_scale(refit_scales(W, damped, q, scales, zeros, g_idx), scale_dtype)
@@ -181,7 +183,7 @@ def refit_scales(W: Tensor, H: Tensor, q: Tensor, scales: Tensor, zeros: Tensor,
         A[:, :, j] = torch.zeros_like(A[:, :, j]).index_add_(1, g_idx, towards)
     b = torch.zeros_like(A[:, :, 0]).index_add_(1, g_idx, C * (W @ H))  # (N, G)
     ridge = 1e-6 * A.diagonal(dim1=1, dim2=2).mean(-1).clamp(min=1e-30)
-    A = A + ridge[:, None, None] * torch.eye(num_groups, dtype=A.dtype)
+    A = A + ridge[:, None, None] * torch.eye(num_groups, dtype=A.dtype, device=A.device)
     old = scales.t()  # (N, G)
     right = b + ridge[:, None] * old
     solution = torch.linalg.solve(A, right)

@@ -1,0 +1,118 @@
+"""The `bits` part of the record: which modules are packed, and how.
+
+{"encoder.layer.0.attention.self.query": {"bits": 3, "group_size": 64}, ...}, each entry a `WeightScheme`
+"""
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from hf_compress.checkpoint.loader import HfCompressConfig, HfCompressQuantizer
+from hf_compress.layers.packed_embedding import PackedEmbedding, TiedHead
+from hf_compress.layers.packed_linear import PackedLinear
+from hf_compress.layers.scheme import WeightScheme
+from hf_compress.record import QUANT_METHOD, find_name, stored_name, write_part
+
+PART = "bits"
+
+
+def packed_modules(model: nn.Module) -> Iterator[tuple[str, PackedLinear | PackedEmbedding]]:
+    for name, module in model.named_modules():
+        if isinstance(module, (PackedLinear, PackedEmbedding)):
+            yield name, module
+
+
+def validate(bits: dict) -> None:
+    """Raise ValueError, naming the module, for an entry that is no scheme."""
+    for stored, entry in bits.items():
+        WeightScheme.from_dict(entry, stored)
+
+
+def prepare(model: PreTrainedModel, bits: dict) -> None:
+    """Replace the modules named in `bits` by empty packed ones, before weights are loaded.
+
+    A module that belongs to another task's head is passed over. Raises ValueError for a record that does not fit.
+    """
+    children = {name for name, _ in model.named_children()} | {name for name, _ in model.base_model.named_children()}
+    for stored, entry in bits.items():
+        name = find_name(model, stored)
+        if name is None:
+            if stored.partition(".")[0] in children:
+                raise ValueError(f"The record packs {stored}, which {type(model).__name__} lacks: it is damaged.")
+            continue
+        scheme, module = WeightScheme.from_dict(entry, stored), model.get_submodule(name)
+        if isinstance(module, nn.Embedding):
+            packed = PackedEmbedding.like(module, scheme)
+        elif type(module) in (nn.Linear, Conv1D):
+            packed = PackedLinear.like(module, scheme)
+        else:
+            raise ValueError(f"The record packs {stored}, a {type(module).__name__}: it is damaged.")
+        # Initialising reads `weight` of every module and would dequantize the whole model. A subclass of nn.Embedding
+        # may have buffers that only its initialisation fills, so those go through it.
+        packed._is_hf_initialized = not isinstance(packed, PackedEmbedding) or type(packed) is PackedEmbedding
+        model.set_submodule(name, packed)
+    untie_packed(model)
+
+
+def finish(model: PreTrainedModel, bits: dict) -> None:
+    """Raise ValueError, naming the module, for loaded tensors that no quantizer wrote."""
+    for name, module in packed_modules(model):
+        module.check(name)
+
+
+def sentinels(model: PreTrainedModel, bits: dict) -> list[str]:
+    """The weight of the first packed linear layer: Transformers alone would look for it."""
+    return [f"{name}.weight" for name, module in packed_modules(model) if isinstance(module, PackedLinear)][:1]
+
+
+def settle_bits(model: PreTrainedModel) -> None:
+    """Changes `model`: its config's record says how its modules are packed, and Transformers knows it as quantized.
+
+    The config becomes the model's own first, so that another model made from the same object stays unquantized.
+    """
+    shared, own = model.config, copy.deepcopy(model.config)
+    for module in model.modules():
+        if getattr(module, "config", None) is shared:
+            module.config = own
+    bits = {stored_name(model, name): module.scheme.to_dict() for name, module in packed_modules(model)}
+    write_part(own, PART, bits)
+    model.hf_quantizer = HfCompressQuantizer(HfCompressConfig(**own.quantization_config))
+    model.is_quantized, model.quantization_method = True, QUANT_METHOD
+    own._is_quantized = True
+
+
+def untie_packed(model: PreTrainedModel) -> None:
+    """Changes `model`: heads tied to a packed embedding use it without holding a weight of their own."""
+    for target, source in list(model.all_tied_weights_keys.items()):
+        embedding = model.get_submodule(source.rpartition(".")[0])
+        if not isinstance(embedding, PackedEmbedding):
+            continue
+        name = target.rpartition(".")[0]
+        head = model.get_submodule(name)
+        head = TiedHead(embedding, head.bias)
+        head._is_hf_initialized = True
+        model.set_submodule(name, head)
+        del model.all_tied_weights_keys[target]
+        model._tied_weights_keys = {k: v for k, v in model._tied_weights_keys.items() if k != target}
+
+
+@torch.no_grad()
+def unpack(model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
+    """Changes `model`: packed modules become ordinary ones with the dequantized weights, ties are restored."""
+    heads = [(name, module) for name, module in model.named_modules() if isinstance(module, TiedHead)]
+    tables = {module: name for name, module in packed_modules(model)}
+    for module, name in tables.items():
+        model.set_submodule(name, module.unpacked(dtype))
+    for name, module in heads:
+        table = model.get_submodule(tables[module.embedding])
+        linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+        linear.weight, linear.bias = table.weight, module.bias
+        model.set_submodule(name, linear)
+    if heads:
+        vars(model).pop("_tied_weights_keys", None)
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=False)
+        model.tie_weights()

@@ -1,0 +1,126 @@
+"""An embedding whose rows are stored in 2, 3, 4 or 8 bit, and the output head tied to it."""
+
+import torch
+import torch.nn.functional as F
+from hf_compress_kernels.packing import pack_rows, unpack_rows, words_per_row
+from torch import Tensor, nn
+
+from hf_compress.layers.packed_linear import PackedModule, ReadOnlyWeight
+from hf_compress.layers.scheme import SCALE_DTYPES, WeightScheme
+
+OWN = ("qweight", "scales", "zeros", "scheme", "compute_dtype", "original_class")  # what an ordinary embedding lacks
+
+
+class PackedEmbedding(PackedModule, nn.Embedding):
+    """Rows of few bits, packed along the row so that a lookup reads only its own words.
+
+    qweight  (V, D * bits / 32)  int32, rounded up
+    scales   (V, G)              float16 or float32
+    zeros    (V, G)              uint8; None when symmetric
+    """
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, scheme: WeightScheme, *,
+                 padding_idx: int | None = None, dtype: torch.dtype | None = None,
+                 device: torch.device | str | None = None):  # fmt: skip
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+        self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
+        self.original_class, self.scheme = nn.Embedding, scheme
+        self.compute_dtype = dtype or torch.get_default_dtype()
+        groups = scheme.num_groups(embedding_dim)
+        words = words_per_row(embedding_dim, scheme.bits)
+        scale_dtype = SCALE_DTYPES[scheme.scale_dtype]
+        self.register_buffer("qweight", torch.zeros(num_embeddings, words, dtype=torch.int32, device=device))
+        self.register_buffer("scales", torch.ones(num_embeddings, groups, dtype=scale_dtype, device=device))
+        self.register_buffer("zeros", None)
+        if not scheme.symmetric:
+            self.zeros = torch.zeros(num_embeddings, groups, dtype=torch.uint8, device=device)
+
+    @classmethod
+    def like(cls, module: nn.Embedding, scheme: WeightScheme) -> "PackedEmbedding":
+        """An empty packed table in place of `module`.
+
+        A subclass keeps what its own `forward` adds (BART's offset, Gemma's scale): the new class stands between it and
+        `nn.Embedding`, so that its `super().forward` looks up packed rows.
+        """
+        kind = type(module)
+        packed = (
+            cls if kind is nn.Embedding else type(f"Packed{kind.__name__}", (kind, cls), {"__init__": cls.__init__})
+        )
+        weight = module.weight
+        layer = packed(*weight.shape, scheme, padding_idx=module.padding_idx, dtype=weight.dtype, device=weight.device)
+        for name, value in vars(module).items():
+            if name not in vars(layer):
+                setattr(layer, name, value)
+        for name, buffer in module.named_buffers(recurse=False):
+            layer.register_buffer(name, buffer, persistent=name not in module._non_persistent_buffers_set)
+        layer.original_class = kind
+        return layer
+
+    def fill(self, q: Tensor, scales: Tensor, zero_points: Tensor) -> "PackedEmbedding":
+        """Pack integers (V, D) with their scales and zero points (V, G), in place."""
+        device = self.qweight.device
+        self.qweight = pack_rows(q, self.scheme.bits).to(device)
+        self.scales = scales.to(device, self.scales.dtype)
+        if self.zeros is not None:
+            self.zeros = zero_points.to(device, torch.uint8)
+        return self
+
+    def unpacked(self, dtype: torch.dtype | None = None) -> nn.Embedding:
+        """The ordinary module with the dequantized table, of the class it had."""
+        kind = self.original_class
+        module = kind.__new__(kind)
+        nn.Module.__init__(module)
+        module.__dict__.update({k: v for k, v in vars(self).items() if not k.startswith("_") and k not in OWN})
+        for name, buffer in self.named_buffers(recurse=False):
+            if name not in OWN:
+                module.register_buffer(name, buffer, persistent=name not in self._non_persistent_buffers_set)
+        module.weight = nn.Parameter(self.dequantize(dtype))
+        return module
+
+    def integers(self, ids: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """q (..., D) uint8, scales (..., G) and zero points (..., G) of the rows `ids`, by default all of them."""
+        rows = slice(None) if ids is None else ids
+        q = unpack_rows(self.qweight[rows], self.scheme.bits, self.embedding_dim)
+        scales = self.scales[rows]
+        zeros = torch.full_like(scales, 2 ** (self.scheme.bits - 1)) if self.zeros is None else self.zeros[rows]
+        return q, scales, zeros
+
+    def dequantize(self, dtype: torch.dtype | None = None, ids: Tensor | None = None) -> Tensor:
+        """The table (V, D), or its rows `ids` (..., D), computed in float32 and then cast."""
+        q, scales, zeros = self.integers(ids)
+        centred = q.unflatten(-1, (scales.shape[-1], -1)) - zeros.float()[..., None]  # (..., G, g)
+        return (centred * scales.float()[..., None]).flatten(-2).to(dtype or self.compute_dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.dequantize(ids=input)
+
+    def check(self, name: str) -> None:
+        """Raise ValueError, naming `name`, for loaded tensors that would make NaN."""
+        if not self.scales.isfinite().all():
+            raise ValueError(f"{name}.scales holds NaN or infinity: the file is damaged.")
+        if self.zeros is not None and int(self.zeros.max()) >= 2**self.scheme.bits:
+            raise ValueError(
+                f"{name}.zeros must lie in [0, {2**self.scheme.bits - 1}], got {int(self.zeros.max())}: "
+                "the file is damaged."
+            )
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self.scheme}"
+
+
+class TiedHead(nn.Linear):
+    """The output head that shares a packed embedding: it holds its own bias and only refers to the table."""
+
+    def __init__(self, embedding: PackedEmbedding, bias: nn.Parameter | None):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
+        object.__setattr__(self, "embedding", embedding)  # not registered: saved once, where it belongs
+        self.bias = bias
+
+    @property
+    def weight(self) -> Tensor:
+        return self.embedding.dequantize().as_subclass(ReadOnlyWeight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.embedding.dequantize(x.dtype), self.bias)

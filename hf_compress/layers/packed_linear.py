@@ -1,0 +1,154 @@
+"""A linear layer whose weight is stored in 2, 3, 4 or 8 bit, in GPTQ's layout."""
+
+import torch
+import torch.nn.functional as F
+from hf_compress_kernels.packing import pack_gptq, pack_zeros, unpack_gptq, unpack_zeros, words_per_row
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_compress.layers.scheme import SCALE_DTYPES, WeightScheme
+
+
+class ReadOnlyWeight(Tensor):
+    """A dequantized copy. Writing into it would be lost, so its `data` raises: PEFT's merge is told so, not silent."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @property
+    def data(self):
+        raise RuntimeError(
+            "A packed weight is read-only: call `model.dequantize()` first, then merge or change weights."
+        )
+
+    @data.setter
+    def data(self, value):
+        raise RuntimeError(
+            "A packed weight is read-only: call `model.dequantize()` first, then merge or change weights."
+        )
+
+
+class PackedModule:
+    """What packed layers share: scales keep their dtype when the model is cast, and `weight` is a read-only copy."""
+
+    scheme: WeightScheme
+    compute_dtype: torch.dtype  # of `weight`; follows `model.to(dtype)`
+
+    @property
+    def weight(self) -> Tensor:
+        return self.dequantize().as_subclass(ReadOnlyWeight)
+
+    def _apply(self, fn, recurse: bool = True):
+        scales = self.scales
+        super()._apply(fn, recurse)
+        if self.scales.dtype != scales.dtype:
+            self.scales = scales.to(self.scales.device)
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.scales.device)).dtype
+        return self
+
+
+class PackedLinear(PackedModule, nn.Linear):
+    """y = x W^T + bias with a packed W (N, K). Takes the place of an `nn.Linear` or a `Conv1D`.
+
+    qweight  (K * bits / 32, N)         int32, rounded up
+    scales   (G, N)                     float16 or float32, kept when the model is cast
+    qzeros   (G, N * bits / 32)         int32, the zero points as they are (GPTQ's v2); None when symmetric
+    g_idx    (K,)                       int32, group of each column; None when groups are neighbouring columns
+    """
+
+    def __init__(self, in_features: int, out_features: int, scheme: WeightScheme, *, bias: bool = True,
+                 dtype: torch.dtype | None = None, device: torch.device | str | None = None,
+                 is_conv1d: bool = False):  # fmt: skip
+        nn.Module.__init__(self)  # not nn.Linear's: here `weight` is a property
+        self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
+        self.is_conv1d = is_conv1d  # what it was, for `dequantize`
+        self.compute_dtype = dtype or torch.get_default_dtype()
+        groups = scheme.num_groups(in_features)
+        words = words_per_row(in_features, scheme.bits)
+        scale_dtype = SCALE_DTYPES[scheme.scale_dtype]
+        self.register_buffer("qweight", torch.zeros(words, out_features, dtype=torch.int32, device=device))
+        self.register_buffer("scales", torch.ones(groups, out_features, dtype=scale_dtype, device=device))
+        self.register_buffer("qzeros", None)
+        self.register_buffer("g_idx", None)
+        if not scheme.symmetric:
+            words = words_per_row(out_features, scheme.bits)
+            self.qzeros = torch.zeros(groups, words, dtype=torch.int32, device=device)
+        if scheme.desc_act:
+            self.g_idx = torch.zeros(in_features, dtype=torch.int32, device=device)
+        self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
+
+    @classmethod
+    def like(cls, module: nn.Linear | Conv1D, scheme: WeightScheme) -> "PackedLinear":
+        """An empty packed layer in place of `module`, on its device, with its very bias."""
+        is_conv1d = isinstance(module, Conv1D)
+        K, N = module.weight.shape if is_conv1d else module.weight.shape[::-1]
+        weight = module.weight
+        layer = cls(K, N, scheme, bias=False, dtype=weight.dtype, device=weight.device, is_conv1d=is_conv1d)
+        layer.bias = module.bias
+        return layer
+
+    def fill(self, q: Tensor, scales: Tensor, zero_points: Tensor, g_idx: Tensor | None = None) -> "PackedLinear":
+        """Pack integers (N, K) with their scales and zero points (G, N), in place. `g_idx` (K,) is for `desc_act`."""
+        device, bits = self.qweight.device, self.scheme.bits
+        self.qweight = pack_gptq(q, bits).to(device)
+        self.scales = scales.to(device, self.scales.dtype)
+        if self.qzeros is not None:
+            self.qzeros = pack_zeros(zero_points, bits).to(device)
+        elif (zero_points != 2 ** (bits - 1)).any():
+            raise ValueError(f"A symmetric weight of {bits} bits has the zero point {2 ** (bits - 1)} everywhere.")
+        if self.g_idx is not None:
+            self.g_idx = g_idx.to(device, torch.int32)
+        return self
+
+    def unpacked(self, dtype: torch.dtype | None = None) -> nn.Linear | Conv1D:
+        """The ordinary module with the dequantized weight: what `dequantize()` puts back."""
+        weight = self.dequantize(dtype)
+        if self.is_conv1d:
+            module = Conv1D(self.out_features, self.in_features).to(weight.device, weight.dtype)
+            module.weight = nn.Parameter(weight.t().contiguous())
+        else:
+            module = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+            module.weight = nn.Parameter(weight)
+        module.bias = self.bias
+        return module
+
+    def integers(self) -> tuple[Tensor, Tensor, Tensor]:
+        """q (N, K) uint8, zero points (G, N) uint8, and the group of each column (K,) int64."""
+        bits = self.scheme.bits
+        q = unpack_gptq(self.qweight, bits, self.in_features)
+        if self.qzeros is None:
+            zero_points = torch.full_like(self.scales, 2 ** (bits - 1), dtype=torch.uint8)
+        else:
+            zero_points = unpack_zeros(self.qzeros, bits, self.out_features)
+        if self.g_idx is not None:
+            groups = self.g_idx.long()
+        else:
+            groups = torch.arange(self.in_features, device=q.device) // (self.in_features // len(self.scales))
+        return q, zero_points, groups
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight (N, K), computed in float32 and then cast to `dtype`, by default the model's."""
+        q, zero_points, groups = self.integers()
+        if self.g_idx is None:
+            centred = q.unflatten(1, (len(self.scales), -1)) - zero_points.t()[..., None].float()  # (N, G, g)
+            weight = (centred * self.scales.t()[..., None].float()).flatten(1)  # (N, K)
+        else:
+            weight = (q - zero_points.float()[groups].t()) * self.scales.float()[groups].t()
+        return weight.to(dtype or self.compute_dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.dequantize(x.dtype), self.bias)
+
+    def check(self, name: str) -> None:
+        """Raise ValueError, naming `name`, for loaded tensors that would read outside their groups or make NaN."""
+        if not self.scales.isfinite().all():
+            raise ValueError(f"{name}.scales holds NaN or infinity: the file is damaged.")
+        if self.g_idx is not None:
+            counts = torch.bincount(self.g_idx.clamp(min=0).long(), minlength=len(self.scales))
+            if int(self.g_idx.min()) < 0 or len(counts) > len(self.scales):
+                raise ValueError(
+                    f"{name}.g_idx must lie in [0, {len(self.scales) - 1}], "
+                    f"got [{int(self.g_idx.min())}, {int(self.g_idx.max())}]: the file is damaged."
+                )
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.scheme}"

@@ -1,0 +1,75 @@
+"""How one weight is stored in few bits: the entry of a module in the `bits` part of the record."""
+
+from dataclasses import asdict, dataclass, fields
+
+import torch
+from hf_compress_kernels.packing import BITS
+
+SCALE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class WeightScheme:
+    """w ~ scale * (q - zero_point), q in [0, 2^bits - 1], a scale and zero point for each row and group of columns."""
+
+    bits: int
+    group_size: int = -1  # consecutive weights along K that share a scale; -1 means the whole row
+    symmetric: bool = False  # the zero point is 2^(bits - 1) everywhere and not stored
+    desc_act: bool = False  # the columns of a group are not neighbours: `g_idx` is stored
+    scale_dtype: str = "float16"
+    activation_bits: int | None = None  # 8: the layer's inputs are quantized too
+    activation_range: tuple[float, float] | None = None  # calibrated; None: each token's own range, when it comes
+
+    def __post_init__(self):
+        if self.bits not in BITS:
+            raise ValueError(f"bits must be one of {BITS}, got {self.bits!r}.")
+        if not isinstance(self.group_size, int) or (self.group_size < 1 and self.group_size != -1):
+            raise ValueError(f"group_size must be a positive whole number or -1, got {self.group_size!r}.")
+        if self.scale_dtype not in SCALE_DTYPES:
+            raise ValueError(f"scale_dtype must be one of {sorted(SCALE_DTYPES)}, got {self.scale_dtype!r}.")
+        if self.activation_bits not in (None, 8):
+            raise ValueError(f"activation_bits must be 8 or None, got {self.activation_bits!r}.")
+        if self.activation_range is not None:
+            low, high = self.activation_range
+            if self.activation_bits is None or not low <= 0 <= high or low == high:
+                raise ValueError(
+                    f"activation_range must hold zero and comes with activation_bits, got {self.activation_range!r} "
+                    f"and {self.activation_bits!r}."
+                )
+
+    def num_groups(self, in_features: int) -> int:
+        if self.group_size == -1:
+            return 1
+        if in_features % self.group_size:
+            raise ValueError(f"group_size must divide in_features: got {self.group_size} and {in_features}.")
+        return in_features // self.group_size
+
+    def bits_per_weight(self, out_features: int, in_features: int) -> float:
+        """Stored bits over weights, with scales, zero points and group index."""
+        groups = self.num_groups(in_features)
+        per_group = SCALE_DTYPES[self.scale_dtype].itemsize * 8 + (0 if self.symmetric else self.bits)
+        index = 32 * in_features if self.desc_act else 0
+        return self.bits + (groups * out_features * per_group + index) / (out_features * in_features)
+
+    def to_dict(self) -> dict:
+        """JSON-plain, with only what differs from the defaults."""
+        values = asdict(self)
+        return {f.name: values[f.name] for f in fields(self) if f.name == "bits" or values[f.name] != f.default}
+
+    @classmethod
+    def from_dict(cls, values: dict, name: str) -> "WeightScheme":
+        """Read an entry of a record; `name` is the module's, for the error."""
+        known = {f.name for f in fields(cls)}
+        if not isinstance(values, dict) or "bits" not in values or values.keys() - known:
+            raise ValueError(f"The record of {name} must hold bits and any of {sorted(known)}, got {values!r}.")
+        if values.get("activation_range") is not None:
+            values = {**values, "activation_range": tuple(values["activation_range"])}
+        try:
+            return cls(**values)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"The record of {name} is not valid: {error}") from error
+
+
+def auto_group_size(in_features: int) -> int:
+    """The largest of 128, 64 and 32 that divides `in_features`, else -1."""
+    return next((size for size in (128, 64, 32) if in_features % size == 0), -1)

@@ -1,0 +1,321 @@
+"""GPTQ through a whole model: layer after layer, each seeing what the quantized layers before it hand on."""
+
+import contextlib
+import copy
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from hf_compress.anatomy import Layer, Stack, anatomy, in_features
+from hf_compress.calibration import (
+    InputMoments,
+    StackInputs,
+    calibration_batches,
+    capture_stack_inputs,
+    fast_matmul,
+    input_groups,
+    input_hooks,
+    run_model,
+    token_rows,
+    working_folder,
+)
+from hf_compress.layers.scheme import SCALE_DTYPES, WeightScheme
+from hf_compress.quantization.gptq import DAMP_PERCENT, QuantizedWeight, output_error, quantize_weight
+from hf_compress.quantization.modules import install, is_linear, matrix, set_matrix
+
+logger = logging.getLogger(__name__)
+
+
+PARTS = tuple(field.name for field in fields(QuantizedWeight))
+
+
+class _AllSeen(Exception):
+    """Ends a run once the last wanted input has come by."""
+
+
+@dataclass(frozen=True)
+class GPTQOptions:
+    """How `quantize(method="gptq")` works.
+
+    desc_act           visit the columns by falling Hessian diagonal (act-order) and store `g_idx`
+    static_groups      with desc_act: groups stay neighbouring columns, so nothing more is stored
+    true_sequential    inside a layer, let later projections see the quantized earlier ones
+    match_exact        aim at the outputs of the uncompressed model, not at those of the weight on the inputs that the
+                       quantized layers before hand on (Li et al., "GPTAQ", 2025, solved here in closed form)
+    refinements        rounds of refitting scales and coordinate descent after each weight
+    damp_percent       share of the mean Hessian diagonal added to it
+    batch_size         rows run at once
+    offload            where the layer's inputs wait: "cpu" or "disk"
+    resume_dir         finished layers are kept here; a run that was cut off goes on after the last of them
+    exact_products     multiply in float32 where the processor could multiply in bfloat16 (several times slower)
+    """
+
+    desc_act: bool = False
+    static_groups: bool = False
+    true_sequential: bool = True
+    match_exact: bool = True
+    refinements: int = 2
+    damp_percent: float = DAMP_PERCENT
+    batch_size: int = 8
+    offload: str = "cpu"
+    resume_dir: str | None = None
+    exact_products: bool = False
+
+    def __post_init__(self):
+        if self.offload not in ("cpu", "disk"):
+            raise ValueError(f"offload must be 'cpu' or 'disk', got {self.offload!r}.")
+        if not 0 < self.damp_percent <= 1:
+            raise ValueError(
+                f"damp_percent is a share of the mean diagonal, above 0 and up to 1, got {self.damp_percent}."
+            )
+        if self.refinements < 0 or self.batch_size < 1:
+            raise ValueError(f"refinements and batch_size must be positive, got {self.refinements}, {self.batch_size}.")
+
+    @property
+    def stores_g_idx(self) -> bool:
+        return self.desc_act and not self.static_groups
+
+
+def quantize_block_by_block(
+    model: PreTrainedModel,
+    schemes: Mapping[str, WeightScheme],
+    calibration: Iterable,
+    options: GPTQOptions,
+    *,
+    range_method: str = "mse",
+) -> None:
+    """Replace the linear modules named in `schemes` by packed ones, in place."""
+    batches = calibration_batches(calibration, model, batch_size=options.batch_size)
+    _check_amount(model, schemes, batches)
+    was_training = model.training
+    model.eval()
+    progress = transformers_logging.tqdm(total=len(schemes), desc="Quantizing", unit="module")
+    matmul = contextlib.nullcontext() if options.exact_products else fast_matmul()
+    try:
+        with progress, matmul, working_folder(options.offload == "disk") as folder, torch.no_grad():
+            run = _Run(model, schemes, batches, options, range_method, progress, folder)
+            run.layers()
+            run.modules_outside_layers()
+    finally:
+        model.train(was_training)
+
+
+def _check_amount(model: PreTrainedModel, schemes: Mapping[str, WeightScheme], batches: Sequence[Mapping]) -> None:
+    if any("input_ids" not in batch for batch in batches):
+        return
+    masks = [batch.get("attention_mask", torch.ones_like(batch["input_ids"])) for batch in batches]
+    tokens = sum(int(mask.sum()) for mask in masks)
+    widest = max(schemes, key=lambda name: in_features(model.get_submodule(name)))
+    columns = in_features(model.get_submodule(widest))
+    if tokens < columns:
+        raise ValueError(
+            f"calibration is too short: {tokens} tokens cannot tell the {columns} columns of {widest} apart. "
+            f"Pass at least that many, better 128 rows of 512 tokens."
+        )
+
+
+class _Run:
+    """One pass of GPTQ over a model: the options, the data, and where the finished layers are kept."""
+
+    def __init__(self, model: PreTrainedModel, schemes: Mapping[str, WeightScheme], batches: Sequence[Mapping],
+                 options: GPTQOptions, range_method: str, progress, folder: Path | None):  # fmt: skip
+        self.model, self.schemes, self.batches, self.options = model, schemes, batches, options
+        self.range_method, self.progress, self.folder = range_method, progress, folder
+        self.cross_inputs = {m for a in anatomy(model).attentions if a.is_cross for m in (a.key, a.value)}
+        self.finished = None
+        if options.resume_dir is not None:
+            self.finished = FinishedLayers(Path(options.resume_dir), model, schemes, batches, options, range_method)
+
+    def layers(self) -> None:
+        stacks = [s for s in anatomy(self.model).stacks if any(self._inside(layer) for layer in s.layers)]
+        exact = [
+            self._capture(stack, f"exact{i}") if self.options.match_exact else None for i, stack in enumerate(stacks)
+        ]
+        for i, stack in enumerate(stacks):
+            inputs = self._capture(stack, f"inputs{i}")
+            for layer in stack.layers:
+                self._layer(layer, inputs, exact[i])
+
+    def _capture(self, stack: Stack, name: str) -> StackInputs:
+        folder = None if self.folder is None else self.folder / name
+        if folder is not None:
+            folder.mkdir()
+        return capture_stack_inputs(self.model, stack, self.batches, folder)
+
+    def _inside(self, layer: Layer) -> dict[str, nn.Module]:
+        return {
+            f"{layer.name}.{name}": module
+            for name, module in layer.module.named_modules()
+            if f"{layer.name}.{name}" in self.schemes
+        }
+
+    def _layer(self, layer: Layer, inputs: StackInputs, exact: StackInputs | None) -> None:
+        modules = self._inside(layer)
+        original = copy.deepcopy(layer.module) if exact is not None else None
+        done = self.finished.load(layer.name) if self.finished is not None else None
+        results = done if done is not None else {}
+        if done is not None:
+            for name, result in done.items():
+                set_matrix(modules[name], result.dequantize())
+            self.progress.update(len(modules))
+        elif modules:
+            groups = input_groups(modules, lambda: inputs.run(0))
+            for names in groups if self.options.true_sequential else [sum(groups, [])]:
+                seen = [group for group in groups if group[0] in names]
+                moments = self._moments({group[0]: modules[group[0]] for group in seen}, layer, inputs, exact, original)
+                for group in seen:
+                    for name in group:
+                        results[name] = self._weight(name, modules[name], moments[group[0]])
+            if self.finished is not None:
+                self.finished.save(layer.name, results)
+        is_last = inputs.index == len(inputs.stack.layers) - 1
+        if not is_last:  # whatever follows the stack runs the whole model
+            inputs.advance()
+            if exact is not None:
+                exact.advance(original)
+        for name, result in results.items():
+            install(self.model, name, result, self.schemes[name])
+
+    def _moments(self, modules: Mapping[str, nn.Module], layer: Layer, inputs: StackInputs, exact: StackInputs | None,
+                 original: nn.Module | None) -> dict[str, InputMoments]:  # fmt: skip
+        moments = {name: InputMoments() for name in modules}
+        for batch in range(inputs.num_batches):
+            wanted = {}
+            if exact is not None:
+                twins = {name: original.get_submodule(name.removeprefix(f"{layer.name}.")) for name in modules}
+                wanted = _inputs_of(twins, lambda b=batch: exact.run(b, original))
+            for name, x in _inputs_of(modules, lambda b=batch: inputs.run(b)).items():
+                mask = inputs.masks[batch]
+                if modules[name] in self.cross_inputs:
+                    mask = self.batches[batch].get("attention_mask")
+                    mask = None if mask is None else mask.bool()
+                moments[name].add(token_rows(x, mask), token_rows(wanted[name], mask) if wanted else None)
+        return moments
+
+    def _weight(self, name: str, module: nn.Module, moments: InputMoments) -> QuantizedWeight:
+        scheme, options = self.schemes[name], self.options
+        W, H = matrix(module).float(), moments.hessian()
+        if not H.isfinite().all():
+            raise ValueError(
+                f"The inputs of {name} were NaN or infinite during calibration. Check the model on this data."
+            )
+        target = W if moments.cross is None else matching_weight(W, H, moments.cross_hessian(), options.damp_percent)
+        result = quantize_weight(
+            target,
+            H,
+            scheme.bits,
+            group_size=scheme.group_size,
+            symmetric=scheme.symmetric,
+            range_method=self.range_method,
+            desc_act=options.desc_act,
+            static_groups=options.static_groups,
+            damp_percent=options.damp_percent,
+            refinements=options.refinements,
+            scale_dtype=SCALE_DTYPES[scheme.scale_dtype],
+            name=name,
+            num_samples=moments.num_samples,
+        )
+        quantized = result.dequantize()
+        logger.info(f"{name}: {scheme.bits} bits, output error {output_error(target, quantized, H):.2e} of the energy")
+        set_matrix(module, quantized)
+        self.progress.update()
+        return result
+
+    def modules_outside_layers(self) -> None:
+        """Poolers, classifiers and heads: they see what the finished layers of the whole model hand on."""
+        modules = {name: m for name in self.schemes if is_linear(m := self.model.get_submodule(name))}
+        if not modules:
+            return
+        for group in input_groups(modules, lambda: run_model(self.model, self.batches[0])):
+            moments = InputMoments()
+            for batch in self.batches:
+                x = _inputs_of({group[0]: modules[group[0]]}, lambda b=batch: run_model(self.model, b))[group[0]]
+                mask = batch.get("attention_mask")
+                moments.add(token_rows(x, None if mask is None else mask.bool()))
+            for name in group:
+                install(self.model, name, self._weight(name, modules[name], moments), self.schemes[name])
+
+
+def matching_weight(W: Tensor, H: Tensor, cross: Tensor, damp_percent: float) -> Tensor:
+    """The weight V (N, K) that minimises ||W X_exact - V X||^2 + damp ||V - W||^2.
+
+    H is 2 X X^T and cross 2 X_exact X^T, both (K, K), on the same calibration tokens.
+    For any quantized Q the distance to the exact outputs is ||(V - Q) X||^2 plus a constant: quantizing V instead of W
+    makes this layer repair what the layers before it lost.
+    """
+    damp = damp_percent * H.diagonal().mean().double()
+    damped = H.double() + damp * torch.eye(len(H), dtype=torch.double, device=H.device)
+    right = W.double() @ cross.double() + damp * W.double()
+    return torch.linalg.solve(damped, right, left=False).to(W.dtype)
+
+
+def _inputs_of(modules: Mapping[str, nn.Module], run: Callable[[], object]) -> dict[str, Tensor]:
+    """The inputs that `run()` gives to `modules`. It is cut short once the last one is known."""
+    seen: dict[str, Tensor] = {}
+
+    def see(name: str, x: Tensor) -> None:
+        seen[name] = x
+        if len(seen) == len(modules):
+            raise _AllSeen
+
+    with input_hooks(modules, see), contextlib.suppress(_AllSeen):
+        run()
+    return seen
+
+
+class FinishedLayers:
+    """The quantized weights of the layers that are done, one file a layer, for a run that is cut off.
+
+    Raises ValueError if the folder belongs to another model, calibration or set of options.
+    """
+
+    def __init__(self, folder: Path, model: PreTrainedModel, schemes: Mapping[str, WeightScheme],
+                 batches: Sequence[Mapping], options: GPTQOptions, range_method: str):  # fmt: skip
+        self.folder = folder
+        settings = {k: v for k, v in asdict(options).items() if k not in ("offload", "resume_dir")}
+        data = hashlib.sha256()
+        for batch in batches:
+            for key in sorted(batch):
+                data.update(batch[key].cpu().numpy().tobytes())
+        sums = [float(matrix(model.get_submodule(name)).double().square().sum()) for name in schemes]
+        run = {
+            "options": settings,
+            "range_method": range_method,
+            "schemes": {name: scheme.to_dict() for name, scheme in schemes.items()},
+            "calibration": data.hexdigest(),
+            "weights": hashlib.sha256(repr(sums).encode()).hexdigest(),
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / "run.json"
+        if file.exists():
+            before = json.loads(file.read_text())
+            changed = [key for key in run if before.get(key) != run[key]]
+            if changed:
+                raise ValueError(
+                    f"resume_dir {folder} holds a run with other {', '.join(changed)}. "
+                    "Repeat that run's settings, or choose an empty folder."
+                )
+        file.write_text(json.dumps(run, indent=1))
+
+    def load(self, layer: str) -> dict[str, QuantizedWeight] | None:
+        file = self.folder / f"{layer}.safetensors"
+        if not file.exists():
+            return None
+        tensors = load_file(file)
+        names = {key.rpartition(".")[0] for key in tensors}
+        return {name: QuantizedWeight(*(tensors[f"{name}.{part}"] for part in PARTS)) for name in names}
+
+    def save(self, layer: str, results: Mapping[str, QuantizedWeight]) -> None:
+        tensors = {f"{n}.{part}": getattr(result, part).contiguous() for n, result in results.items() for part in PARTS}
+        partial = self.folder / f"{layer}.partial"
+        save_file(tensors, partial)
+        partial.replace(self.folder / f"{layer}.safetensors")  # a file is there whole or not at all

@@ -1,0 +1,116 @@
+"""Which modules of a model can be quantized, and how a quantized weight takes its module's place."""
+
+import re
+from collections.abc import Mapping, Sequence
+
+import torch
+from hf_compress_kernels.packing import check_bits
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from hf_compress.anatomy import anatomy, in_features
+from hf_compress.layers.packed_embedding import PackedEmbedding
+from hf_compress.layers.packed_linear import PackedLinear
+from hf_compress.layers.scheme import WeightScheme, auto_group_size
+from hf_compress.quantization.gptq import QuantizedWeight
+
+
+def is_linear(module: nn.Module) -> bool:
+    """An `nn.Linear` or `Conv1D` as such: what a subclass adds would be lost."""
+    return type(module) in (nn.Linear, Conv1D)
+
+
+def choose_modules(
+    model: PreTrainedModel,
+    bits: int | Mapping[str, int],
+    *,
+    embedding_bits: int | None = None,
+    skip_modules: Sequence[str] = (),
+) -> dict[str, int]:
+    """{module name: bits}: those named in `bits`, or all linear maps inside the layers of the model."""
+    if isinstance(bits, Mapping):
+        chosen = dict(bits)
+        for name in chosen:
+            check_quantizable(model, name)
+    else:
+        chosen = {
+            f"{layer.name}.{name}": bits
+            for layer in anatomy(model).layers
+            for name, module in layer.module.named_modules()
+            if is_linear(module)
+        }
+    if embedding_bits is not None:
+        chosen |= dict.fromkeys(embedding_names(model), embedding_bits)
+    patterns = [re.compile(pattern) for pattern in skip_modules]
+    for pattern in patterns:
+        if not any(pattern.fullmatch(name) for name, _ in model.named_modules()):
+            raise ValueError(f"skip_modules: no module of {type(model).__name__} is called {pattern.pattern!r}.")
+    chosen = {name: b for name, b in chosen.items() if not any(p.fullmatch(name) for p in patterns)}
+    for name, width in chosen.items():
+        try:
+            check_bits(width)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    if not chosen:
+        raise ValueError(f"Nothing is left to quantize in {type(model).__name__}: all modules are skipped.")
+    return chosen
+
+
+def check_quantizable(model: PreTrainedModel, name: str) -> nn.Module:
+    try:
+        module = model.get_submodule(name)
+    except AttributeError as error:
+        raise ValueError(f"{type(model).__name__} has no module called {name!r}.") from error
+    if not is_linear(module) and not isinstance(module, nn.Embedding):
+        raise ValueError(
+            f"{name} is a {type(module).__name__}; only nn.Linear, Conv1D and embeddings can be quantized."
+        )
+    if is_linear(module) and any(key.removesuffix(".weight") == name for key in model.all_tied_weights_keys):
+        raise ValueError(f"{name} shares its weight with an embedding. Quantize the embedding: this follows.")
+    return module
+
+
+def embedding_names(model: PreTrainedModel) -> list[str]:
+    """Word, position and token-type tables. Raises ValueError where several tables are one weight."""
+    tables = {name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    shared = [key for key in model.all_tied_weights_keys if key.removesuffix(".weight") in tables]
+    if shared:
+        raise ValueError(f"The embeddings {shared} are one weight under several names; they cannot be packed.")
+    return list(tables)
+
+
+def scheme_for(module: nn.Module, name: str, bits: int, *, group_size: int | str, **options) -> WeightScheme:
+    if isinstance(module, nn.Embedding):
+        return WeightScheme(bits, -1, options.get("symmetric", False), scale_dtype=options["scale_dtype"])
+    columns = in_features(module)
+    size = auto_group_size(columns) if group_size == "auto" else group_size
+    if isinstance(size, int) and size > 0 and columns % size:
+        raise ValueError(
+            f"{name}: group_size must divide in_features, got group_size={size}, in_features={columns}. "
+            f"Choose another one, group_size='auto', or leave this layer out with `skip_modules`."
+        )
+    return WeightScheme(bits, size, **options)
+
+
+def matrix(module: nn.Module) -> Tensor:
+    """The weight as (N, K): out_features, in_features; a table as (V, D)."""
+    return module.weight.t() if isinstance(module, Conv1D) else module.weight
+
+
+@torch.no_grad()
+def set_matrix(module: nn.Module, weight: Tensor) -> None:
+    matrix(module).copy_(weight)
+
+
+def install(model: nn.Module, name: str, weight: QuantizedWeight, scheme: WeightScheme) -> None:
+    """Put a packed layer with the integers of `weight` in the place of module `name`."""
+    module = model.get_submodule(name)
+    if isinstance(module, nn.Embedding):
+        scales, zeros = weight.scales.t().contiguous(), weight.zero_points.t().contiguous()  # (V, G)
+        packed = PackedEmbedding.like(module, scheme).fill(weight.q, scales, zeros)
+    else:
+        g_idx = weight.g_idx if scheme.desc_act else None
+        packed = PackedLinear.like(module, scheme).fill(weight.q, weight.scales, weight.zero_points, g_idx)
+    packed.train(module.training)
+    model.set_submodule(name, packed)

@@ -1,0 +1,76 @@
+"""One call that replaces linear layers and embeddings of a model by packed ones."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_compress.checkpoint.bits import settle_bits, untie_packed
+from hf_compress.layers.packed_embedding import PackedEmbedding
+from hf_compress.layers.packed_linear import PackedLinear
+from hf_compress.quantization.block_by_block import GPTQOptions, quantize_block_by_block
+from hf_compress.quantization.modules import choose_modules, install, matrix, scheme_for
+from hf_compress.quantization.round_to_nearest import round_to_nearest
+
+METHODS = ("gptq", "rtn")
+
+
+@torch.no_grad()
+def quantize(
+    model: PreTrainedModel,
+    bits: int | Mapping[str, int] = 4,
+    *,
+    method: str = "rtn",
+    group_size: int | str = "auto",
+    symmetric: bool = False,
+    calibration: Iterable | None = None,
+    embedding_bits: int | None = None,
+    skip_modules: Sequence[str] = (),
+    range_method: str = "mse",
+    scale_dtype: str = "float16",
+    **gptq_options,
+) -> PreTrainedModel:
+    """Replace linear layers by layers of few bits, in place. Returns the model, ready to run, save and adapt.
+
+    Args:
+        bits (`int` or `dict`): 2, 3, 4 or 8 for every linear map inside the transformer layers, or {module name: bits}
+            for exactly those modules, which may also be heads and embeddings.
+        method (`str`): "rtn" rounds to nearest and needs no data; "gptq" (Frantar et al., 2023) needs `calibration`.
+        group_size (`int` or `str`): consecutive weights along the columns that share a scale; -1 for the whole row;
+            "auto" for the largest of 128, 64 and 32 that divides the columns, the whole row where none does.
+        symmetric (`bool`): fix the zero point at mid-range instead of storing one for each group.
+        calibration: rows or batches with `input_ids` (pixels for image models) for "gptq"; 128 rows of text will do.
+        embedding_bits (`int`, *optional*): also pack the embedding tables, one scale a row, rounded to nearest.
+        skip_modules: names, or regular expressions that match whole names, of modules to leave alone.
+        range_method (`str`): "mse", "minmax", "percentile" or "kl".
+        scale_dtype (`str`): "float16", or "float32" for weights too small or too large for it.
+        gptq_options: the fields of `GPTQOptions`.
+
+    Raises ValueError for a model that is quantized already, unknown modules, bits, and groups that do not divide.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {METHODS}, got {method!r}.")
+    if method == "gptq" and calibration is None:
+        raise ValueError("method='gptq' needs `calibration`: a dataset of rows with `input_ids`.")
+    if method == "rtn" and (gptq_options or calibration is not None):
+        raise ValueError(f"method='rtn' takes no calibration and no options {sorted(gptq_options)}; use method='gptq'.")
+    if any(isinstance(module, (PackedLinear, PackedEmbedding)) for module in model.modules()):
+        raise ValueError("The model is quantized already. Call `model.dequantize()` first, or load the original.")
+    options = GPTQOptions(**gptq_options)
+    stores_g_idx = method == "gptq" and options.stores_g_idx
+    schemes = {}
+    for name, width in choose_modules(model, bits, embedding_bits=embedding_bits, skip_modules=skip_modules).items():
+        schemes[name] = scheme_for(model.get_submodule(name), name, width, group_size=group_size, symmetric=symmetric,
+                                   desc_act=stores_g_idx, scale_dtype=scale_dtype)  # fmt: skip
+    if method == "gptq":
+        linear = {n: s for n, s in schemes.items() if not isinstance(model.get_submodule(n), nn.Embedding)}
+        quantize_block_by_block(model, linear, calibration, options, range_method=range_method)
+    for name, scheme in schemes.items():
+        module = model.get_submodule(name)
+        if not isinstance(module, PackedLinear):
+            rounded = round_to_nearest(matrix(module), scheme, range_method=range_method, name=name)
+            install(model, name, rounded, scheme)
+    untie_packed(model)
+    settle_bits(model)
+    return model
