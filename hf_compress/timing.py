@@ -1,0 +1,93 @@
+"""Time and memory of calls, measured so that ratios hold on a busy machine.
+
+Calls that are compared take turns (A B C, A B C, ...): what slows the machine down for a while slows all of them down.
+"""
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+WARMUP_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Repeated measurements of one figure: their median, and the range from the 10th to the 90th percentile."""
+
+    median: float
+    low: float
+    high: float
+    samples: tuple[float, ...]
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> "Spread":
+        if not samples:
+            raise ValueError("a spread needs at least one sample, got none.")
+        ordered = sorted(samples)
+        return cls(statistics.median(ordered), _quantile(ordered, 0.1), _quantile(ordered, 0.9), tuple(samples))
+
+
+def _quantile(ordered: Sequence[float], share: float) -> float:
+    """Linear interpolation between the two nearest of the sorted samples, as numpy's default."""
+    place = share * (len(ordered) - 1)
+    below = int(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+
+
+def time_interleaved(
+    calls: Sequence[Callable[[], object]],
+    *,
+    rounds: int,
+    warmup_rounds: int = WARMUP_ROUNDS,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[list[float]]:
+    """Seconds that each call took in each round, `seconds[call][round]`; every round runs all calls, in order.
+
+    `warmup_rounds` rounds run before and are not kept. A call must not return before its work is done. `clock` gives
+    seconds.
+    """
+    if rounds < 1 or warmup_rounds < 0:
+        raise ValueError(f"rounds must be at least 1 and warmup_rounds 0, got {rounds} and {warmup_rounds}.")
+    seconds: list[list[float]] = [[] for _ in calls]
+    for turn in range(warmup_rounds + rounds):
+        for call, kept in zip(calls, seconds, strict=True):
+            start = clock()
+            call()
+            elapsed = clock() - start
+            if turn >= warmup_rounds:
+                kept.append(elapsed)
+    return seconds
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the accelerator is done; nothing to wait for on CPU."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def peak_allocated_bytes(call: Callable[[], object], device: torch.device) -> int:
+    """The most bytes of tensors that `call` held at one time, beyond what was there before it.
+
+    What torch's allocator gave out, temporary tensors inside operators included; memory that libraries such as ONNX
+    Runtime take for themselves is not seen.
+    """
+    if device.type != "cpu":
+        torch.accelerator.reset_peak_memory_stats(device)
+        before = torch.accelerator.memory_allocated(device)
+        call()
+        synchronize(device)
+        return torch.accelerator.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler's library writes to stderr
+    with torch.autograd.profiler.profile(use_kineto=False, profile_memory=True) as profile:
+        call()
+    records = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for record in sorted(records, key=lambda event: event.start_ns()):
+        held += record.nbytes()  # negative when freed
+        peak = max(peak, held)
+    return peak
