@@ -1,0 +1,199 @@
+"""A fair comparison: the same examples, in pairs, and the same machine, in turns.
+
+Rates are those of the surveys: compression rate a / a* by parameters and by bytes on disk, speed-up s / s* by median
+latency and by throughput; a and s are the reference's, a* and s* the compressed model's.
+"""
+
+import logging
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_compress.anatomy import anatomy
+from hf_compress.measure import Source, load_model, local_folder, measure_together
+from hf_compress.report.privacy import without_secrets
+from hf_compress.report.quality import (
+    Metric,
+    accuracy,
+    check_labels,
+    example_scores,
+    padding_collator,
+    usable_rows,
+)
+from hf_compress.report.result import Difference, Entry, Interval, Report
+from hf_compress.report.significance import bootstrap_interval, mcnemar_p_value, permutation_p_value
+from hf_compress.timing import Spread
+
+logger = logging.getLogger(__name__)
+
+Named = tuple[str, Source | Sequence[Source]]
+
+
+def compare(
+    models: Mapping[str, Source | Sequence[Source]] | Sequence[str | Path | Named],
+    *,
+    eval_dataset: Sequence[Mapping] | None = None,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    data_collator: Callable | None = None,
+    metric: Metric = accuracy,
+    metric_name: str | None = None,
+    dataset_name: str | None = None,
+    reference: str | None = None,
+    batch_size: int = 32,
+    sequence_length: int = 128,
+    latency_rounds: int = 50,
+    throughput_rounds: int = 10,
+    dtype: torch.dtype | None = None,
+    device: str | None = None,
+    command: str | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Report:
+    """Compare quality, size and speed of several models.
+
+    models            name -> model, folder or Hub name; a list of these under one name are seeds of one thing. Pairs
+                      (name, model), or plain folders and Hub names, which name themselves, do as well
+    eval_dataset      rows as `Trainer` takes them: tokenized, with a label column; None compares cost alone
+    processing_class  the tokenizer that pads; the reference's own, where that is a folder or Hub name
+    data_collator     makes a batch of rows; `DataCollatorWithPadding` of the tokenizer by default
+    metric            metric(outputs, batch) -> (B,): a score for each example, higher is better; `batch` holds "labels"
+    reference         name of the model that the others are held against; the first by default
+    batch_size        of the evaluation; speed is always measured at 1 and 32
+    dtype, device     for models that are loaded here, as in `measure`, as are the length and the rounds
+    command           what made this report; by default the running one. Tokens and folders are taken out
+    clock             gives seconds
+
+    Quality is of every seed, size and speed of the first. Raises ValueError for what cannot be compared.
+    """
+    entries = named_entries(models)
+    reference = reference or next(iter(entries))
+    if reference not in entries:
+        raise ValueError(f"reference must be one of the models, {list(entries)}, got {reference!r}.")
+    firsts = {name: load_model(sources[0], dtype=dtype, device=device) for name, sources in entries.items()}
+    scores: dict[str, Tensor] = {}  # name -> (seeds, examples)
+    if eval_dataset is not None:
+        if metric is accuracy:
+            check_labels(firsts, reference)
+        main_input = firsts[reference].main_input_name
+        rows = usable_rows(eval_dataset, firsts[reference], metric)
+        collator = data_collator or padding_collator(rows, processing_class, entries[reference][0], main_input)
+        for name, sources in entries.items():
+            others = (load_model(source, dtype=dtype, device=device) for source in sources[1:])
+            logger.info("evaluating %s on %d examples", name, len(rows))
+            scores[name] = torch.stack(
+                [
+                    example_scores(model, rows, collator, metric=metric, batch_size=batch_size)
+                    for model in _one_by_one(firsts[name], others)
+                ]
+            )
+    measurements = measure_together(
+        list(firsts.values()),
+        folders=[local_folder(sources[0]) for sources in entries.values()],
+        sequence_length=sequence_length,
+        latency_rounds=latency_rounds,
+        throughput_rounds=throughput_rounds,
+        clock=clock,
+    )
+    base = measurements[list(entries).index(reference)]
+    results = []
+    for (name, model), cost in zip(firsts.items(), measurements, strict=True):
+        results.append(
+            Entry(
+                name=name,
+                architecture=type(model).__name__,
+                needs_plugin=_quant_method(model) == "hf_compress",
+                structure=structure(model),
+                seed_qualities=tuple(scores[name].mean(1).tolist()) if scores else (),
+                difference=paired_difference(scores[reference], scores[name]) if scores and name != reference else None,
+                measurement=cost,
+                parameter_rate=base.parameters / cost.parameters,
+                byte_rate=base.stored_bytes / cost.stored_bytes,
+                latency_speed_up=ratio_of_medians(base.latency_ms, cost.latency_ms),
+                throughput_speed_up=ratio_of_medians(cost.throughput, base.throughput),
+            )
+        )
+    return Report(
+        reference=reference,
+        entries=tuple(results),
+        metric=metric_name or getattr(metric, "__name__", "quality"),
+        dataset=dataset_name,
+        num_examples=0 if eval_dataset is None else len(eval_dataset),
+        command=without_secrets(command or shlex.join(["python", *sys.argv])),
+    )
+
+
+def named_entries(models: Mapping | Sequence) -> dict[str, list[Source]]:
+    """name -> its seeds, checked."""
+    pairs = list(models.items()) if isinstance(models, Mapping) else [_pair(item) for item in models]
+    if not pairs:
+        raise ValueError("there is nothing to compare: give at least one model.")
+    entries: dict[str, list[Source]] = {}
+    for name, source in pairs:
+        if name in entries:
+            raise ValueError(f"two models are called {name!r}. Name them yourself: [(name, model), ...].")
+        entries[name] = list(source) if isinstance(source, (list, tuple)) else [source]
+        if not entries[name]:
+            raise ValueError(f"{name!r} holds no model: give at least one seed.")
+    return entries
+
+
+def _pair(item: str | Path | Named) -> Named:
+    if isinstance(item, (str, Path)):
+        return Path(item).name, item
+    if isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str):
+        return item
+    raise TypeError(f"expected a folder, a Hub name or a pair (name, model), got {type(item).__name__}.")
+
+
+def _one_by_one(first: PreTrainedModel, others: Iterable[PreTrainedModel]) -> Iterable[PreTrainedModel]:
+    """`others` are loaded as they come, so that the seeds of one name are not all in memory."""
+    yield first
+    yield from others
+
+
+def paired_difference(reference: Tensor, candidate: Tensor) -> Difference:
+    """Of two scores tables (seeds, n), example by example, the seeds of each averaged first."""
+    differences = candidate.mean(0) - reference.mean(0)
+    low, high = bootstrap_interval(differences, lambda drawn: drawn.mean(1))
+    single = len(reference) == len(candidate) == 1
+    if single and bool(((reference == 0) | (reference == 1)).all() & ((candidate == 0) | (candidate == 1)).all()):
+        p_value, test = mcnemar_p_value(reference[0], candidate[0]), "McNemar, exact"
+    else:
+        p_value, test = permutation_p_value(differences), "paired permutation"
+    return Difference(Interval(differences.mean().item(), low, high), p_value, test)
+
+
+def ratio_of_medians(above: Spread, below: Spread) -> Interval:
+    """Of samples taken in turns; the interval resamples whole rounds, so that what slowed both cancels."""
+    rounds = torch.tensor([above.samples, below.samples], dtype=torch.double).T  # (rounds, 2)
+
+    def ratio(drawn: Tensor) -> Tensor:
+        medians = drawn.quantile(0.5, dim=1)  # (resamples, 2)
+        return medians[:, 0] / medians[:, 1]
+
+    return Interval(above.median / below.median, *bootstrap_interval(rounds, ratio))
+
+
+def structure(model: PreTrainedModel) -> dict[str, int | list[int]] | None:
+    """Layers and their widths; None for a model that the anatomy does not know."""
+    try:
+        parts = anatomy(model)
+    except ValueError as error:
+        logger.info("no structure in the report: %s", error)
+        return None
+    return {
+        "layers": len(parts.layers),
+        "hidden_size": parts.hidden_size,
+        "heads": [attention.num_heads for attention in parts.attentions],
+        "neurons": [layer.feed_forward.num_neurons for layer in parts.layers],
+    }
+
+
+def _quant_method(model: PreTrainedModel) -> str | None:
+    config = getattr(model.config, "quantization_config", None)
+    return config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)

@@ -1,0 +1,139 @@
+"""What a comparison found: plain records, which print, save and draw themselves."""
+
+import json
+import os
+import statistics
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from hf_compress.measure import Measurement
+from hf_compress.report.plot import trade_off_png
+from hf_compress.report.tables import markdown, terminal_table
+
+SIGNIFICANCE_LEVEL = 0.05
+NOTABLE_SPARSITY = 0.01  # zeros in less than this share of the weights are not worth a word
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure and its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def verdict(self, neutral: float) -> str:
+        """ "better" or "worse" when all of the interval is above or below `neutral`, else "no difference"."""
+        return "better" if self.low > neutral else "worse" if self.high < neutral else "no difference"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Quality of a model less that of the reference, mean over the same examples; the interval is over examples."""
+
+    interval: Interval
+    p_value: float
+    test: str  # "McNemar, exact" or "paired permutation"
+
+    @property
+    def verdict(self) -> str:
+        if self.p_value >= SIGNIFICANCE_LEVEL:
+            return "no difference"
+        return "better" if self.interval.value > 0 else "worse"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model beside the reference. A rate above 1 is an advantage: smaller, faster."""
+
+    name: str
+    architecture: str  # class in Transformers
+    needs_plugin: bool  # loads only after `import hf_compress`
+    structure: dict[str, int | list[int]] | None  # None where the anatomy is not known
+    seed_qualities: tuple[float, ...]  # one for each seed; empty when nothing was evaluated
+    difference: Difference | None  # None for the reference itself
+    measurement: Measurement  # of the first seed
+    parameter_rate: float  # parameters of the reference over this model's
+    byte_rate: float
+    latency_speed_up: Interval
+    throughput_speed_up: Interval
+
+    @property
+    def quality(self) -> float | None:
+        return statistics.fmean(self.seed_qualities) if self.seed_qualities else None
+
+    @property
+    def quality_spread(self) -> float | None:
+        """Sample standard deviation over seeds; None for one seed."""
+        return statistics.stdev(self.seed_qualities) if len(self.seed_qualities) > 1 else None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Several models, compared on the same examples and in turns on the same machine."""
+
+    reference: str
+    entries: tuple[Entry, ...]
+    metric: str
+    dataset: str | None
+    num_examples: int
+    command: str
+
+    def __getitem__(self, name: str) -> Entry:
+        for entry in self.entries:
+            if entry.name == name:
+                return entry
+        raise KeyError(f"no model {name!r} in this report, only {[entry.name for entry in self.entries]}.")
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader must know beside the figures."""
+        notes = []
+        for entry in self.entries:
+            share = entry.measurement.sparsity.get("weights", 0.0)
+            if share >= NOTABLE_SPARSITY:
+                notes.append(
+                    f"{entry.name}: {share:.1%} of the weights in linear maps are zeros that are stored like others: "
+                    "the model is masked, and not smaller for it."
+                )
+            if len(entry.seed_qualities) > 1:
+                notes.append(
+                    f"{entry.name}: quality is the mean of {len(entry.seed_qualities)} seeds, ± their standard "
+                    "deviation; size and speed are of the first."
+                )
+        return notes
+
+    def table(self) -> str:
+        """For a terminal, about 120 columns."""
+        return terminal_table(self)
+
+    def to_markdown(self) -> str:
+        return markdown(self)
+
+    def to_json(self) -> str:
+        """Every figure, every timing, and what was derived from them."""
+        record = asdict(self)
+        for entry, plain in zip(self.entries, record["entries"], strict=True):
+            plain["quality"], plain["quality_spread"] = entry.quality, entry.quality_spread
+            if entry.difference:
+                plain["difference"]["verdict"] = entry.difference.verdict
+        return json.dumps({"version": 1, **record, "notes": self.notes}, indent=2)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write report.json, report.md and, where quality was measured, report.png (needs matplotlib).
+
+        Everything is made before anything is written, and a file is replaced whole or not at all.
+        """
+        folder = Path(folder)
+        files = {"report.json": self.to_json().encode(), "report.md": self.to_markdown().encode()}
+        if self.num_examples:
+            files["report.png"] = trade_off_png(self)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            temporary = folder / f".{name}.{os.getpid()}"
+            try:
+                temporary.write_bytes(content)
+                temporary.replace(folder / name)
+            finally:
+                temporary.unlink(missing_ok=True)
+        return folder

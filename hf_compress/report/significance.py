@@ -1,0 +1,72 @@
+"""Is a difference more than chance? Paired tests and intervals, without a statistics library.
+
+Scores are paired: score i of both models belongs to example i. McNemar, 1947, for right against wrong (the exact form);
+else the sign-flip permutation test of Fisher, 1935. Intervals are percentile bootstraps (Efron, 1979).
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+RESAMPLES = 10_000
+CHUNK_ELEMENTS = 4_000_000  # resampled values held at one time
+
+
+def mcnemar_p_value(reference: Tensor, candidate: Tensor) -> float:
+    """Two-sided p-value of the exact McNemar test of two (n,) vectors of zeros and ones.
+
+    Under "no difference" the examples that only one of both gets right are its own with probability one half.
+    """
+    only_reference = int(((reference == 1) & (candidate == 0)).sum())
+    only_candidate = int(((reference == 0) & (candidate == 1)).sum())
+    discordant = only_reference + only_candidate
+    tail = sum(math.comb(discordant, k) for k in range(min(only_reference, only_candidate) + 1))
+    return min(1.0, 2 * tail / 2**discordant)
+
+
+def permutation_p_value(differences: Tensor, *, resamples: int = RESAMPLES, seed: int = 0) -> float:
+    """Two-sided p-value of the mean of paired `differences` (n,), against their signs being chance.
+
+    The share of `resamples` random sign flips whose mean is at least as far from 0, the observed one included.
+    """
+    differences = differences.double()
+    observed = differences.sum().abs()
+
+    def sums(generator: torch.Generator, rows: int) -> Tensor:
+        signs = 2 * torch.randint(0, 2, (rows, len(differences)), generator=generator) - 1
+        return signs.double() @ differences
+
+    flipped = _resampled(sums, len(differences), resamples, seed).abs()
+    slack = 1e-12 * differences.abs().sum()  # sums of the same numbers in another order
+    return (1 + int((flipped >= observed - slack).sum())) / (1 + resamples)
+
+
+def bootstrap_interval(
+    values: Tensor,
+    statistic: Callable[[Tensor], Tensor],
+    *,
+    level: float = 0.95,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of a statistic of the rows of `values` (n, ...), drawn with replacement.
+
+    `statistic` takes resampled values (resamples, n, ...) and returns one number each, (resamples,).
+    """
+
+    def draw(generator: torch.Generator, rows: int) -> Tensor:
+        return statistic(values.double()[torch.randint(len(values), (rows, len(values)), generator=generator)])
+
+    drawn = _resampled(draw, values.numel(), resamples, seed)
+    low, high = torch.quantile(drawn, torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.double)).tolist()
+    return low, high
+
+
+def _resampled(draw: Callable[[torch.Generator, int], Tensor], row_elements: int, resamples: int, seed: int) -> Tensor:
+    """`resamples` numbers from `draw(generator, rows)`, in pieces that fit in memory."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = max(1, CHUNK_ELEMENTS // row_elements)
+    pieces = [draw(generator, min(rows, resamples - done)) for done in range(0, resamples, rows)]
+    return torch.cat(pieces)

@@ -1,0 +1,160 @@
+"""The figures of a report as text: columns for a terminal, tables for Markdown."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hf_compress.report.result import Entry, Interval, Report
+
+
+def terminal_table(report: Report) -> str:
+    rows = [_main_header(report), *(_main_row(report, entry) for entry in report.entries)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
+    lines.insert(1, "-" * max(map(len, lines)))
+    return "\n".join([*lines, "", *verdicts(report), *report.notes, conditions(report)])
+
+
+def markdown(report: Report) -> str:
+    parts = [_markdown_table([_main_header(report), *(_main_row(report, entry) for entry in report.entries)])]
+    parts.append(_markdown_table([_cost_header(), *(_cost_row(entry) for entry in report.entries)]))
+    parts += ["\n".join(f"- {line}" for line in [*verdicts(report), *report.notes])] * bool(verdicts(report))
+    parts += [conditions(report), f"Command: `{report.command}`"]
+    return "\n\n".join(parts) + "\n"
+
+
+def verdicts(report: Report) -> list[str]:
+    """Sentences on each model: do its quality and speed differ from the reference's, and by how much."""
+    lines = []
+    for entry in report.entries:
+        difference = entry.difference
+        if difference is None:
+            continue
+        interval = difference.interval
+        scale, unit = _scale(report)
+        finding = {
+            "no difference": f"no difference from {report.reference} found",
+            "better": f"better than {report.reference}",
+            "worse": f"worse than {report.reference}",
+        }[difference.verdict]
+        lines.append(
+            f"{entry.name}: {finding}: {scale * interval.value:+.2f}{unit} {report.metric}, 95% interval "
+            f"{scale * interval.low:+.2f} to {scale * interval.high:+.2f}, p {_p_value(difference.p_value)} "
+            f"({difference.test}, {report.num_examples} examples)."
+        )
+    return lines + [_speed_sentence(report, entry) for entry in report.entries if entry.name != report.reference]
+
+
+def _speed_sentence(report: Report, entry: Entry) -> str:
+    figures = []
+    for what, speed_up in (("latency", entry.latency_speed_up), ("throughput", entry.throughput_speed_up)):
+        words = {"no difference": "no difference found", "better": "faster", "worse": "slower"}[speed_up.verdict(1.0)]
+        figures.append(f"{what} {speed_up.value:.2f}x, {speed_up.low:.2f} to {speed_up.high:.2f} ({words})")
+    return f"{entry.name}: speed-up over {report.reference}, 95% intervals: {'; '.join(figures)}."
+
+
+def conditions(report: Report) -> str:
+    """Where and how the figures were measured."""
+    one = report.entries[0].measurement
+    length = "real examples" if one.sequence_length is None else f"{one.sequence_length} tokens"
+    dtypes = ", ".join(sorted({entry.measurement.dtype for entry in report.entries}))
+    versions = ", ".join(f"{name} {number}" for name, number in one.versions.items())
+    data = f"{report.num_examples} examples of {report.dataset or 'the given data'}; " if report.num_examples else ""
+    threads = f"{one.threads} thread{'s' * (one.threads != 1)}"
+    return (
+        f"Measured on {one.device}, {threads}, {dtypes}, {length} an example, models in turns; "
+        f"{data}medians, rates against {report.reference}; {versions}."
+    )
+
+
+def conditions_short(report: Report) -> str:
+    """One line for a picture."""
+    one = report.entries[0].measurement
+    length = "" if one.sequence_length is None else f", {one.sequence_length} tokens"
+    return f"{one.device}, {one.threads} thread{'s' * (one.threads != 1)}, {one.dtype}{length}"
+
+
+def _scale(report: Report) -> tuple[float, str]:
+    return (100.0, " points of") if report.metric == "accuracy" else (1.0, "")
+
+
+def quality_text(report: Report, entry: Entry) -> str:
+    if entry.quality is None:
+        return "-"
+    scale, unit, digits = (100.0, "%", 1) if report.metric == "accuracy" else (1.0, "", 4)
+    spread = "" if entry.quality_spread is None else f" ± {scale * entry.quality_spread:.{digits}f}"
+    return f"{scale * entry.quality:.{digits}f}{spread}{unit}"
+
+
+def _main_header(report: Report) -> list[str]:
+    return ["model", report.metric, "parameters", "on disk", "latency, batch 1", "throughput, batch 32"]
+
+
+def _main_row(report: Report, entry: Entry) -> list[str]:
+    cost = entry.measurement
+    return [
+        entry.name,
+        quality_text(report, entry),
+        f"{count_text(cost.parameters)} ({entry.parameter_rate:.2f}x)",
+        f"{size_text(cost.stored_bytes)} ({entry.byte_rate:.2f}x)",
+        f"{cost.latency_ms.median:.2f} ms ({_rate_text(entry.latency_speed_up)})",
+        f"{_number(cost.throughput.median)}/s ({_rate_text(entry.throughput_speed_up)})",
+    ]
+
+
+def _cost_header() -> list[str]:
+    return [
+        "model",
+        "bits per weight",
+        "multiply-adds",
+        "peak memory",
+        "latency, 10-90%",
+        "throughput, 10-90%",
+        "zeros",
+    ]
+
+
+def _cost_row(entry: Entry) -> list[str]:
+    cost = entry.measurement
+    return [
+        entry.name,
+        f"{cost.bits_per_weight:.2f}",
+        count_text(cost.multiply_adds),
+        size_text(cost.peak_memory_bytes),
+        f"{cost.latency_ms.low:.2f}-{cost.latency_ms.high:.2f} ms",
+        f"{_number(cost.throughput.low)}-{_number(cost.throughput.high)}/s",
+        ", ".join(f"{kind.replace('_', ' ')} {share:.1%}" for kind, share in cost.sparsity.items() if share) or "none",
+    ]
+
+
+def _markdown_table(rows: list[list[str]]) -> str:
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    lines = ["| " + " | ".join(row) + " |" for row in escaped]
+    lines.insert(1, "|---|" + "---:|" * (len(rows[0]) - 1))
+    return "\n".join(lines)
+
+
+def _rate_text(speed_up: Interval) -> str:
+    return f"{speed_up.value:.2f}x"
+
+
+def _p_value(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"= {p:.3f}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def count_text(count: float) -> str:
+    """12_345_678 as "12.3 M"."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return str(count)
+
+
+def size_text(size_bytes: float) -> str:
+    """Decimal units: 90_868_988 as "90.9 MB"."""
+    return f"{count_text(size_bytes)}B" if size_bytes >= 1000 else f"{size_bytes} B"
