@@ -3,8 +3,12 @@
 Names are loaded when first used, so that importing the package costs next to nothing.
 """
 
+import sys
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
+
+import hf_compress.checkpoint.loader  # noqa: F401  registers the loader of compressed checkpoints with Transformers
 
 try:
     __version__ = version("hf_compress")
@@ -12,8 +16,20 @@ except PackageNotFoundError:  # a source tree on the path, not installed
     __version__ = "0+unknown"
 
 _HOMES = {  # public name -> module that defines it
+    "quantize": "hf_compress.quantization.quantize",
+    "DistillationConfig": "hf_compress.distillation.trainer",
+    "DistillationTrainer": "hf_compress.distillation.trainer",
+    "TinyBertConfig": "hf_compress.distillation.tinybert",
+    "TinyBertTrainer": "hf_compress.distillation.tinybert",
+    "make_student": "hf_compress.distillation.students",
     "anatomy": "hf_compress.anatomy",
     "capture": "hf_compress.capture",
+    "compare": "hf_compress.report.compare",
+    "measure": "hf_compress.measure",
+    "model_card": "hf_compress.report.card",
+    "prune_heads": "hf_compress.surgery.heads",
+    "prune_layers": "hf_compress.surgery.layers",
+    "prune_neurons": "hf_compress.surgery.neurons",
 }
 
 __all__ = sorted(_HOMES)
@@ -27,3 +43,14 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
+
+
+class _Package(ModuleType):
+    """Some public names are those of the modules that define them; here the name means the function, always."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):  # what an import of the module would set
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,1 @@
+"""What a compressed model looks like on disk, and how `from_pretrained` builds it again."""

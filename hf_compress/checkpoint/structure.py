@@ -1,0 +1,173 @@
+"""The `structure` part of the record: which shapes and attributes differ from what the config alone builds.
+
+    {"shapes": {module: [out_features, in_features]}, "attributes": {module: {attribute: value}}}
+
+Everything is checked before it is used: names must be linear maps of the model, shapes must lie within what the config
+builds, attributes are a closed list, and the result must be a model whose projections fit each other.
+"""
+
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_compress.anatomy import Attention, FeedForward, anatomy, in_features, is_projection, out_features
+from hf_compress.record import find_name
+from hf_compress.surgery.heads import head_attributes
+from hf_compress.surgery.settle import ATTRIBUTES
+from hf_compress.surgery.stand_ins import COUNTS_HEADS, HeadlessAttention, linear_class
+
+KEYS = ("shapes", "attributes")
+
+
+def validate(part: dict[str, Any]) -> None:
+    """Raises ValueError if the structure is not built as described above."""
+    _check_keys(part, KEYS, "structure")
+    for name, shape in _entries(part, "shapes"):
+        if not (isinstance(shape, list) and len(shape) == 2 and all(_is_size(n) for n in shape)):
+            raise ValueError(f"structure: the shape of {name!r} must be two sizes, got {shape!r}.")
+    for name, attributes in _entries(part, "attributes"):
+        if not isinstance(attributes, dict):
+            raise ValueError(f"structure: the attributes of {name!r} must be a mapping, got {attributes!r}.")
+        _check_keys(attributes, ATTRIBUTES, f"attributes of {name!r}")
+        for attribute, value in attributes.items():
+            if not (_is_size(value) or (attribute == "split_size" and value == [0, 0, 0])):
+                raise ValueError(f"structure: {attribute} of {name!r} must be a size, got {value!r}.")
+
+
+def prepare(model: nn.Module, part: dict[str, Any]) -> None:
+    """Changes `model`, which is on the meta device: gives its modules the recorded shapes and attributes.
+
+    Raises ValueError for names, shapes and attributes that do not fit the model that the config builds.
+    """
+    layers = anatomy(model).layers
+    for stored, shape in _entries(part, "shapes"):
+        name = _find(model, stored)
+        if name is None:
+            continue
+        module = model.get_submodule(name)
+        if not (is_projection(module) and any(module in set(layer.module.modules()) for layer in layers)):
+            raise ValueError(f"structure: {stored!r} is no linear map of a layer, so its shape cannot be changed.")
+        largest = [out_features(module), in_features(module)]
+        if any(n > most for n, most in zip(shape, largest, strict=True)):
+            raise ValueError(f"structure: {stored!r} has the shape {shape}, beyond the {largest} of the config.")
+        resize(module, *shape)
+    for stored, attributes in _entries(part, "attributes"):
+        name = _find(model, stored)
+        if name is None:
+            continue
+        module = model.get_submodule(name)
+        for attribute, value in attributes.items():
+            if not hasattr(module, attribute):
+                raise ValueError(f"structure: {stored!r}, a {type(module).__name__}, has no attribute {attribute!r}.")
+            setattr(module, attribute, value)
+    _check_fit(model)
+    for name, module in list(model.named_modules()):
+        if type(module).__name__ in COUNTS_HEADS and module.num_attention_heads == 0:
+            model.set_submodule(name, HeadlessAttention(module))
+
+
+def resize(module: nn.Linear | Conv1D, out_size: int, in_size: int) -> None:
+    """Changes `module`: gives it an empty weight (out_size, in_size) and a bias to match."""
+    like = {"device": module.weight.device, "dtype": module.weight.dtype}
+    if isinstance(module, Conv1D):
+        module.weight, module.nf, module.nx = nn.Parameter(torch.empty(in_size, out_size, **like)), out_size, in_size
+    else:
+        module.weight = nn.Parameter(torch.empty(out_size, in_size, **like))
+        module.out_features, module.in_features = out_size, in_size
+    if module.bias is not None:
+        module.bias = nn.Parameter(torch.empty(out_size, **like))
+    module.__class__ = linear_class(module, in_size)
+
+
+def check_tensors(model: nn.Module, part: dict[str, Any], files: list[str]) -> None:
+    """Compare recorded shapes with the headers of the files. Raises ValueError where they contradict each other."""
+    expected = {f"{name}.weight": list(model.get_submodule(name).weight.shape)
+                for stored in part.get("shapes", {}) if (name := find_name(model, stored))}  # fmt: skip
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            for key in sorted(file.keys() & expected.keys()):
+                shape = file.get_slice(key).get_shape()
+                if shape != expected[key]:
+                    raise ValueError(
+                        f"structure: {key} has the shape {expected[key]} by the record, and {shape} in {path}. "
+                        "The config and the weights are of two different models."
+                    )
+
+
+def _find(model: nn.Module, stored: str) -> str | None:
+    """The name of a recorded module; None if it belongs to a part that this class of the family does not have."""
+    name = find_name(model, stored)
+    architectures = getattr(model.config, "architectures", None) or [type(model).__name__]
+    if name is None and type(model).__name__ in architectures:
+        raise ValueError(f"structure: {type(model).__name__} has no module {stored!r}; the record is of another model.")
+    return name
+
+
+def _check_fit(model: nn.Module) -> None:
+    parts = anatomy(model)
+    for stack in parts.stacks:
+        for layer in stack.layers:
+            for attention in layer.attentions:
+                _check_attention(attention, num_layers=len(stack.layers))
+            _check_feed_forward(layer.name, layer.feed_forward)
+            widths = {in_features(layer.attention.query), out_features(layer.feed_forward.output)}
+            widths |= {out_features(attention.output) for attention in layer.attentions}
+            if widths != {parts.hidden_size}:
+                raise ValueError(
+                    f"structure: {layer.name} works on widths {sorted(widths)}, the model on {parts.hidden_size}."
+                )
+
+
+def _check_attention(attention: Attention, *, num_layers: int) -> None:
+    head_dim, heads, groups = attention.head_dim, attention.num_heads, attention.num_key_value_heads
+    rows = [out_features(m) for m in (attention.query, attention.key, attention.value, *attention.positional)]
+    queries, pairs = heads * head_dim, groups * head_dim
+    expected = [queries + 2 * pairs] * 3 if attention.is_fused else [queries, pairs, pairs]
+    expected += [queries] * len(attention.positional)
+    is_grouped = hasattr(attention.module, "num_key_value_groups")
+    groups_fit = (heads % groups == 0 if groups else heads == 0) if is_grouped else heads == groups
+    if rows != expected or in_features(attention.output) != queries or not groups_fit:
+        raise ValueError(
+            f"structure: the projections of {attention.name} do not fit each other: query, key, value (and positions) "
+            f"have {rows} rows, the output {in_features(attention.output)} columns, one head {head_dim}."
+        )
+    wanted = {**head_attributes(heads, groups, head_dim), "layer_idx": range(num_layers)}
+    for name, value in wanted.items():
+        actual = getattr(attention.module, name, value)
+        if isinstance(value, range) and actual is not value:
+            if actual not in value and actual is not None:
+                raise ValueError(
+                    f"structure: {name}={actual} of {attention.name} is not one of its {len(value)} layers."
+                )
+        elif actual != value:
+            raise ValueError(
+                f"structure: {name}={actual} of {attention.name} contradicts its weights, which say {value}."
+            )
+
+
+def _check_feed_forward(name: str, part: FeedForward) -> None:
+    neurons = in_features(part.output)
+    rows = [out_features(m) for m in part.inputs]
+    if any(n != (2 * neurons if part.is_fused else neurons) for n in rows):
+        raise ValueError(
+            f"structure: the feed-forward of {name} does not fit: {rows} rows lead in, {neurons} columns out."
+        )
+
+
+def _entries(part: dict[str, Any], key: str) -> list[tuple[str, Any]]:
+    entries = part.get(key, {})
+    if not isinstance(entries, dict):
+        raise ValueError(f"structure: {key} must be a mapping of module names, got {type(entries).__name__}.")
+    return list(entries.items())
+
+
+def _check_keys(mapping: dict[str, Any], known: tuple[str, ...], what: str) -> None:
+    if unknown := sorted(set(mapping) - set(known)):
+        raise ValueError(f"{what}: unknown entries {unknown}; known are {', '.join(known)}.")
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

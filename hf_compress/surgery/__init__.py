@@ -1,0 +1,7 @@
+"""Cuts heads, neurons, layers and tokens out of a model, physically and exactly."""
+
+from hf_compress.surgery.heads import prune_heads
+from hf_compress.surgery.layers import prune_layers
+from hf_compress.surgery.neurons import prune_neurons
+
+__all__ = ["prune_heads", "prune_layers", "prune_neurons"]

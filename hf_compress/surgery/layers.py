@@ -1,0 +1,68 @@
+"""Whole layers, taken out for good, and the config shortened to match."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from hf_compress.anatomy import Anatomy, anatomy
+from hf_compress.surgery.cache import assign_slots
+from hf_compress.surgery.transaction import Transaction
+
+DEPTH_FIELDS = (("num_hidden_layers",), ("encoder_layers", "decoder_layers"), ("num_layers", "num_decoder_layers"))
+PER_LAYER_FIELDS = ("layer_types", "no_rope_layers", "mlp_layer_types")  # lists with one entry for each layer
+
+
+def prune_layers(model: nn.Module, keep: Sequence[int]) -> nn.Module:
+    """Keep the layers numbered in `keep`, in that order. Changes `model` and its config, and returns it.
+
+    Layers are numbered as in `anatomy(model).layers`: those of an encoder before those of a decoder, from 0.
+    Raises ValueError, and changes nothing, for layers that do not exist, that are named twice, or if an encoder or a
+    decoder would be left without any.
+    """
+    parts = anatomy(model)
+    kept = _kept_layers(parts, list(keep))
+    with Transaction(model) as transaction:
+        changes = _config_changes(model.config, parts, kept)
+        for field, value in changes.items():
+            transaction.set(model.config, field, value)
+        for stack, numbers in zip(parts.stacks, kept, strict=True):
+            blocks = [stack.modules[i] for i in numbers]
+            transaction.replace(stack.name, lambda old, blocks=blocks: type(old)(blocks))
+            for i, block in enumerate(blocks):
+                for module in block.modules():
+                    if hasattr(module, "layer_idx"):
+                        transaction.set(module, "layer_idx", i)
+            layer_types = changes.get("layer_types", getattr(model.config, "layer_types", None))
+            assign_slots(transaction, [stack.layers[i] for i in numbers], layer_types, {})
+    return model
+
+
+def _kept_layers(parts: Anatomy, keep: list[int]) -> list[list[int]]:
+    """For each stack the layers to keep, numbered within the stack."""
+    num_layers = len(parts.layers)
+    unknown = [i for i in keep if not isinstance(i, int) or not 0 <= i < num_layers]
+    if unknown or len(set(keep)) < len(keep):
+        raise ValueError(f"keep must name layers from 0 to {num_layers - 1}, each at most once, got {keep}.")
+    kept, first = [], 0
+    for stack in parts.stacks:
+        kept.append([i - first for i in keep if first <= i < first + len(stack.layers)])
+        if not kept[-1]:
+            raise ValueError(f"keep={keep} leaves no layer in {stack.name}; keep at least one of its layers.")
+        first += len(stack.layers)
+    return kept
+
+
+def _config_changes(config, parts: Anatomy, kept: list[list[int]]) -> dict[str, Any]:
+    depths = [len(stack.layers) for stack in parts.stacks]
+    fields = next((names for names in DEPTH_FIELDS if [getattr(config, name, None) for name in names] == depths), None)
+    if fields is None:
+        raise ValueError(
+            f"{type(config).__name__} has no field that says the model has {depths} layers (looked for {DEPTH_FIELDS})."
+        )
+    changes: dict[str, Any] = {name: len(numbers) for name, numbers in zip(fields, kept, strict=True)}
+    for name in PER_LAYER_FIELDS if len(depths) == 1 else ():
+        values = getattr(config, name, None)
+        if isinstance(values, list) and len(values) == depths[0]:
+            changes[name] = [values[i] for i in kept[0]]
+    return changes

@@ -1,0 +1,34 @@
+"""Stand-ins for the few modules whose code cannot run on nothing, so that a layer may lose all its heads or neurons."""
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+COUNTS_HEADS = ("DisentangledSelfAttention",)  # DeBERTa-v2 splits a width into a number of heads: not into zero
+
+
+class HeadlessAttention(nn.Module):
+    """An attention without heads. It returns no context, and its projections stay its children, under their names."""
+
+    def __init__(self, attention: nn.Module):
+        super().__init__()
+        for name, child in attention.named_children():
+            self.add_module(name, child)
+        self.attention_head_size = attention.attention_head_size
+        self.num_attention_heads = self.all_head_size = 0
+
+    def forward(self, hidden_states: Tensor, *args, **kwargs) -> tuple[Tensor, None]:
+        return hidden_states[..., :0], None  # (B, T, 0)
+
+
+class BiasConv1D(Conv1D):
+    """GPT-2's linear map once it has no inputs left: its bias, wherever it is asked."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bias.expand(*x.shape[:-1], self.nf)
+
+
+def linear_class(module: nn.Module, num_inputs: int) -> type:
+    """The class that `module`, a linear map, must have to run with `num_inputs` input columns."""
+    if not isinstance(module, Conv1D):
+        return type(module)
+    return Conv1D if num_inputs else BiasConv1D
