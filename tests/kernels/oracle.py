@@ -2,7 +2,9 @@
 
 from typing import NamedTuple
 
+import pytest
 import torch
+from hf_compress_kernels.dispatch import INTERPRET
 from torch import Tensor
 
 # Frobenius norm of the error over that of the product. The accumulators are float32; what is left is the cast.
@@ -41,3 +43,7 @@ def random_layer(bits: int, N: int, K: int, group_size: int = -1, act_order: boo
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """The Frobenius norm of the difference over the norm of `expected`, a float64 tensor."""
     return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
+# Tests of one body of an operator run on the plain bodies, and once more on the Triton kernels in the interpreter.
+plain_only = pytest.mark.skipif(INTERPRET, reason="compiles, or computes in float64, which the kernels do not")

@@ -1,0 +1,159 @@
+"""The distillation losses against float64 softmax, and against the same loss on logits that were kept."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hf_compress_kernels import fused_linear_kl, kl, kl_from_logits
+from torch.library import opcheck
+
+from tests.kernels.oracle import plain_only, relative_error
+
+
+def slow_kl(student, teacher, temperature):
+    """T^2 * sum p_t (log p_t - log p_s) of each row, float64."""
+    log_s, log_t = (F.log_softmax(logits.double() / temperature, dim=-1) for logits in (student, teacher))
+    return temperature**2 * (log_t.exp() * (log_t - log_s)).sum(-1)
+
+
+def logits(*shape, seed=0, dtype=torch.float32, scale=4.0):
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
+
+
+@pytest.mark.parametrize("V", [2, 37, 1000, 4099], ids="V={}".format)
+@pytest.mark.parametrize("temperature", [1.0, 2.5], ids="T={}".format)
+def test_loss_and_gradient_equal_float64(V, temperature):
+    student, teacher = logits(5, V, seed=1).requires_grad_(), logits(5, V, seed=2)
+    loss = kl_from_logits(student, teacher, temperature=temperature)
+    weights = torch.linspace(0.5, 2.0, 5)
+    (loss * weights).sum().backward()
+    double = student.detach().double().requires_grad_()
+    expected = slow_kl(double, teacher, temperature)
+    (expected * weights).sum().backward()
+    assert relative_error(loss, expected.detach()) < 1e-6
+    assert relative_error(student.grad, double.grad) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_half_precision_logits_lose_only_the_cast_of_the_gradient(dtype):
+    student, teacher = logits(4, 300, seed=1, dtype=dtype).requires_grad_(), logits(4, 300, seed=2, dtype=dtype)
+    loss = kl_from_logits(student, teacher, temperature=2.0)
+    loss.sum().backward()
+    double = student.detach().double().requires_grad_()
+    expected = slow_kl(double, teacher, 2.0)
+    expected.sum().backward()
+    assert loss.dtype == torch.float32
+    assert relative_error(loss, expected.detach()) < 1e-6
+    assert relative_error(student.grad, double.grad) < {torch.float16: 6e-4, torch.bfloat16: 4e-3}[dtype]
+
+
+def test_equal_logits_give_zero_and_shifting_them_changes_nothing():
+    student, teacher = logits(3, 50, seed=1), logits(3, 50, seed=2)
+    torch.testing.assert_close(kl_from_logits(student, student), torch.zeros(3), atol=2e-6, rtol=0)
+    torch.testing.assert_close(kl_from_logits(student + 7, teacher - 3), kl_from_logits(student, teacher))
+
+
+def test_masked_rows_count_nothing_whatever_they_hold():
+    student, teacher = logits(2, 3, 40, seed=1), logits(2, 3, 40, seed=2)
+    mask = torch.tensor([[True, False, True], [False, True, True]])
+    student[0, 1], teacher[1, 0] = float("nan"), float("inf")
+    student.requires_grad_()
+    loss = kl_from_logits(student, teacher, mask, temperature=2.0)
+    loss.sum().backward()
+    assert loss[~mask].eq(0).all()
+    assert student.grad[~mask].eq(0).all()
+    assert relative_error(loss[mask].detach(), slow_kl(student.detach()[mask], teacher[mask], 2.0)) < 1e-6
+
+
+def test_large_and_missing_logits_stay_finite():
+    student = torch.tensor([[9e4, -9e4, 0.0, float("-inf")]], requires_grad=True)
+    teacher = torch.tensor([[9e4, 8e4, 0.0, float("-inf")]])
+    loss = kl_from_logits(student, teacher)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert torch.isfinite(student.grad).all()
+
+
+def heads(M=11, D=16, V=70, dtype=torch.float32):
+    hidden_s, weight_s = logits(M, D, seed=1, scale=1.0, dtype=dtype), logits(V, D, seed=2, scale=1.0, dtype=dtype)
+    hidden_t, weight_t = logits(M, 2 * D, seed=3, scale=1.0, dtype=dtype), logits(V, 2 * D, seed=4, dtype=dtype)
+    return hidden_s.requires_grad_(), weight_s.requires_grad_(), hidden_t, weight_t
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 1000], ids="{}-rows".format)
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+def test_fused_heads_equal_the_loss_of_kept_logits(monkeypatch, chunk, masked):
+    hidden_s, weight_s, hidden_t, weight_t = heads()
+    monkeypatch.setattr(kl, "LOGITS_BYTES", chunk * 4 * 70)
+    mask = torch.arange(11) % 3 != 0 if masked else None
+    loss = fused_linear_kl(hidden_s, weight_s, hidden_t, weight_t, mask, temperature=2.0)
+    (3 * loss).backward()
+    wide_s, wide_w = (t.detach().double().requires_grad_() for t in (hidden_s, weight_s))
+    rows = slow_kl(wide_s @ wide_w.T, hidden_t.double() @ weight_t.double().T, 2.0)
+    expected = rows.sum() if mask is None else rows[mask].sum()
+    (3 * expected).backward()
+    # The logits are float32 products of size 20 or so, each off by 1e-6; the loss and its gradients inherit that.
+    assert loss.item() == pytest.approx(expected.item(), rel=5e-6)
+    assert relative_error(hidden_s.grad, wide_s.grad) < 1e-5
+    assert relative_error(weight_s.grad, wide_w.grad) < 1e-5
+
+
+def test_fused_heads_make_only_the_gradients_asked_for():
+    hidden_s, weight_s, hidden_t, weight_t = heads()
+    fused_linear_kl(hidden_s, weight_s.detach(), hidden_t, weight_t).backward()
+    assert hidden_s.grad is not None
+    with torch.no_grad():
+        assert not fused_linear_kl(hidden_s, weight_s, hidden_t, weight_t).requires_grad
+
+
+@plain_only
+def test_gradcheck():
+    student = torch.randn(3, 9, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(3, 9, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda s: kl_from_logits(s, teacher, temperature=2.0), (student,))
+    hidden_s, weight_s, hidden_t, weight_t = (t.detach().double() for t in heads(M=3, D=4, V=6))
+    assert torch.autograd.gradcheck(
+        lambda h, w: fused_linear_kl(h, w, hidden_t, weight_t), (hidden_s.requires_grad_(), weight_s.requires_grad_())
+    )
+
+
+@plain_only
+def test_operators_pass_opcheck():
+    student, teacher = logits(3, 20, seed=1), logits(3, 20, seed=2)
+    mask = torch.tensor([True, False, True])
+    opcheck(kl._kl_from_logits, (student.clone().requires_grad_(), teacher, mask, 2.0))
+    rows = torch.ones(3)
+    opcheck(kl._kl_from_logits_grad, (rows, student, teacher, rows, rows, mask, 2.0))
+    opcheck(kl._fused_linear_kl, (*heads(), None, 1.0, True, True))
+
+
+@plain_only
+def test_compiles_whole_with_gradients():
+    torch._dynamo.reset()
+    compiled = torch.compile(fused_linear_kl, fullgraph=True, dynamic=True, backend="aot_eager")
+    hidden_s, weight_s, hidden_t, weight_t = heads()
+    compiled(hidden_s, weight_s, hidden_t, weight_t).backward()
+    compiled_grad, hidden_s.grad = hidden_s.grad, None
+    fused_linear_kl(hidden_s, weight_s, hidden_t, weight_t).backward()
+    torch.testing.assert_close(compiled_grad, hidden_s.grad)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: kl_from_logits(torch.ones(2, 3), torch.ones(2, 4)), "one shape"),
+        (lambda: kl_from_logits(torch.ones(2, 3), torch.ones(2, 3), torch.ones(3).bool()), r"mask must be bool \(2,\)"),
+        (lambda: kl_from_logits(torch.ones(2, 3), torch.ones(2, 3), temperature=0.0), "positive number"),
+        (lambda: fused_linear_kl(*[torch.ones(2, 3)] * 3, torch.ones(4, 3)), "one vocabulary"),
+        (lambda: fused_linear_kl(torch.ones(2, 3), torch.ones(4, 5), torch.ones(2, 3), torch.ones(4, 3)), "disagree"),
+        (lambda: fused_linear_kl(*[torch.ones(2, 2)] * 2, torch.ones(3, 2), torch.ones(2, 2)), "same rows"),
+    ],
+    ids=["shape", "mask", "temperature", "vocabulary", "width", "rows"],
+)
+def test_bad_values_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_teacher_has_no_gradient():
+    with pytest.raises(NotImplementedError, match="Detach"):
+        kl_from_logits(torch.ones(1, 2, requires_grad=True), torch.ones(1, 2, requires_grad=True))

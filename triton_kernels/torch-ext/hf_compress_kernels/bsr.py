@@ -1,0 +1,160 @@
+"""Linear layers with a block-sparse weight: forward and both gradients."""
+
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._ops import add_op_namespace_prefix
+from .blocks import BlockSparseWeight, gather_blocks, to_dense
+from .dispatch import INTERPRET, check_same_device, float_accumulator, require_triton, run_on_cpu
+
+
+@torch.library.custom_op(add_op_namespace_prefix("bsr_linear"), mutates_args=(), device_types="cuda")
+def _bsr_linear(
+    x: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    crow_t: Tensor,
+    col_t: Tensor,
+    perm_t: Tensor,
+    bias: Optional[Tensor],
+    out_features: int,
+    in_features: int,
+) -> Tensor:
+    require_triton("bsr_linear")
+    from .bsr_launch import launch_linear
+
+    return launch_linear(x, values, crow, col, crow_t, col_t, perm_t, bias, out_features, in_features)
+
+
+def _linear_reference(x, values, crow, col, crow_t, col_t, perm_t, bias, out_features, in_features) -> Tensor:
+    compute = float_accumulator(x.dtype)
+    weight = to_dense(values, crow, col, out_features, in_features).to(compute)
+    return F.linear(x.to(compute), weight, None if bias is None else bias.to(compute)).to(x.dtype)
+
+
+@_bsr_linear.register_kernel("cpu")
+def _(*args) -> Tensor:
+    if INTERPRET:
+        from .bsr_launch import launch_linear
+
+        return launch_linear(*args)
+    return run_on_cpu("bsr_linear", _linear_reference, *args)
+
+
+@_bsr_linear.register_fake
+def _(x, values, crow, col, crow_t, col_t, perm_t, bias, out_features, in_features) -> Tensor:
+    return x.new_empty(x.shape[0], out_features)
+
+
+@torch.library.custom_op(add_op_namespace_prefix("bsr_linear_dx"), mutates_args=(), device_types="cuda")
+def _bsr_linear_dx(
+    grad: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    crow_t: Tensor,
+    col_t: Tensor,
+    perm_t: Tensor,
+    out_features: int,
+    in_features: int,
+) -> Tensor:
+    require_triton("bsr_linear")
+    from .bsr_launch import launch_dx
+
+    return launch_dx(grad, values, crow, col, crow_t, col_t, perm_t, out_features, in_features)
+
+
+def _dx_reference(grad, values, crow, col, crow_t, col_t, perm_t, out_features, in_features) -> Tensor:
+    compute = float_accumulator(grad.dtype)
+    weight = to_dense(values, crow, col, out_features, in_features).to(compute)
+    return (grad.to(compute) @ weight).to(grad.dtype)
+
+
+@_bsr_linear_dx.register_kernel("cpu")
+def _(*args) -> Tensor:
+    if INTERPRET:
+        from .bsr_launch import launch_dx
+
+        return launch_dx(*args)
+    return run_on_cpu("bsr_linear_dx", _dx_reference, *args)
+
+
+@_bsr_linear_dx.register_fake
+def _(grad, values, crow, col, crow_t, col_t, perm_t, out_features, in_features) -> Tensor:
+    return grad.new_empty(grad.shape[0], in_features)
+
+
+@torch.library.custom_op(add_op_namespace_prefix("bsr_linear_dw"), mutates_args=(), device_types="cuda")
+def _bsr_linear_dw(grad: Tensor, x: Tensor, values: Tensor, crow: Tensor, col: Tensor) -> Tensor:
+    require_triton("bsr_linear")
+    from .bsr_launch import launch_dw
+
+    return launch_dw(grad, x, values, crow, col)
+
+
+def _dw_reference(grad, x, values, crow, col) -> Tensor:
+    compute = float_accumulator(x.dtype)
+    num_blocks, *block_size = values.shape
+    return gather_blocks(grad.to(compute).t() @ x.to(compute), crow, col, num_blocks, block_size).to(values.dtype)
+
+
+@_bsr_linear_dw.register_kernel("cpu")
+def _(*args) -> Tensor:
+    if INTERPRET:
+        from .bsr_launch import launch_dw
+
+        return launch_dw(*args)
+    return run_on_cpu("bsr_linear_dw", _dw_reference, *args)
+
+
+@_bsr_linear_dw.register_fake
+def _(grad, x, values, crow, col) -> Tensor:
+    return torch.empty_like(values)
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    x, values, crow, col, crow_t, col_t, perm_t, _, out_features, in_features = inputs
+    ctx.save_for_backward(x, values, crow, col, crow_t, col_t, perm_t)
+    ctx.sizes = (out_features, in_features)
+
+
+def _linear_backward(ctx, grad: Tensor):
+    x, values, crow, col, crow_t, col_t, perm_t = ctx.saved_tensors
+    grad = grad.contiguous()
+    grad_x = grad_values = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = _bsr_linear_dx(grad, values, crow, col, crow_t, col_t, perm_t, *ctx.sizes)
+    if ctx.needs_input_grad[1]:
+        grad_values = _bsr_linear_dw(grad, x, values, crow, col)
+    if ctx.needs_input_grad[7]:
+        grad_bias = grad.sum(0)
+    return grad_x, grad_values, None, None, None, None, None, grad_bias, None, None
+
+
+_bsr_linear.register_autograd(_linear_backward, setup_context=_save_for_backward)
+
+
+def bsr_linear(x: Tensor, weight: BlockSparseWeight, bias: Optional[Tensor] = None) -> Tensor:
+    """x W^T + bias for a block-sparse W; the cost follows the stored blocks.
+
+    x        (..., K)   dtype of weight.values
+    bias     (N,)       same dtype, or None
+    returns  (..., N)   same dtype, accumulated in float32. A row of W without blocks gives the bias.
+
+    Differentiable in x, weight.values and bias. Raises ValueError for a wrong dtype, device or size.
+    """
+    N, K = weight.out_features, weight.in_features
+    if x.dtype != weight.values.dtype:
+        raise ValueError(f"x and weight.values must share a dtype, got {x.dtype} and {weight.values.dtype}.")
+    if x.ndim == 0 or x.shape[-1] != K:
+        raise ValueError(f"x must end in in_features={K}, got shape {tuple(x.shape)}.")
+    if bias is not None and (bias.shape != (N,) or bias.dtype != x.dtype):
+        raise ValueError(f"bias must be ({N},) in {x.dtype}, got {tuple(bias.shape)} in {bias.dtype}.")
+    check_same_device(x=x, values=weight.values, crow=weight.crow, bias=bias)
+    *tensors, _, _ = weight
+    y = _bsr_linear(x.reshape(-1, K), *tensors, bias, N, K)
+    return y.reshape(*x.shape[:-1], N)
