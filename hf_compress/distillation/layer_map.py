@@ -1,0 +1,75 @@
+"""Which teacher layer each student layer follows.
+
+A layer map is a list: `layer_map[i]` is the teacher's hidden state that student layer i + 1 follows, numbered as in
+`hidden_states` (0 is the embedding, 1 the output of the first layer).
+"""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from hf_compress.anatomy import anatomy
+
+
+def uniform(num_student_layers: int, num_teacher_layers: int) -> list[int]:
+    """TinyBERT's g(m) = m * L / M: evenly spaced, the last one on the last."""
+    return [max(1, (m * num_teacher_layers) // num_student_layers) for m in range(1, num_student_layers + 1)]
+
+
+def last(num_student_layers: int, num_teacher_layers: int) -> list[int]:
+    """The last teacher layers, one each."""
+    return [num_teacher_layers - num_student_layers + m for m in range(1, num_student_layers + 1)]
+
+
+NAMED = {"uniform": uniform, "last": last}
+
+
+def num_layers(model: nn.Module) -> int:
+    return len(anatomy(model).layers)
+
+
+def num_hidden_states(model: nn.Module) -> int:
+    """Each stack has one more than layers: its embedding. The decoder's are counted on after the encoder's."""
+    return sum(len(stack.layers) + 1 for stack in anatomy(model).stacks)
+
+
+def make_layer_map(layers: str, student: nn.Module, teacher: nn.Module) -> list[int]:
+    """Read `layers`: a name of `NAMED` or numbers such as `2,4,6`. Raises ValueError for a map that points nowhere."""
+    num_student, num_teacher = num_layers(student), num_layers(teacher)
+    if layers in NAMED:
+        if num_student > num_teacher:
+            raise ValueError(
+                f"The layer map `{layers}` needs a student no deeper than its teacher: it has {num_student} layers, "
+                f"the teacher {num_teacher}. Name the teacher's layers one by one, as in `1,1,2,2`."
+            )
+        return NAMED[layers](num_student, num_teacher)
+    try:
+        layer_map = [int(number) for number in layers.split(",")]
+    except ValueError:
+        raise ValueError(f"A layer map is one of {sorted(NAMED)} or numbers such as `2,4,6`, got {layers!r}.") from None
+    if len(layer_map) != num_student:
+        raise ValueError(
+            f"The layer map {layer_map} names {len(layer_map)} teacher layers, but the student has {num_student} "
+            "layers: name one for each."
+        )
+    _check_range(layer_map, num_teacher, "layer map", "teacher")
+    return layer_map
+
+
+def parse_pairs(pairs: str, student: nn.Module, teacher: nn.Module) -> list[tuple[int, int]]:
+    """Read pairs of hidden states student:teacher, such as `1:2,3:6`. Raises ValueError for one that is not there."""
+    try:
+        parsed = [tuple(int(n) for n in pair.split(":")) for pair in pairs.split(",")]
+        parsed = [(mine, theirs) for mine, theirs in parsed]
+    except ValueError:
+        raise ValueError(f"hints are pairs student:teacher of hidden states, as in `1:2,3:6`, got {pairs!r}.") from None
+    _check_range([mine for mine, _ in parsed], num_hidden_states(student) - 1, "hints", "student")
+    _check_range([theirs for _, theirs in parsed], num_hidden_states(teacher) - 1, "hints", "teacher")
+    return parsed
+
+
+def _check_range(numbers: Sequence[int], last: int, what: str, who: str) -> None:
+    if outside := [n for n in numbers if not 0 <= n <= last]:
+        raise ValueError(
+            f"The {what} points to hidden state {outside[0]} of the {who}, which has 0 (the embedding) to {last}."
+        )

@@ -1,0 +1,111 @@
+"""What a model predicts, and which of its logits count: sequences, tokens, spans."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.models.auto import modeling_auto
+
+AUTO_CLASSES = {  # mapping of class names -> the Auto class that loads them
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES": "AutoModelForSequenceClassification",
+    "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES": "AutoModelForTokenClassification",
+    "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES": "AutoModelForQuestionAnswering",
+    "MODEL_FOR_MASKED_LM_MAPPING_NAMES": "AutoModelForMaskedLM",
+    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": "AutoModelForCausalLM",
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES": "AutoModelForSeq2SeqLM",
+    "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES": "AutoModelForImageClassification",
+}
+PER_TOKEN = ("AutoModelForTokenClassification", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM", "AutoModelForCausalLM")
+LANGUAGE_MODELS = PER_TOKEN[1:]
+
+
+def plain_model(model: nn.Module) -> nn.Module:
+    """The Transformers model inside an adapter's wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def auto_class_name(model: nn.Module) -> str | None:
+    """The Auto class that loads models like this one, None for a class of the user's own."""
+    name = type(plain_model(model)).__name__
+    for mapping, auto_class in AUTO_CLASSES.items():
+        if any(name in ([v] if isinstance(v, str) else v) for v in getattr(modeling_auto, mapping).values()):
+            return auto_class
+    return None
+
+
+def problem_of(model: nn.Module) -> Literal["one_label", "several_labels", "regression"]:
+    """What kind of labels `model` predicts; Transformers may learn it from the first batch."""
+    config = getattr(plain_model(model), "config", None)
+    problem_type = getattr(config, "problem_type", None)
+    if problem_type == "multi_label_classification":
+        return "several_labels"
+    is_classifier = auto_class_name(model) not in PER_TOKEN
+    is_regression = problem_type == "regression" or (is_classifier and getattr(config, "num_labels", 2) == 1)
+    return "regression" if is_regression else "one_label"
+
+
+@dataclass(frozen=True)
+class Task:
+    """kind: `sequence` has one prediction an example, `tokens` one a position, `spans` a start and an end an example.
+
+    is_shifted: the logits of a position predict the next one (causal language models).
+    """
+
+    kind: Literal["sequence", "tokens", "spans"]
+    is_shifted: bool
+
+    @staticmethod
+    def of(model: nn.Module) -> "Task":
+        auto_class = auto_class_name(model)
+        kind = (
+            "spans"
+            if auto_class == "AutoModelForQuestionAnswering"
+            else "tokens"
+            if auto_class in PER_TOKEN
+            else "sequence"
+        )
+        return Task(kind, auto_class == "AutoModelForCausalLM")
+
+    def counted(self, inputs: dict) -> Tensor | None:
+        """The positions whose logits count, (B, T) or one shorter when shifted; None where each example counts once.
+
+        Where there are labels: those that are not -100. Without labels: all real tokens.
+        """
+        if self.kind != "tokens":
+            return None
+        if (labels := inputs.get("labels")) is not None:
+            counted = labels != -100
+        elif (counted := inputs.get("decoder_attention_mask", inputs.get("attention_mask"))) is not None:
+            counted = counted.bool()
+        else:
+            counted = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
+        return counted[:, 1:] if self.is_shifted else counted
+
+    def logits(self, outputs, inputs: dict) -> Tensor:
+        """The logits that count: (items, C). Spans give 2 * B rows over the T real tokens."""
+        if self.kind == "spans":
+            logits = torch.cat([outputs["start_logits"], outputs["end_logits"]])  # (2 * B, T)
+            mask = inputs.get("attention_mask")
+            # Not -inf: the same huge negative number in student and teacher has probability and distance zero.
+            return logits if mask is None else logits.masked_fill(~mask.bool().repeat(2, 1), -1e4)
+        logits = outputs["logits"]
+        if (counted := self.counted(inputs)) is None:
+            return logits
+        return (logits[:, : counted.shape[1]] if self.is_shifted else logits)[counted]
+
+    def count(self, inputs: dict) -> dict[str, Tensor]:
+        """How many items of each unit of `losses.Unit` there are in a batch, as float tensors."""
+        first = next(v for v in inputs.values() if isinstance(v, Tensor))
+        examples = torch.tensor(float(len(first)), device=first.device)
+        mask, counted = inputs.get("attention_mask"), self.counted(inputs)
+        tokens = (
+            examples
+            if "input_ids" not in inputs
+            else torch.tensor(float(inputs["input_ids"].numel()), device=first.device)
+        )
+        return {
+            "example": examples,
+            "token": tokens if mask is None else mask.sum().float(),
+            "label": examples if counted is None else counted.sum().float(),
+        }
