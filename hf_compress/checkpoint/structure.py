@@ -1,6 +1,7 @@
 """The `structure` part of the record: which shapes and attributes differ from what the config alone builds.
 
-    {"shapes": {module: [out_features, in_features]}, "attributes": {module: {attribute: value}}}
+    {"shapes": {module: [out_features, in_features]}, "attributes": {module: {attribute: value}},
+     "layers": {"config": {field: value}, "keep": {list of layers: [number, ...]}}}
 
 Everything is checked before it is used: names must be linear maps of the model, shapes must lie within what the config
 builds, attributes are a closed list, and the result must be a model whose projections fit each other.
@@ -15,11 +16,12 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_compress.anatomy import Attention, FeedForward, anatomy, in_features, is_projection, out_features
 from hf_compress.record import find_name
+from hf_compress.surgery.depth import ATTRIBUTES, DEPTH_FIELDS, PER_LAYER_FIELDS, place_layers
 from hf_compress.surgery.heads import head_attributes
-from hf_compress.surgery.settle import ATTRIBUTES
 from hf_compress.surgery.stand_ins import COUNTS_HEADS, HeadlessAttention, linear_class
 
-KEYS = ("shapes", "attributes")
+KEYS = ("shapes", "attributes", "layers")
+MOST_LAYERS = 10_000
 
 
 def validate(part: dict[str, Any]) -> None:
@@ -28,6 +30,8 @@ def validate(part: dict[str, Any]) -> None:
     for name, shape in _entries(part, "shapes"):
         if not (isinstance(shape, list) and len(shape) == 2 and all(_is_size(n) for n in shape)):
             raise ValueError(f"structure: the shape of {name!r} must be two sizes, got {shape!r}.")
+    if "layers" in part:
+        _validate_layers(dict(_entries(part, "layers")))
     for name, attributes in _entries(part, "attributes"):
         if not isinstance(attributes, dict):
             raise ValueError(f"structure: the attributes of {name!r} must be a mapping, got {attributes!r}.")
@@ -42,6 +46,8 @@ def prepare(model: nn.Module, part: dict[str, Any]) -> None:
 
     Raises ValueError for names, shapes and attributes that do not fit the model that the config builds.
     """
+    if "layers" in part:
+        place_layers(model, part["layers"])
     layers = anatomy(model).layers
     for stored, shape in _entries(part, "shapes"):
         name = _find(model, stored)
@@ -67,6 +73,23 @@ def prepare(model: nn.Module, part: dict[str, Any]) -> None:
     for name, module in list(model.named_modules()):
         if type(module).__name__ in COUNTS_HEADS and module.num_attention_heads == 0:
             model.set_submodule(name, HeadlessAttention(module))
+
+
+def _validate_layers(layers: dict[str, Any]) -> None:
+    _check_keys(layers, ("config", "keep"), "layers")
+    fields = dict(_entries(layers, "config"))
+    depth_fields = [name for names in DEPTH_FIELDS for name in names]
+    _check_keys(fields, (*depth_fields, *PER_LAYER_FIELDS), "layers")
+    for name, value in fields.items():
+        is_depth = _is_size(value) and value <= MOST_LAYERS
+        is_list = (
+            isinstance(value, list) and len(value) <= MOST_LAYERS and all(isinstance(v, (str, int)) for v in value)
+        )
+        if not (is_depth if name in depth_fields else is_list):
+            raise ValueError(f"structure: {name} of the layers must be a depth or a list per layer, got {value!r}.")
+    for name, numbers in _entries(layers, "keep"):
+        if not (isinstance(numbers, list) and all(_is_size(i) for i in numbers) and len(set(numbers)) == len(numbers)):
+            raise ValueError(f"structure: the layers of {name!r} must be a list of different numbers, got {numbers!r}.")
 
 
 def resize(module: nn.Linear | Conv1D, out_size: int, in_size: int) -> None:

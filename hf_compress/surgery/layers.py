@@ -6,11 +6,10 @@ from typing import Any
 from torch import nn
 
 from hf_compress.anatomy import Anatomy, anatomy
+from hf_compress.record import read_part, stored_name
 from hf_compress.surgery.cache import assign_slots
+from hf_compress.surgery.depth import DEPTH_FIELDS, PER_LAYER_FIELDS
 from hf_compress.surgery.transaction import Transaction
-
-DEPTH_FIELDS = (("num_hidden_layers",), ("encoder_layers", "decoder_layers"), ("num_layers", "num_decoder_layers"))
-PER_LAYER_FIELDS = ("layer_types", "no_rope_layers", "mlp_layer_types")  # lists with one entry for each layer
 
 
 def prune_layers(model: nn.Module, keep: Sequence[int]) -> nn.Module:
@@ -24,6 +23,7 @@ def prune_layers(model: nn.Module, keep: Sequence[int]) -> nn.Module:
     kept = _kept_layers(parts, list(keep))
     with Transaction(model) as transaction:
         changes = _config_changes(model.config, parts, kept)
+        transaction.structure["layers"] = _origin(model, parts, kept, list(changes))
         for field, value in changes.items():
             transaction.set(model.config, field, value)
         for stack, numbers in zip(parts.stacks, kept, strict=True):
@@ -51,6 +51,17 @@ def _kept_layers(parts: Anatomy, keep: list[int]) -> list[list[int]]:
             raise ValueError(f"keep={keep} leaves no layer in {stack.name}; keep at least one of its layers.")
         first += len(stack.layers)
     return kept
+
+
+def _origin(model: nn.Module, parts: Anatomy, kept: list[list[int]], fields: list[str]) -> dict[str, Any]:
+    """Which layers of which config these are, by the numbers of the first model that was cut."""
+    names = [stored_name(model, stack.name) for stack in parts.stacks]
+    before = read_part(model.config, "structure").get("layers") or {
+        "config": {field: getattr(model.config, field) for field in fields},
+        "keep": {name: list(range(len(stack.layers))) for name, stack in zip(names, parts.stacks, strict=True)},
+    }
+    keep = {name: [before["keep"][name][i] for i in numbers] for name, numbers in zip(names, kept, strict=True)}
+    return {"config": before["config"], "keep": keep}
 
 
 def _config_changes(config, parts: Anatomy, kept: list[list[int]]) -> dict[str, Any]:

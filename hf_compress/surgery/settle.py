@@ -15,27 +15,23 @@ from torch import nn
 
 from hf_compress.anatomy import HEAD_DIM_NAMES, anatomy, in_features, is_projection, out_features
 from hf_compress.record import read_part, stored_name, write_part
+from hf_compress.surgery.depth import ATTRIBUTES, are_alike, place_layers
 
-# What `forward` reads of a module's own numbers, beside the shapes of its weights; the loader sets no other attribute.
-ATTRIBUTES = (
-    "num_attention_heads",
-    "num_heads",
-    "n_heads",
-    "num_key_value_heads",
-    "num_key_value_groups",
-    "all_head_size",
-    "split_size",
-    "intermediate_size",
-    "layer_idx",
-)
 NEURON_FIELDS = ("intermediate_size", "hidden_dim", "n_inner", "ffn_dim", "d_ff")
 STACK_NEURON_FIELDS = ("encoder_ffn_dim", "decoder_ffn_dim")
 
 
-def settle(model: nn.Module) -> None:
-    """Changes `model.config`: its fields and its record now describe `model`."""
+def settle(model: nn.Module, changes: dict[str, Any]) -> None:
+    """Changes `model.config`: its fields and its record now describe `model`.
+
+    `changes` are entries of the record's structure that a comparison cannot find out: which layers these once were.
+    """
     config = model.config
-    structure = {k: v for k, v in read_part(config, "structure").items() if k not in ("shapes", "attributes")}
+    structure = {**read_part(config, "structure"), **changes}
+    structure = {key: value for key, value in structure.items() if key not in ("shapes", "attributes")}
+    without = {key: value for key, value in structure.items() if key != "layers"}
+    if "layers" in structure and are_alike(model, build_twin(model, config, without)):
+        structure = without
     found = _differences(model, config, structure)
     chosen: dict[str, Any] = {}
     for fields in _uniform_fields(model):
@@ -61,19 +57,24 @@ def settle(model: nn.Module) -> None:
                | ({"attributes": attributes} if attributes else {}))  # fmt: skip
 
 
-def build_twin(model: nn.Module, config) -> nn.Module:
+def build_twin(model: nn.Module, config, structure: dict[str, Any]) -> nn.Module:
     """What `from_pretrained` would build from `config` for the class of `model`, on the meta device.
+
+    Of `structure` it has the layers, with the shapes of the config.
 
     Raises ValueError or StrictDataclassError if the family does not allow the config.
     """
     config = type(config).from_dict(config.to_dict())  # checks the values, as loading does
     with torch.device("meta"):
-        return type(model)(config)
+        twin = type(model)(config)
+    if "layers" in structure:
+        place_layers(twin, structure["layers"])
+    return twin
 
 
 def _differences(model: nn.Module, config, structure: dict) -> dict[tuple[str, str], Any]:
     """(stored module name, "shape" or attribute) -> value in `model`, where the twin of `config` has another."""
-    twin = dict(build_twin(model, config).named_modules())
+    twin = dict(build_twin(model, config, structure).named_modules())
     found = {}
     for name, module in model.named_modules():
         other, stored = twin.get(name), stored_name(model, name)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_compress.anatomy import Projection
+from hf_compress.record import read_part
 from hf_compress.surgery.settle import settle
 from hf_compress.surgery.stand_ins import linear_class
 
@@ -21,7 +22,10 @@ class Transaction:
     """
 
     def __init__(self, model: nn.Module):
+        if any(read_part(model.config, part) for part in ("bits", "sparsity")):
+            raise ValueError("This model is quantized or block-sparse. Cut it first, then quantize or sparsify it.")
         self.model = model
+        self.structure: dict[str, Any] = {}  # what the record is to say of the structure; see `settle`
         self._changes: list[tuple[Any, str, Any]] = []  # object, attribute, new value
         self._owners: dict[int, list[str]] = {}
         for name, module in model.named_modules():
@@ -78,7 +82,7 @@ class Transaction:
                     value = value(getattr(owner, attribute))
                 undo.append((owner, attribute, getattr(owner, attribute)))
                 setattr(owner, attribute, value)
-            settle(self.model)
+            settle(self.model, self.structure)
         except BaseException:
             for owner, attribute, value in reversed(undo):
                 setattr(owner, attribute, value)

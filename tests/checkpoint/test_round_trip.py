@@ -1,8 +1,5 @@
 """A pruned model is saved and loaded with the methods every model has, and computes the same, bit for bit."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from helpers import FAMILIES, TASKS, default_task, tiny_batch, tiny_model
@@ -92,11 +89,3 @@ def test_loading_in_another_dtype_and_by_a_config_object(tmp_path):
     assert TASKS["classification"].from_pretrained(tmp_path, config=config).num_parameters() == model.num_parameters()
     again = TASKS["classification"].from_pretrained(tmp_path, config=half.config)  # of a model that was loaded
     assert again.num_parameters() == model.num_parameters()
-
-
-def test_loading_without_hf_compress_fails_and_names_it(tmp_path):
-    pruned("bert").save_pretrained(tmp_path)
-    script = f"from transformers import AutoModel; AutoModel.from_pretrained({str(tmp_path)!r})"
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert result.returncode != 0
-    assert "hf_compress" in result.stderr

@@ -167,7 +167,7 @@ def test_an_unknown_parameter_of_the_attention_is_refused():
 def test_a_failure_half_way_leaves_the_model_as_it_was(monkeypatch):
     model = tiny_model("bert")
     before, config = logits(model), model.config.to_dict()
-    monkeypatch.setattr("hf_compress.surgery.transaction.settle", lambda model: 1 / 0)
+    monkeypatch.setattr("hf_compress.surgery.transaction.settle", lambda model, changes: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prune_heads(model, {0: [0], 1: [2]})
     assert model.config.to_dict() == config

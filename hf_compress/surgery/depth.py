@@ -1,0 +1,89 @@
+"""Layers that a shorter config would build differently, e.g. ModernBERT's first layer, which has no norm of its own.
+
+The record then says which layers of which deeper config they are:
+
+    "layers": {"config": {"num_hidden_layers": 4}, "keep": {"layers": [1, 2, 3]}}
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_compress.anatomy import HEAD_DIM_NAMES, Layer, anatomy
+from hf_compress.record import find_name
+from hf_compress.surgery.stand_ins import BiasConv1D, HeadlessAttention
+
+DEPTH_FIELDS = (("num_hidden_layers",), ("encoder_layers", "decoder_layers"), ("num_layers", "num_decoder_layers"))
+PER_LAYER_FIELDS = ("layer_types", "no_rope_layers", "mlp_layer_types")  # lists with one entry for each layer
+
+# What a module's `forward` reads of its own numbers, beside the shapes of its weights, and surgery changes.
+ATTRIBUTES = (
+    "num_attention_heads",
+    "num_heads",
+    "n_heads",
+    "num_key_value_heads",
+    "num_key_value_groups",
+    "all_head_size",
+    "split_size",
+    "intermediate_size",
+    "layer_idx",
+)
+_SIZES = {*ATTRIBUTES, *HEAD_DIM_NAMES, "in_features", "out_features", "nf", "nx", "training", "gradient_checkpointing"}
+
+
+def place_layers(model: nn.Module, layers: dict[str, Any]) -> None:
+    """Changes `model`, which is on the meta device: its layers become those that a deeper config builds.
+
+    Raises ValueError if the deeper model has no such layers, or `model` another number of them.
+    """
+    deeper = copy.deepcopy(model.config)
+    for field, value in layers["config"].items():
+        setattr(deeper, field, value)
+    with torch.device("meta"):
+        source = type(model)(deeper)
+    for stored, numbers in layers["keep"].items():
+        name = find_name(model, stored)
+        target = None if name is None else model.get_submodule(name)
+        if not isinstance(target, nn.ModuleList):
+            raise ValueError(f"structure: {stored!r} is no list of layers of {type(model).__name__}.")
+        blocks = source.get_submodule(name)
+        if len(target) != len(numbers) or not all(0 <= i < len(blocks) for i in numbers):
+            raise ValueError(
+                f"structure: layers {numbers} of {stored!r} do not fit: the config has {len(target)} layers, "
+                f"the model they were taken from {len(blocks)}."
+            )
+        for i, number in enumerate(numbers):
+            target[i] = number_layer(blocks[number], i)
+
+
+def number_layer(block: nn.Module, number: int) -> nn.Module:
+    """Changes `block`, a layer, and returns it: its parts now say that they are in layer `number`."""
+    for module in block.modules():
+        if hasattr(module, "layer_idx"):
+            module.layer_idx = number
+    return block
+
+
+def are_alike(model: nn.Module, twin: nn.Module) -> bool:
+    """Whether the layers of both consist of the same modules with the same settings, sizes aside."""
+    layers, others = anatomy(model).layers, anatomy(twin).layers
+    return len(layers) == len(others) and all(map(_layers_are_alike, layers, others))
+
+
+def _layers_are_alike(layer: Layer, other: Layer) -> bool:
+    modules, others = dict(layer.module.named_modules()), dict(other.module.named_modules())
+    return modules.keys() == others.keys() and all(
+        isinstance(modules[name], HeadlessAttention) or _signature(modules[name]) == _signature(others[name])
+        for name in modules
+    )
+
+
+def _signature(module: nn.Module) -> tuple[type, dict[str, Any], set[str]]:
+    kind = Conv1D if isinstance(module, BiasConv1D) else type(module)
+    names = [name for name in vars(module) if not name.startswith("_") and name not in _SIZES]
+    settings = {name: getattr(module, name) for name in names}
+    plain = {name: value for name, value in settings.items() if isinstance(value, (int, float, str, type(None)))}
+    return kind, plain, {*module._parameters, *module._buffers}
