@@ -160,12 +160,24 @@ def stored_size(model: PreTrainedModel, folder: Path | None = None) -> tuple[int
     """
     weights = _weight_files(folder) if folder else []
     if not weights:
-        with tempfile.TemporaryDirectory() as temporary:
+        with tempfile.TemporaryDirectory() as temporary, _no_progress_bar():
             model.save_pretrained(temporary)
             return stored_size(model, Path(temporary))
     others = [folder / name for name in ("config.json", "model.safetensors.index.json")]
     size = sum(file.stat().st_size for file in [*weights, *others] if file.is_file())
     return size, sum(_tensor_bytes(file) for file in weights)
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Saving for the sake of its size is not what the user waits for."""
+    was_enabled = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            transformers.utils.logging.enable_progress_bar()
 
 
 def _weight_files(folder: Path) -> list[Path]:
