@@ -6,8 +6,11 @@ import pytest
 import torch
 from helpers import FAMILIES, tiny_batch, tiny_model
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from hf_compress.counting import multiply_adds, num_parameters, num_weights, sparsity
+from hf_compress.inputs import example_batch
+from hf_compress.layers.packed_embedding import PackedEmbedding, TiedHead
 from hf_compress.layers.packed_linear import PackedLinear
 from hf_compress.layers.scheme import WeightScheme
 from hf_compress.measure import load_model, measure, measure_together, stored_size
@@ -96,6 +99,19 @@ def test_a_block_sparse_layer_counts_the_blocks_it_stores():
     assert multiply_adds(wrapped, {"x": torch.ones(3, 5, 8)}) == 5 * (2 * 16 + 8 * 2)
 
 
+def test_a_head_tied_to_a_packed_embedding_stores_nothing():
+    embedding = PackedEmbedding(16, 8, WeightScheme(bits=4))
+    model = nn.ModuleList([embedding, TiedHead(embedding, nn.Parameter(torch.zeros(16)))])
+    assert num_parameters(model) == 16 * 8 + 16
+
+
+def test_rows_are_outputs_in_conv1d_too():
+    conv = Conv1D(4, 2)  # 4 outputs, weight (2, 4)
+    with torch.no_grad():
+        conv.weight.fill_(1.0)[:, 0] = 0.0
+    assert sparsity(conv) == {"weights": 0.25, "rows": 0.25, "columns": 0.0}
+
+
 def test_zeros_are_reported_by_kind_and_still_counted():
     linear = nn.Linear(4, 4)
     with torch.no_grad():
@@ -139,6 +155,13 @@ def test_every_family_is_measured_on_random_tokens(family):
     assert found.multiply_adds > 0
     assert found.peak_memory_bytes > 4 * found.parameters
     assert len(found.latency_ms.samples) == len(found.throughput.samples) == 2
+
+
+def test_random_tokens_are_not_special():
+    model = tiny_model("bart")  # padding 0, begin 1, end 2
+    batch = example_batch(model, sequence_length=64)
+    assert batch["input_ids"].shape == (32, 64)
+    assert set(range(3, 64)) == set(batch["input_ids"].flatten().tolist())
 
 
 def test_real_examples_are_used_when_given():

@@ -10,7 +10,7 @@ from transformers import BertTokenizer
 
 import hf_compress as hfc
 from hf_compress.report import result
-from hf_compress.report.quality import accuracy
+from hf_compress.report.quality import accuracy, example_scores, padding_collator, usable_rows
 
 NUM_LABELS = 3
 QUICK = dict(sequence_length=8, latency_rounds=5, throughput_rounds=5)
@@ -68,12 +68,14 @@ def shifted(model, by=1):
     return copy
 
 
-def test_quality_is_that_of_the_examples_in_any_order(tokenizer):
-    model = classifier()
-    report = hfc.compare({"m": model}, eval_dataset=examples(model, wrong=range(6)), processing_class=tokenizer,
-                         batch_size=7, **QUICK)  # fmt: skip
-    assert report["m"].quality == pytest.approx(54 / 60)
-    assert report.num_examples == 60
+def test_scores_stay_with_their_examples(tokenizer):
+    """Rows are run in the order of their length, with padding, and the model may be in training mode."""
+    model, wrong = classifier(), {0, 7, 8, 31, 59}
+    rows = usable_rows(examples(model, wrong=wrong), model, accuracy)
+    collator = padding_collator(rows, tokenizer, model, "input_ids")
+    scores = example_scores(model.train(), rows, collator, metric=accuracy, batch_size=7)
+    assert {i for i, score in enumerate(scores) if score == 0} == wrong
+    assert model.training
 
 
 def test_a_model_and_itself_do_not_differ(tokenizer):
