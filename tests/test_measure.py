@@ -181,7 +181,7 @@ def test_measuring_leaves_the_model_as_it_was():
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
-def test_calls_take_turns_and_warm_ups_are_left_out():
+def test_calls_take_turns_back_and_forth_and_warm_ups_are_left_out():
     clock, order = FakeClock(), []
 
     def call(name, seconds):
@@ -193,7 +193,7 @@ def test_calls_take_turns_and_warm_ups_are_left_out():
 
     calls = [call("A", 1.0), call("B", 2.0)]
     assert time_interleaved(calls, rounds=3, warmup_rounds=2, clock=clock) == [[1.0] * 3, [2.0] * 3]
-    assert "".join(order) == "ABABABABAB"
+    assert "".join(order) == "ABBAABBAAB"
 
 
 def test_times_become_latency_and_throughput():

@@ -1,7 +1,7 @@
 """A fair comparison: the same examples, in pairs, and the same machine, in turns.
 
-Rates are those of the surveys: compression rate a / a* by parameters and by bytes on disk, speed-up s / s* by median
-latency and by throughput; a and s are the reference's, a* and s* the compressed model's.
+Rates are those of the surveys: compression rate a / a* by parameters and by bytes on disk, speed-up s / s* by latency
+and by throughput, the median over rounds; a and s are the reference's, a* and s* the compressed model's.
 """
 
 import logging
@@ -113,8 +113,8 @@ def compare(
                 measurement=cost,
                 parameter_rate=base.parameters / cost.parameters,
                 byte_rate=base.stored_bytes / cost.stored_bytes,
-                latency_speed_up=ratio_of_medians(base.latency_ms, cost.latency_ms),
-                throughput_speed_up=ratio_of_medians(cost.throughput, base.throughput),
+                latency_speed_up=median_ratio(base.latency_ms, cost.latency_ms),
+                throughput_speed_up=median_ratio(cost.throughput, base.throughput),
             )
         )
     return Report(
@@ -168,15 +168,14 @@ def paired_difference(reference: Tensor, candidate: Tensor) -> Difference:
     return Difference(Interval(differences.mean().item(), low, high), p_value, test)
 
 
-def ratio_of_medians(above: Spread, below: Spread) -> Interval:
-    """Of samples taken in turns; the interval resamples whole rounds, so that what slowed both cancels."""
-    rounds = torch.tensor([above.samples, below.samples], dtype=torch.double).T  # (rounds, 2)
+def median_ratio(above: Spread, below: Spread) -> Interval:
+    """Median over rounds of the ratio of two samples taken in turns: what slowed a round slowed both.
 
-    def ratio(drawn: Tensor) -> Tensor:
-        medians = drawn.quantile(0.5, dim=1)  # (resamples, 2)
-        return medians[:, 0] / medians[:, 1]
-
-    return Interval(above.median / below.median, *bootstrap_interval(rounds, ratio))
+    On a busy machine the ratio of the two medians scatters several times as much; on a quiet one they agree.
+    """
+    ratios = torch.tensor(above.samples, dtype=torch.double) / torch.tensor(below.samples, dtype=torch.double)
+    interval = bootstrap_interval(ratios, lambda drawn: drawn.quantile(0.5, dim=1))
+    return Interval(ratios.quantile(0.5).item(), *interval)
 
 
 def structure(model: PreTrainedModel) -> dict[str, int | list[int]] | None:

@@ -64,7 +64,7 @@ def conditions(report: Report) -> str:
     threads = f"{one.threads} thread{'s' * (one.threads != 1)}"
     return (
         f"Measured on {one.device}, {threads}, {dtypes}, {length} an example, models in turns; "
-        f"{data}medians, rates against {report.reference}; {versions}."
+        f"{data}medians over rounds, rates against {report.reference}; {versions}."
     )
 
 
