@@ -30,6 +30,9 @@ _HOMES = {  # public name -> module that defines it
     "prune_heads": "hf_compress.surgery.heads",
     "prune_layers": "hf_compress.surgery.layers",
     "prune_neurons": "hf_compress.surgery.neurons",
+    "head_importance": "hf_compress.pruning.importance.heads",
+    "layer_importance": "hf_compress.pruning.importance.layers",
+    "neuron_importance": "hf_compress.pruning.importance.neurons",
 }
 
 __all__ = sorted(_HOMES)

@@ -1,0 +1,1 @@
+"""What to remove, when, and by how much: importances, schedules, masks, callbacks and trainers."""
