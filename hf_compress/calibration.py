@@ -81,18 +81,18 @@ def _is_numbers(value: object) -> bool:
 
 
 class HiddenStates:
-    """One tensor for each batch, in memory or as files in a folder."""
+    """Tensors by batch number (or another name), in memory or as files in a folder."""
 
     def __init__(self, folder: Path | None = None):
         self.folder, self.tensors = folder, {}
 
-    def __setitem__(self, index: int, states: Tensor) -> None:
+    def __setitem__(self, index: int | str, states: Tensor) -> None:
         if self.folder is None:
             self.tensors[index] = states.cpu()
         else:
             save_file({HIDDEN: states.contiguous()}, self.folder / f"{index}.safetensors")
 
-    def __getitem__(self, index: int) -> Tensor:
+    def __getitem__(self, index: int | str) -> Tensor:
         if self.folder is None:
             return self.tensors[index]
         return load_file(self.folder / f"{index}.safetensors")[HIDDEN]
@@ -109,18 +109,18 @@ class StackInputs:
     def num_batches(self) -> int:
         return len(self.masks)
 
-    def run(self, batch: int, module: nn.Module | None = None) -> Tensor:
-        """The layer's output states for one batch, (B, T, D). `module` replaces the layer of the stack."""
-        module = self.stack.layers[self.index].module if module is None else module
+    def run(self, batch: int) -> Tensor:
+        """The layer's output states for one batch, (B, T, D)."""
+        module = self.stack.layers[self.index].module
         args, kwargs = self.calls[self.index][batch]
         hidden = self.hidden[batch].to(next(module.parameters()).device)
         output = module(hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
-    def advance(self, module: nn.Module | None = None) -> None:
+    def advance(self) -> None:
         """Turn the inputs of this layer into those of the next."""
         for batch in range(self.num_batches):
-            self.hidden[batch] = self.run(batch, module)
+            self.hidden[batch] = self.run(batch)
         self.index += 1
 
 

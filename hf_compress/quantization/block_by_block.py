@@ -1,22 +1,19 @@
 """GPTQ through a whole model: layer after layer, each seeing what the quantized layers before it hand on."""
 
 import contextlib
-import copy
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from hf_compress.anatomy import Layer, Stack, anatomy, in_features
 from hf_compress.calibration import (
+    HiddenStates,
     InputMoments,
     StackInputs,
     calibration_batches,
@@ -29,13 +26,11 @@ from hf_compress.calibration import (
     working_folder,
 )
 from hf_compress.layers.scheme import SCALE_DTYPES, WeightScheme
+from hf_compress.quantization.finished import FinishedLayers
 from hf_compress.quantization.gptq import DAMP_PERCENT, QuantizedWeight, output_error, quantize_weight
 from hf_compress.quantization.modules import install, is_linear, matrix, set_matrix
 
 logger = logging.getLogger(__name__)
-
-
-PARTS = tuple(field.name for field in fields(QuantizedWeight))
 
 
 class _AllSeen(Exception):
@@ -133,7 +128,9 @@ class _Run:
         self.cross_inputs = {m for a in anatomy(model).attentions if a.is_cross for m in (a.key, a.value)}
         self.finished = None
         if options.resume_dir is not None:
-            self.finished = FinishedLayers(Path(options.resume_dir), model, schemes, batches, options, range_method)
+            settings = {k: v for k, v in asdict(options).items() if k not in ("offload", "resume_dir")}
+            settings["range_method"] = range_method
+            self.finished = FinishedLayers(Path(options.resume_dir), model, schemes, batches, settings)
 
     def layers(self) -> None:
         stacks = [s for s in anatomy(self.model).stacks if any(self._inside(layer) for layer in s.layers)]
@@ -160,45 +157,53 @@ class _Run:
 
     def _layer(self, layer: Layer, inputs: StackInputs, exact: StackInputs | None) -> None:
         modules = self._inside(layer)
-        original = copy.deepcopy(layer.module) if exact is not None else None
         done = self.finished.load(layer.name) if self.finished is not None else None
-        results = done if done is not None else {}
-        if done is not None:
-            for name, result in done.items():
-                set_matrix(modules[name], result.dequantize())
-            self.progress.update(len(modules))
-        elif modules:
-            groups = input_groups(modules, lambda: inputs.run(0))
-            for names in groups if self.options.true_sequential else [sum(groups, [])]:
-                seen = [group for group in groups if group[0] in names]
-                moments = self._moments({group[0]: modules[group[0]] for group in seen}, layer, inputs, exact, original)
-                for group in seen:
-                    for name in group:
-                        results[name] = self._weight(name, modules[name], moments[group[0]])
-            if self.finished is not None:
-                self.finished.save(layer.name, results)
-        is_last = inputs.index == len(inputs.stack.layers) - 1
-        if not is_last:  # whatever follows the stack runs the whole model
+        groups = input_groups(modules, lambda: inputs.run(0)) if modules and done is None else []
+        firsts = {group[0]: modules[group[0]] for group in groups}
+        wanted = self._run_exact(firsts, exact) if exact is not None else None
+        results = done or {}
+        for name, result in results.items():
+            set_matrix(modules[name], result.dequantize())
+            self.progress.update()
+        for stage in [[group] for group in groups] if self.options.true_sequential else [groups]:
+            moments = self._moments({name: firsts[name] for name, *_ in stage}, list(firsts), inputs, wanted)
+            for group in stage:
+                for name in group:
+                    results[name] = self._weight(name, modules[name], moments[group[0]])
+        if self.finished is not None and done is None:
+            self.finished.save(layer.name, results)
+        if inputs.index < len(inputs.stack.layers) - 1:  # whatever follows the stack runs the whole model
             inputs.advance()
-            if exact is not None:
-                exact.advance(original)
         for name, result in results.items():
             install(self.model, name, result, self.schemes[name])
 
-    def _moments(self, modules: Mapping[str, nn.Module], layer: Layer, inputs: StackInputs, exact: StackInputs | None,
-                 original: nn.Module | None) -> dict[str, InputMoments]:  # fmt: skip
+    def _run_exact(self, modules: Mapping[str, nn.Module], exact: StackInputs) -> HiddenStates:
+        """Run the layer as it still is on its exact inputs; keep what `modules` got, as "number.batch"."""
+        kept = HiddenStates(exact.hidden.folder)
+        dtype = None if self.options.exact_products else torch.bfloat16  # what the products will round to anyway
+        for batch in range(exact.num_batches):
+            seen = {}
+            with input_hooks(modules, seen.__setitem__):
+                exact.hidden[batch] = exact.run(batch)
+            for number, name in enumerate(modules):  # numbered: the files of the layer before are overwritten
+                kept[f"{number}.{batch}"] = seen[name].to(dtype)
+        exact.index += 1
+        return kept
+
+    def _moments(
+        self, modules: Mapping[str, nn.Module], order: list[str], inputs: StackInputs, wanted: HiddenStates | None
+    ) -> dict[str, InputMoments]:
         moments = {name: InputMoments() for name in modules}
         for batch in range(inputs.num_batches):
-            wanted = {}
-            if exact is not None:
-                twins = {name: original.get_submodule(name.removeprefix(f"{layer.name}.")) for name in modules}
-                wanted = _inputs_of(twins, lambda b=batch: exact.run(b, original))
             for name, x in _inputs_of(modules, lambda b=batch: inputs.run(b)).items():
                 mask = inputs.masks[batch]
                 if modules[name] in self.cross_inputs:
                     mask = self.batches[batch].get("attention_mask")
                     mask = None if mask is None else mask.bool()
-                moments[name].add(token_rows(x, mask), token_rows(wanted[name], mask) if wanted else None)
+                exact = (
+                    None if wanted is None else token_rows(wanted[f"{order.index(name)}.{batch}"].to(x.device), mask)
+                )
+                moments[name].add(token_rows(x, mask), exact)
         return moments
 
     def _weight(self, name: str, module: nn.Module, moments: InputMoments) -> QuantizedWeight:
@@ -270,52 +275,3 @@ def _inputs_of(modules: Mapping[str, nn.Module], run: Callable[[], object]) -> d
     with input_hooks(modules, see), contextlib.suppress(_AllSeen):
         run()
     return seen
-
-
-class FinishedLayers:
-    """The quantized weights of the layers that are done, one file a layer, for a run that is cut off.
-
-    Raises ValueError if the folder belongs to another model, calibration or set of options.
-    """
-
-    def __init__(self, folder: Path, model: PreTrainedModel, schemes: Mapping[str, WeightScheme],
-                 batches: Sequence[Mapping], options: GPTQOptions, range_method: str):  # fmt: skip
-        self.folder = folder
-        settings = {k: v for k, v in asdict(options).items() if k not in ("offload", "resume_dir")}
-        data = hashlib.sha256()
-        for batch in batches:
-            for key in sorted(batch):
-                data.update(batch[key].cpu().numpy().tobytes())
-        sums = [float(matrix(model.get_submodule(name)).double().square().sum()) for name in schemes]
-        run = {
-            "options": settings,
-            "range_method": range_method,
-            "schemes": {name: scheme.to_dict() for name, scheme in schemes.items()},
-            "calibration": data.hexdigest(),
-            "weights": hashlib.sha256(repr(sums).encode()).hexdigest(),
-        }
-        folder.mkdir(parents=True, exist_ok=True)
-        file = folder / "run.json"
-        if file.exists():
-            before = json.loads(file.read_text())
-            changed = [key for key in run if before.get(key) != run[key]]
-            if changed:
-                raise ValueError(
-                    f"resume_dir {folder} holds a run with other {', '.join(changed)}. "
-                    "Repeat that run's settings, or choose an empty folder."
-                )
-        file.write_text(json.dumps(run, indent=1))
-
-    def load(self, layer: str) -> dict[str, QuantizedWeight] | None:
-        file = self.folder / f"{layer}.safetensors"
-        if not file.exists():
-            return None
-        tensors = load_file(file)
-        names = {key.rpartition(".")[0] for key in tensors}
-        return {name: QuantizedWeight(*(tensors[f"{name}.{part}"] for part in PARTS)) for name in names}
-
-    def save(self, layer: str, results: Mapping[str, QuantizedWeight]) -> None:
-        tensors = {f"{n}.{part}": getattr(result, part).contiguous() for n, result in results.items() for part in PARTS}
-        partial = self.folder / f"{layer}.partial"
-        save_file(tensors, partial)
-        partial.replace(self.folder / f"{layer}.safetensors")  # a file is there whole or not at all

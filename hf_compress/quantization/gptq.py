@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 DAMP_PERCENT = 0.01  # share of the mean Hessian diagonal added to it, as in the paper's experiments
 DAMP_GROWTH = 10.0  # a Hessian that stays singular is damped this many times more,
 LARGEST_DAMP = 1.0  # until the damping is as large as the mean diagonal
-UPDATE_BLOCK_SIZE = 128  # columns quantized before the rest of the matrix is updated (section 3.3, step 2)
+UPDATE_BLOCK_SIZE = 64  # columns quantized before the rest of the matrix is updated (section 3.3, step 2)
 
 
 @dataclass(frozen=True)

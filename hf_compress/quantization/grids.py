@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 MIN_SCALE = 2.0**-24  # the smallest positive float16: a scale must not round to zero
-SHRINK_STEPS, SMALLEST_SHRINK = 48, 0.36  # the range search tries shares of the full range from 1 down to this
+SHRINK_STEPS, SMALLEST_SHRINK = 20, 0.43  # the range search tries shares of the full range from 1 down to this
 PERCENTILE = 0.999  # share of the values inside the percentile range
 KL_BINS, KL_CANDIDATES, KL_ROWS, KL_SMOOTHING = 512, 32, 2048, 1e-4
 

@@ -1,0 +1,63 @@
+"""Keeps the layers that GPTQ is done with, so that a run that is cut off can go on."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from hf_compress.layers.scheme import WeightScheme
+from hf_compress.quantization.gptq import QuantizedWeight
+from hf_compress.quantization.modules import matrix
+
+PARTS = tuple(field.name for field in fields(QuantizedWeight))
+
+
+class FinishedLayers:
+    """The quantized weights of the layers that are done, one file a layer, for a run that is cut off.
+
+    Raises ValueError if the folder belongs to another model, calibration or set of options.
+    """
+
+    def __init__(self, folder: Path, model: nn.Module, schemes: Mapping[str, WeightScheme],
+                 batches: Sequence[Mapping], settings: dict):  # fmt: skip
+        self.folder = folder
+        data = hashlib.sha256()
+        for batch in batches:
+            for key in sorted(batch):
+                data.update(batch[key].cpu().numpy().tobytes())
+        sums = [float(matrix(model.get_submodule(name)).double().square().sum()) for name in schemes]
+        run = {
+            "options": settings,
+            "schemes": {name: scheme.to_dict() for name, scheme in schemes.items()},
+            "calibration": data.hexdigest(),
+            "weights": hashlib.sha256(repr(sums).encode()).hexdigest(),
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / "run.json"
+        if file.exists():
+            before = json.loads(file.read_text())
+            changed = [key for key in run if before.get(key) != run[key]]
+            if changed:
+                raise ValueError(
+                    f"resume_dir {folder} holds a run with other {', '.join(changed)}. "
+                    "Repeat that run's settings, or choose an empty folder."
+                )
+        file.write_text(json.dumps(run, indent=1))
+
+    def load(self, layer: str) -> dict[str, QuantizedWeight] | None:
+        file = self.folder / f"{layer}.safetensors"
+        if not file.exists():
+            return None
+        tensors = load_file(file)
+        names = {key.rpartition(".")[0] for key in tensors}
+        return {name: QuantizedWeight(*(tensors[f"{name}.{part}"] for part in PARTS)) for name in names}
+
+    def save(self, layer: str, results: Mapping[str, QuantizedWeight]) -> None:
+        tensors = {f"{n}.{part}": getattr(result, part).contiguous() for n, result in results.items() for part in PARTS}
+        partial = self.folder / f"{layer}.partial"
+        save_file(tensors, partial)
+        partial.replace(self.folder / f"{layer}.safetensors")  # a file is there whole or not at all
