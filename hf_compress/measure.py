@@ -87,7 +87,7 @@ def measure_together(
     throughput_rounds: int = 10,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[Measurement]:
-    """Measure several models, timed in turns (A B C, C B A, ...) so that their ratios hold on a busy machine.
+    """Measure several models, timed in turns (A B C, A C B, ...) so that their ratios hold on a busy machine.
 
     `folders[i]`, where given, is the folder that `models[i]` was loaded from: its files are its size. The others are
     saved to a temporary folder. `clock` gives seconds. The rest is as in `measure`.

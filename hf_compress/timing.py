@@ -1,13 +1,14 @@
 """Time and memory of calls, measured so that ratios hold on a busy machine.
 
-Calls that are compared take turns, back and forth (A B C, C B A, ...): what slows the machine down for a while slows
-all of them down, and none always runs after the same other one.
+Calls that are compared take turns in a shuffled order (A B C, A C B, B A C, ...): what slows the machine down for a
+while slows all of them down, and none always runs after the same other one, or ever after itself.
 """
 
 import os
+import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,8 +48,8 @@ def time_interleaved(
     warmup_rounds: int = WARMUP_ROUNDS,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[list[float]]:
-    """Seconds that each call took in each round, `seconds[call][round]`; every round runs all calls, every other one
-    from the last to the first: in one fixed order, a model beside itself came out 8% slower on a busy machine.
+    """Seconds that each call took in each round, `seconds[call][round]`; every round runs all calls, in an order
+    of its own: in one fixed order, a model beside itself came out 8% slower on a busy machine.
 
     `warmup_rounds` rounds run before and are not kept. A call must not return before its work is done. `clock` gives
     seconds.
@@ -56,8 +57,7 @@ def time_interleaved(
     if rounds < 1 or warmup_rounds < 0:
         raise ValueError(f"rounds must be at least 1 and warmup_rounds 0, got {rounds} and {warmup_rounds}.")
     seconds: list[list[float]] = [[] for _ in calls]
-    for turn in range(warmup_rounds + rounds):
-        order = range(len(calls)) if turn % 2 == 0 else reversed(range(len(calls)))
+    for turn, order in enumerate(_orders(len(calls), warmup_rounds + rounds)):
         for i in order:
             start = clock()
             calls[i]()
@@ -65,6 +65,18 @@ def time_interleaved(
             if turn >= warmup_rounds:
                 seconds[i].append(elapsed)
     return seconds
+
+
+def _orders(count: int, rounds: int) -> Iterator[list[int]]:
+    """Shuffled, the same in every run; the first of a round is not the last of the one before: its caches are warm."""
+    chance = random.Random(0)
+    order = list(range(count))
+    for _ in range(rounds):
+        last = order[-1]
+        chance.shuffle(order)
+        while count > 1 and order[0] == last:
+            chance.shuffle(order)
+        yield order
 
 
 def synchronize(device: torch.device) -> None:

@@ -1,6 +1,7 @@
 """Counts against counts by hand; times against a clock that we turn."""
 
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -181,7 +182,7 @@ def test_measuring_leaves_the_model_as_it_was():
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
-def test_calls_take_turns_back_and_forth_and_warm_ups_are_left_out():
+def test_calls_take_turns_and_warm_ups_are_left_out():
     clock, order = FakeClock(), []
 
     def call(name, seconds):
@@ -193,7 +194,20 @@ def test_calls_take_turns_back_and_forth_and_warm_ups_are_left_out():
 
     calls = [call("A", 1.0), call("B", 2.0)]
     assert time_interleaved(calls, rounds=3, warmup_rounds=2, clock=clock) == [[1.0] * 3, [2.0] * 3]
-    assert "".join(order) == "ABBAABBAAB"
+    assert "".join(order) == "ABABABABAB"
+
+
+def test_no_call_has_a_place_of_its_own():
+    order = []
+    time_interleaved([lambda i=i: order.append(i) for i in range(3)], rounds=300, warmup_rounds=0)
+    rounds = [order[i : i + 3] for i in range(0, 900, 3)]
+    assert all(sorted(turn) == [0, 1, 2] for turn in rounds)
+    after = Counter(zip(order, order[1:], strict=False))
+    assert all(after[i, i] == 0 for i in range(3))
+    # six pairs share 899 steps: 150 each, give or take four times 11
+    assert all(100 < after[i, j] < 200 for i in range(3) for j in range(3) if i != j)
+    places = Counter((place, i) for turn in rounds for place, i in enumerate(turn))
+    assert all(60 < places[place, i] < 140 for place in range(3) for i in range(3))
 
 
 def test_times_become_latency_and_throughput():
