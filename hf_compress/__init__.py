@@ -16,6 +16,8 @@ except PackageNotFoundError:  # a source tree on the path, not installed
     __version__ = "0+unknown"
 
 _HOMES = {  # public name -> module that defines it
+    "export": "hf_compress.checkpoint.export",
+    "load_gptq": "hf_compress.checkpoint.gptq_format",
     "quantize": "hf_compress.quantization.quantize",
     "DistillationConfig": "hf_compress.distillation.trainer",
     "DistillationTrainer": "hf_compress.distillation.trainer",
@@ -33,6 +35,8 @@ _HOMES = {  # public name -> module that defines it
     "head_importance": "hf_compress.pruning.importance.heads",
     "layer_importance": "hf_compress.pruning.importance.layers",
     "neuron_importance": "hf_compress.pruning.importance.neurons",
+    "prune_vocabulary": "hf_compress.surgery.vocabulary",
+    "used_tokens": "hf_compress.surgery.tokenizer",
 }
 
 __all__ = sorted(_HOMES)

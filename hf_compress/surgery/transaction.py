@@ -26,7 +26,7 @@ class Transaction:
             raise ValueError("This model is quantized or block-sparse. Cut it first, then quantize or sparsify it.")
         self.model = model
         self.structure: dict[str, Any] = {}  # what the record is to say of the structure; see `settle`
-        self._changes: list[tuple[Any, str, Any]] = []  # object, attribute, new value
+        self._changes: list[tuple[Any, str, Any]] = []  # object, attribute, new value; see `replace`
         self._owners: dict[int, list[str]] = {}
         for name, module in model.named_modules():
             for parameter in module.parameters(recurse=False):
@@ -67,7 +67,7 @@ class Transaction:
 
     def replace(self, name: str, make: Callable[[nn.Module], nn.Module]) -> None:
         """Put `make(module)` in the place of the module called `name`, later and after all that was said before."""
-        self._changes.append((self.model, name, make))
+        self._changes.append((None, name, make))
 
     def commit(self) -> None:
         """Make the changes, and bring the model's config and record in line with them."""
@@ -76,7 +76,7 @@ class Transaction:
         saved = copy.deepcopy(config.__dict__)
         try:
             for owner, attribute, value in self._changes:
-                if owner is self.model:
+                if owner is None:
                     owner, _, attribute = attribute.rpartition(".")
                     owner = self.model.get_submodule(owner)
                     value = value(getattr(owner, attribute))

@@ -1,0 +1,96 @@
+"""Tokens, cut out for good: rows of the embeddings, of the output head and of its biases, and of the tokenizer."""
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_compress.record import read_part
+from hf_compress.surgery.settle import build_twin
+from hf_compress.surgery.tokenizer import needed_tokens, smaller_tokenizer
+from hf_compress.surgery.transaction import Transaction
+
+
+def prune_vocabulary(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, keep: Iterable[int]
+) -> PreTrainedTokenizerBase:
+    """Keep only some tokens. Changes `model`, and returns its new tokenizer; the one given stays as it is.
+
+    `keep` holds token ids, e.g. `used_tokens(tokenizer, texts)`. Special tokens, single characters and the pieces that
+    byte-pair merges need are kept beside them. Texts of kept tokens get the same tokens, under new numbers, and the
+    same outputs; other words are spelled in smaller pieces. Tied tables stay tied, special token ids of the config and
+    the generation config are renumbered, and the checkpoint stays a plain one.
+
+    Raises ValueError, and changes nothing, for tokens that do not exist and models whose table cannot be cut.
+    """
+    table = model.get_input_embeddings()
+    if not isinstance(table, nn.Embedding) or "weight" not in table._parameters:
+        raise ValueError(f"{type(table).__name__} is no table of tokens that can be cut.")
+    size = table.num_embeddings
+    kept = needed_tokens(tokenizer, keep)
+    if kept[-1] >= size:
+        raise ValueError(f"The tokenizer has a token {kept[-1]}, the model {size} rows: they do not belong together.")
+    smaller = smaller_tokenizer(tokenizer, kept)
+    new = {old: i for i, old in enumerate(kept)}
+    with Transaction(model) as transaction:
+        for config in (model.config, getattr(model, "generation_config", None)):
+            for field, value in _renumbered(config, new, size).items():
+                transaction.set(config, field, value)
+        transaction.set(model.config, "vocab_size", len(kept))
+        _cut_tables(transaction, model, size, kept)
+    return smaller
+
+
+def _renumbered(config: Any, new: dict[int, int], size: int) -> dict[str, Any]:
+    """Fields of a config that hold token ids -> their new values. Ids beyond the vocabulary are left alone."""
+    changes: dict[str, Any] = {}
+    for field, value in vars(config).items() if config is not None else ():
+        if not field.endswith(("_token_id", "_token_ids", "suppress_tokens")) or value is None:
+            continue
+        if isinstance(value, int) and 0 <= value < size:
+            changes[field] = new.get(value)
+        elif isinstance(value, list):
+            changes[field] = [new[token] for token in value if token in new]
+    return changes
+
+
+def _cut_tables(transaction: Transaction, model: PreTrainedModel, size: int, kept: list[int]) -> None:
+    """What has another shape in a model with the smaller vocabulary is a table over tokens: keep the rows `kept`."""
+    config = copy.deepcopy(model.config)
+    config.vocab_size = len(kept)
+    config.pad_token_id = None if config.pad_token_id is None else kept.index(config.pad_token_id)
+    twin = dict(build_twin(model, config, read_part(model.config, "structure")).named_modules())
+    done: dict[int, Tensor] = {}
+    for name, module in model.named_modules():
+        other = twin.get(name)
+        if other is None:
+            continue
+        for key, tensor in {**module._parameters, **module._buffers}.items():
+            wanted = None if tensor is None else getattr(other, key)
+            if wanted is None or _is_same_apart_from_layers(tensor, wanted, size):
+                continue
+            if id(tensor) not in done:
+                done[id(tensor)] = _rows(f"{name}.{key}", tensor, size, kept)
+            transaction.set(module, key, done[id(tensor)])
+        for key, value in vars(module).items():
+            if isinstance(value, int) and value == size and getattr(other, key, None) == len(kept):
+                transaction.set(module, key, len(kept))
+        if isinstance(module, nn.Embedding):
+            transaction.set(module, "padding_idx", other.padding_idx)
+
+
+def _is_same_apart_from_layers(tensor: Tensor, wanted: Tensor, size: int) -> bool:
+    """Heads and neurons that were cut differ as well, but not in a dimension of the vocabulary's size."""
+    changed = [a for a, b in zip(tensor.shape, wanted.shape, strict=True) if a != b]
+    return size not in changed
+
+
+def _rows(name: str, tensor: Tensor, size: int, kept: list[int]) -> Tensor:
+    dims = [dim for dim, length in enumerate(tensor.shape) if length == size]
+    if len(dims) != 1:
+        raise ValueError(f"{name} has the shape {tuple(tensor.shape)}: which of it are tokens cannot be told.")
+    cut = tensor.detach().index_select(dims[0], torch.tensor(kept, device=tensor.device))
+    return nn.Parameter(cut, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else cut
