@@ -1,0 +1,40 @@
+# Each command makes its own .venv when there is none. PYTHON=python3.12 chooses another interpreter.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+TEACHER ?=
+DATASET ?=
+ARGS ?=
+
+.PHONY: demo test test-long check style clean
+.DEFAULT_GOAL := help
+
+help:  ## what can be made
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,test]'
+	touch $@
+
+demo: $(INSTALLED)  ## distil a real classifier into half its layers; TEACHER= and DATASET= name your own
+	@$(BIN)/python scripts/demo.py $(if $(TEACHER),--teacher '$(TEACHER)') $(if $(DATASET),--dataset '$(DATASET)') $(ARGS)
+
+test: $(INSTALLED)  ## the test suite; test-long runs the widest cases too
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+test-long: $(INSTALLED)  ## everything that needs no GPU
+	$(BIN)/python -m pytest -n 2 -m 'not gpu' $(ARGS)
+
+check: $(INSTALLED)  ## lint, format, import direction
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest tests/test_project.py
+
+style: $(INSTALLED)  ## format and fix
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove what was made, the teacher of the demo included
+	rm -rf $(VENV) runs build dist *.egg-info
