@@ -37,6 +37,7 @@ _HOMES = {  # public name -> module that defines it
     "neuron_importance": "hf_compress.pruning.importance.neurons",
     "prune_vocabulary": "hf_compress.surgery.vocabulary",
     "used_tokens": "hf_compress.surgery.tokenizer",
+    "factorise_embeddings": "hf_compress.pruning.embeddings",
 }
 
 __all__ = sorted(_HOMES)

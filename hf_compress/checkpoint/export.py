@@ -1,0 +1,56 @@
+"""Write a compressed model for readers that do not know hf_compress."""
+
+import copy
+import json
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_compress.checkpoint.compressed_tensors_format import compressed_tensors
+from hf_compress.checkpoint.gemma_format import gemma_tensors
+from hf_compress.checkpoint.gptq_format import gptq_tensors
+
+FORMATS = ("compressed-tensors", "gemma", "gptq", "gptq_v2", "plain")
+
+
+def export(model: PreTrainedModel, folder: str | Path, *, format: str) -> Path:
+    """Write `model` into `folder` in a format of the ecosystem. `model` stays as it is.
+
+    gptq, gptq_v2       GPTQ checkpoint (zero points minus one, or as they are), read by GPTQModel, vLLM and others
+    compressed-tensors  pack-quantized, read by vLLM and Transformers with compressed-tensors
+    gemma               Transformers' own format: no plugin needed; 2, 4 and 8 bit, symmetric, one scale per row
+    plain               dequantized weights that any loader reads
+
+    Raises ValueError, naming the module, for what the format cannot express.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {FORMATS}, got {format!r}.")
+    folder = Path(folder)
+    if format == "plain":
+        plain = copy.deepcopy(model)
+        if getattr(plain, "hf_quantizer", None) is not None:
+            plain = plain.dequantize()
+        plain.save_pretrained(folder)
+    elif format in ("gptq", "gptq_v2"):
+        state, settings = gptq_tensors(model, format)
+        save_as(model, folder, state, settings)
+        (folder / "quantize_config.json").write_text(json.dumps(settings, indent=2))
+    elif format == "compressed-tensors":
+        save_as(model, folder, *compressed_tensors(model))
+    else:
+        save_as(model, folder, *gemma_tensors(model))
+    return folder
+
+
+def save_as(model: PreTrainedModel, folder: Path, state: dict[str, Tensor], quantization_config: dict) -> None:
+    """`save_pretrained` with another state dict and record: the model's own are put back afterwards."""
+    own_config, quantizer = model.config, model.__dict__.get("hf_quantizer")
+    model.config = copy.deepcopy(own_config)
+    model.config.quantization_config = quantization_config
+    model.hf_quantizer = None  # it would write its own tensors instead of `state`
+    try:
+        model.save_pretrained(folder, state_dict={name: tensor.contiguous() for name, tensor in state.items()})
+    finally:
+        model.config = own_config
+        model.hf_quantizer = quantizer

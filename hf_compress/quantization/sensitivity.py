@@ -1,0 +1,177 @@
+"""How much the loss bends along each weight matrix: Hessian eigenvalues and traces, one module at a time.
+
+Q-BERT (Shen et al., 2020, https://arxiv.org/abs/1909.05840): Omega = |mean(lambda)| + std(lambda), lambda the top
+eigenvalue of the module's Hessian on each of several parts of the data, by power iteration.
+HAWQ-V2 (Dong et al., 2020, https://arxiv.org/abs/1911.03852): the Hessian's trace by Hutchinson's estimate, over the
+number of weights.
+
+Products with the Hessian come from gradients at two shifted points, H v ~ (g(w + e v) - g(w - e v)) / 2e. That needs no
+second derivative of the attention and runs under any implementation of it; a double backward costs about three times as
+much. All modules are probed at once: each has its own direction and its own product, and the cross terms between modules
+cancel on average for the trace. The eigenvalue needs exact blocks, so there the modules take turns.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from hf_compress.anatomy import anatomy
+from hf_compress.quantization.modules import check_quantizable, is_linear
+
+logger = logging.getLogger(__name__)
+
+METHODS = ("eigenvalue", "trace")
+RELATIVE_STEP = 1e-3  # shift of the weights, as a share of their norm, for the difference of two gradients
+MAX_ITERATIONS = 100
+
+
+def hessian_sensitivity(
+    model: PreTrainedModel,
+    dataloader: Iterable[Mapping[str, Tensor]],
+    *,
+    method: str = "eigenvalue",
+    modules: Sequence[str] | None = None,
+    parts: int = 10,
+    probes: int = 4,
+    tolerance: float = 1e-2,
+    seed: int = 0,
+) -> dict[str, float]:
+    """How sensitive the loss is to each module's weight: {module name: value}, for `allocate_bits`.
+
+    Args:
+        dataloader: batches with labels, as the model takes them; all of them are used, a fixed subsample is enough.
+        method: "eigenvalue", |mean| + standard deviation of the top eigenvalue over the parts of the data (Q-BERT), or
+            "trace", the mean diagonal of the Hessian (HAWQ-V2), which costs much less.
+        modules: names; by default all linear maps inside the layers.
+        parts: data parts for the eigenvalue, at most one a batch.
+        probes: random directions for the trace.
+        tolerance: power iteration stops when the eigenvalue changes by less than this share of itself.
+
+    The model runs in eval mode and keeps its weights. Raises ValueError for data without labels, and naming the module
+    where a gradient is not finite.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {METHODS}, got {method!r}.")
+    batches = list(dataloader)
+    if not batches:
+        raise ValueError("dataloader is empty: the Hessian needs batches with labels.")
+    weights = {name: check_quantizable(model, name).weight for name in modules or _linear_names(model)}
+    generator = torch.Generator().manual_seed(seed)
+    was_training = model.training
+    required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    model.eval().requires_grad_(False)
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    try:
+        if method == "trace":
+            return _traces(model, weights, batches, probes, generator)
+        return _omegas(model, weights, batches, parts, tolerance, generator)
+    finally:
+        model.train(was_training)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(required[name])
+
+
+def _linear_names(model: PreTrainedModel) -> list[str]:
+    return [
+        f"{layer.name}.{name}"
+        for layer in anatomy(model).layers
+        for name, module in layer.module.named_modules()
+        if is_linear(module)
+    ]
+
+
+def _omegas(model: PreTrainedModel, weights: Mapping[str, Tensor], batches: list, parts: int, tolerance: float,
+            generator: torch.Generator) -> dict[str, float]:  # fmt: skip
+    count = min(parts, len(batches))
+    subsets = [list(islice(batches, i, None, count)) for i in range(count)]
+    progress = transformers_logging.tqdm(total=len(weights), desc="Hessian eigenvalues", unit="module")
+    omegas = {}
+    with progress:
+        for name, weight in weights.items():
+            for other in weights.values():
+                other.requires_grad_(other is weight)
+            start = torch.randn(weight.shape, generator=generator).to(weight)
+            values = []
+            for subset in subsets:
+                product = _product(model, {name: weight}, subset)
+                value, start = top_eigenvalue(lambda v, p=product, n=name: p({n: v})[n], start, tolerance=tolerance)
+                values.append(value)
+            values = torch.tensor(values, dtype=torch.float64)
+            omegas[name] = float(values.mean().abs() + values.std(correction=0))
+            progress.update()
+    return omegas
+
+
+def top_eigenvalue(
+    product: Callable[[Tensor], Tensor], start: Tensor, *, tolerance: float = 1e-2
+) -> tuple[float, Tensor]:
+    """The eigenvalue of largest magnitude of a symmetric operator, by power iteration, with its eigenvector."""
+    vector, value = start / start.norm(), math.nan
+    for _ in range(MAX_ITERATIONS):
+        image = product(vector)
+        new, norm = float((vector * image).sum()), image.norm()
+        if norm == 0:
+            return 0.0, vector
+        vector = image / norm
+        if abs(new - value) <= tolerance * abs(new):
+            return new, vector
+        value = new
+    logger.info("The power iteration stopped after %d rounds, short of its tolerance.", MAX_ITERATIONS)
+    return value, vector
+
+
+def _traces(model: PreTrainedModel, weights: Mapping[str, Tensor], batches: list, probes: int,
+            generator: torch.Generator) -> dict[str, float]:  # fmt: skip
+    traces = dict.fromkeys(weights, 0.0)
+    product = _product(model, weights, batches)
+    for _ in transformers_logging.tqdm(range(probes), desc="Hessian traces", unit="probe"):
+        signs = {name: torch.randint(0, 2, w.shape, generator=generator).to(w) * 2 - 1 for name, w in weights.items()}
+        for name, image in product(signs).items():
+            traces[name] += float((signs[name] * image).sum()) / probes
+    return {name: trace / weights[name].numel() for name, trace in traces.items()}
+
+
+def _product(model: PreTrainedModel, weights: Mapping[str, Tensor], batches: list) -> Callable[[dict], dict]:
+    """v to H v for the mean loss over `batches`, by central differences of its gradient."""
+
+    def product(directions: dict[str, Tensor]) -> dict[str, Tensor]:
+        size = math.sqrt(sum(float(v.square().sum()) for v in directions.values()))
+        norm = math.sqrt(sum(float(w.detach().square().sum()) for w in weights.values()))
+        step = RELATIVE_STEP * max(norm, 1e-8) / size
+        before = {name: weight.detach().clone() for name, weight in weights.items()}
+        gradients = []
+        try:
+            for sign in (1, -1):
+                for name, weight in weights.items():
+                    weight.data.copy_(before[name] + sign * step * directions[name])
+                gradients.append(_gradients(model, weights, batches))
+        finally:
+            for name, weight in weights.items():
+                weight.data.copy_(before[name])
+        plus, minus = gradients
+        return {name: (plus[name] - minus[name]) / (2 * step) for name in weights}
+
+    return product
+
+
+def _gradients(model: PreTrainedModel, weights: Mapping[str, Tensor], batches: list) -> dict[str, Tensor]:
+    total = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    for batch in batches:
+        loss = model(**{k: v.to(model.device) for k, v in batch.items()}).loss
+        if loss is None:
+            raise ValueError("The model gave no loss: the batches need `labels`.")
+        found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+        for name, gradient in zip(weights, found, strict=True):
+            if gradient is None:
+                continue
+            if not gradient.isfinite().all():
+                raise ValueError(f"The gradient of {name} is not finite; check the model and the data.")
+            total[name] += gradient / len(batches)
+    return total

@@ -1,0 +1,155 @@
+"""Packed models saved and loaded again: the same logits bit for bit, on every family."""
+
+import copy
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, BertForSequenceClassification, BertModel
+
+import hf_compress as hfc
+from hf_compress.layers.packed_linear import PackedLinear
+from tests.helpers import FAMILIES, tiny_batch, tiny_model
+
+
+def saved(model, folder, **options):
+    hfc.quantize(model, **options)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_round_trip_is_bit_exact(family, tmp_path):
+    model = tiny_model(family)
+    batch = tiny_batch(model)
+    names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".0." in n or "h.0.attn" in n]
+    mixed = {name: (2, 3, 4, 8)[i % 4] for i, name in enumerate(names) if hasattr(model.get_submodule(name), "weight")}
+    saved(model, tmp_path, bits=mixed, group_size=16)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    widths = {n: m.scheme.bits for n, m in loaded.named_modules() if isinstance(m, PackedLinear)}
+    assert widths == mixed
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "gemma3_text", "modernbert"])
+def test_embeddings_and_tied_heads_round_trip(family, tmp_path):
+    task = "mlm" if family in ("bert", "modernbert") else "clm"
+    model = tiny_model(family, task, tie_word_embeddings=True)
+    batch = tiny_batch(model)
+    saved(model, tmp_path, bits=4, embedding_bits=8)
+    loaded = type(model).from_pretrained(tmp_path)
+    loaded.tie_weights()
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+    loaded.dequantize()
+    torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits)
+    head, table = loaded.get_output_embeddings(), loaded.get_input_embeddings()
+    assert head.weight is table.weight
+    loaded.save_pretrained(tmp_path / "plain")
+    again = type(model).from_pretrained(tmp_path / "plain")
+    assert torch.equal(again(**batch).logits, loaded(**batch).logits)
+
+
+def test_dequantized_twin_gives_the_same_logits_at_every_width(tmp_path):
+    for bits in (2, 3, 4, 8):
+        model = hfc.quantize(tiny_model(), bits, group_size=16)
+        batch = tiny_batch(model)
+        twin = copy.deepcopy(model)
+        twin.dequantize()
+        assert not any(isinstance(m, PackedLinear) for m in twin.modules())
+        assert torch.equal(model(**batch).logits, twin(**batch).logits)
+
+
+def test_other_task_classes_find_their_modules(tmp_path):
+    model = saved(tiny_model("bert"), tmp_path, bits={"bert.encoder.layer.0.output.dense": 4, "classifier": 8})
+    backbone = AutoModel.from_pretrained(tmp_path)
+    batch = tiny_batch(model)
+    assert torch.equal(backbone(**batch).last_hidden_state, model.bert(**batch).last_hidden_state)
+    assert isinstance(backbone.encoder.layer[0].output.dense, PackedLinear)
+
+
+def test_a_stock_load_fails_loudly(tmp_path):
+    saved(tiny_model("bert"), tmp_path, bits=4)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["quantization_config"]  # what a Transformers without the plugin makes of it
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RuntimeError):
+        BertForSequenceClassification.from_pretrained(tmp_path)
+    with pytest.raises(RuntimeError):
+        BertModel.from_pretrained(tmp_path)
+
+
+def test_quantizing_one_model_leaves_its_config_twin_alone(tmp_path):
+    model = tiny_model("bert")
+    other = BertForSequenceClassification(model.config)
+    hfc.quantize(model, 4)
+    other.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+
+
+def test_casting_keeps_scales_and_follows_the_dtype(tmp_path):
+    model = saved(tiny_model("llama"), tmp_path, bits=4)
+    loaded = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    packed = loaded.model.layers[0].mlp.down_proj
+    assert packed.scales.dtype == torch.float16 and packed.weight.dtype == torch.bfloat16
+    assert loaded(**tiny_batch(loaded)).logits.dtype == torch.bfloat16
+    model.to(torch.float64)
+    assert model.model.layers[0].mlp.down_proj.scales.dtype == torch.float16
+    assert model(**tiny_batch(model)).logits.dtype == torch.float64
+
+
+def test_compiles_without_graph_breaks():
+    model = hfc.quantize(tiny_model("llama"), 3, group_size=8)
+    batch = tiny_batch(model, padding=False)
+    expected = model(**batch, use_cache=False).logits
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(**batch, use_cache=False).logits, expected)
+
+
+def test_an_adapter_trains_and_a_merge_that_would_lose_it_raises(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = hfc.quantize(tiny_model("llama"), 4)
+    batch = tiny_batch(model)
+    base = model(**batch).logits
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    adapted(**batch, labels=batch["input_ids"]).loss.backward()
+    assert adapted.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].weight.grad is not None
+    changed = adapted(**batch).logits
+    assert not torch.allclose(changed, base)
+    with pytest.raises(RuntimeError, match="read-only"):
+        adapted.merge_and_unload()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda r: r["bits"]["encoder.layer.0.output.dense"].update(bits=5), "bits must be one of"),
+        (lambda r: r["bits"]["encoder.layer.0.output.dense"].update(group_size=7), "group_size must divide"),
+        (lambda r: r["bits"].update({"encoder.layer.9.output.dense": {"bits": 4}}), "lacks"),
+        (lambda r: r["bits"].update({"encoder.layer.0.output.LayerNorm": {"bits": 4}}), "LayerNorm"),
+        (lambda r: r["bits"]["encoder.layer.0.output.dense"].update(colour=1), "must hold bits"),
+    ],
+    ids=["bits", "groups", "missing-module", "not-linear", "unknown-field"],
+)
+def test_a_damaged_record_is_named(damage, message, tmp_path):
+    saved(tiny_model("bert"), tmp_path, bits=4)
+    config = json.loads((tmp_path / "config.json").read_text())
+    damage(config["quantization_config"])
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        BertForSequenceClassification.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(("part", "value", "message"), [("scales", torch.nan, "NaN"), ("g_idx", 99, "g_idx must lie")])
+def test_damaged_tensors_are_named(part, value, message, tmp_path):
+    model = tiny_model("bert")
+    calibration = [tiny_batch(model, batch=8, length=16, padding=False)]
+    saved(model, tmp_path, bits=4, method="gptq", desc_act=True, group_size=16, calibration=calibration)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    tensors[f"bert.encoder.layer.1.output.dense.{part}"].view(-1)[0] = value
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"encoder.layer.1.output.dense.*{message}"):
+        BertForSequenceClassification.from_pretrained(tmp_path)

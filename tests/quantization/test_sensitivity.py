@@ -1,0 +1,83 @@
+"""Sensitivities against the exact Hessian of a tiny model, in float64."""
+
+import pytest
+import torch
+
+from hf_compress.quantization.sensitivity import hessian_sensitivity, top_eigenvalue
+from tests.helpers import tiny_batch, tiny_model
+
+
+def model_and_batches(batches=2):
+    model = tiny_model("bert", attn="eager", hidden_size=8, num_attention_heads=2, intermediate_size=8,
+                       num_hidden_layers=2).double()  # fmt: skip
+    for parameter in model.parameters():
+        parameter.data *= 4  # away from the flat start, so that the Hessian is worth the name
+    data = []
+    for seed in range(batches):
+        batch = tiny_batch(model, batch=4, length=10, seed=seed)
+        data.append(batch | {"labels": torch.tensor([0, 1, 1, 0])})
+    return model, data
+
+
+def exact_hessian(model, batches, weight):
+    """Row by row, by double backward."""
+    loss = sum(model(**batch).loss for batch in batches) / len(batches)
+    (gradient,) = torch.autograd.grad(loss, weight, create_graph=True)
+    rows = [torch.autograd.grad(g, weight, retain_graph=True)[0].flatten() for g in gradient.flatten()]
+    return torch.stack(rows)
+
+
+NAMES = ["bert.encoder.layer.0.attention.self.value", "bert.encoder.layer.1.output.dense"]
+
+
+def test_eigenvalues_are_within_one_percent_of_the_exact_ones():
+    model, batches = model_and_batches()
+    found = hessian_sensitivity(model, batches, modules=NAMES, parts=2, tolerance=1e-5)
+    for name in NAMES:
+        tops = []
+        for batch in batches:
+            values = torch.linalg.eigvalsh(exact_hessian(model, [batch], model.get_submodule(name).weight))
+            tops.append(values[values.abs().argmax()])
+        tops = torch.stack(tops)
+        assert found[name] == pytest.approx(float(tops.mean().abs() + tops.std(correction=0)), rel=0.01)
+
+
+def test_trace_is_the_mean_diagonal():
+    model, batches = model_and_batches()
+    found = hessian_sensitivity(model, batches, method="trace", modules=NAMES, probes=150)
+    for name in NAMES:
+        H = exact_hessian(model, batches, model.get_submodule(name).weight)
+        spread = 3 * float((2 * (H.square().sum() - H.diagonal().square().sum())).sqrt()) / len(H) / 150**0.5
+        assert found[name] == pytest.approx(float(H.diagonal().mean()), abs=2 * spread)
+
+
+def test_power_iteration_finds_the_largest_magnitude():
+    H = torch.diag(torch.tensor([1.0, -5.0, 3.0], dtype=torch.float64))
+    value, vector = top_eigenvalue(lambda v: H @ v, torch.ones(3, dtype=torch.float64), tolerance=1e-9)
+    assert value == pytest.approx(-5.0)
+    assert vector.abs().argmax() == 1
+    assert top_eigenvalue(lambda v: 0 * v, torch.ones(3))[0] == 0.0
+
+
+def test_the_model_is_left_as_it_was():
+    model, batches = model_and_batches(1)
+    model.train()
+    model.classifier.requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    hessian_sensitivity(model, batches, method="trace", probes=1)
+    assert model.training and not model.classifier.weight.requires_grad and model.bert.pooler.dense.weight.requires_grad
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_bad_input_is_refused():
+    model, batches = model_and_batches(1)
+    with pytest.raises(ValueError, match="labels"):
+        hessian_sensitivity(model, [{k: v for k, v in batches[0].items() if k != "labels"}])
+    with pytest.raises(ValueError, match="empty"):
+        hessian_sensitivity(model, [])
+    with pytest.raises(ValueError, match="method"):
+        hessian_sensitivity(model, batches, method="norm")
+    with torch.no_grad():
+        model.bert.encoder.layer[0].output.dense.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="gradient of .* is not finite"):
+        hessian_sensitivity(model, batches, method="trace")
