@@ -29,7 +29,12 @@ def _is_linear_map(module: nn.Module) -> bool:
 
 def _is_packed(module: nn.Module) -> bool:
     """A linear map or embedding that keeps its weights as something else than one tensor `weight`."""
-    return (_is_linear_map(module) or isinstance(module, nn.Embedding)) and "weight" not in _tensors(module)
+    factors = [p for p in module.parameters(recurse=False) if p.dim() == 2]  # of a low rank: ordinary parameters
+    return (
+        (_is_linear_map(module) or isinstance(module, nn.Embedding))
+        and not factors
+        and "weight" not in _tensors(module)
+    )
 
 
 def _stores_weights(module: nn.Module) -> bool:
@@ -45,11 +50,11 @@ def num_weights(module: nn.Module) -> int:
         return own["weight"].numel()
     if "crow_indices" in own:  # block compressed sparse row: only the stored blocks
         return own["values"].numel()
-    if isinstance(module, nn.Embedding):
-        return module.num_embeddings * module.embedding_dim
     factors = [tensor for tensor in own.values() if tensor.dim() == 2]
     if factors and "qweight" not in own:  # a product of several matrices
         return sum(factor.numel() for factor in factors)
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings * module.embedding_dim
     return module.in_features * module.out_features
 
 

@@ -1,7 +1,8 @@
 """The `structure` part of the record: which shapes and attributes differ from what the config alone builds.
 
     {"shapes": {module: [out_features, in_features]}, "attributes": {module: {attribute: value}},
-     "layers": {"config": {field: value}, "keep": {list of layers: [number, ...]}}}
+     "layers": {"config": {field: value}, "keep": {list of layers: [number, ...]}},
+     "ranks": {module: rank}}
 
 Everything is checked before it is used: names must be linear maps of the model, shapes must lie within what the config
 builds, attributes are a closed list, and the result must be a model whose projections fit each other.
@@ -15,12 +16,13 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_compress.anatomy import Attention, FeedForward, anatomy, in_features, is_projection, out_features
+from hf_compress.layers.low_rank import FACTORS, LowRank, LowRankEmbedding, LowRankLinear, make_low_rank
 from hf_compress.record import find_name
 from hf_compress.surgery.depth import ATTRIBUTES, DEPTH_FIELDS, PER_LAYER_FIELDS, place_layers
 from hf_compress.surgery.heads import head_attributes
 from hf_compress.surgery.stand_ins import COUNTS_HEADS, HeadlessAttention, linear_class
 
-KEYS = ("shapes", "attributes", "layers")
+KEYS = ("shapes", "attributes", "layers", "ranks")
 MOST_LAYERS = 10_000
 
 
@@ -32,6 +34,9 @@ def validate(part: dict[str, Any]) -> None:
             raise ValueError(f"structure: the shape of {name!r} must be two sizes, got {shape!r}.")
     if "layers" in part:
         _validate_layers(dict(_entries(part, "layers")))
+    for name, rank in _entries(part, "ranks"):
+        if not (_is_size(rank) and rank):
+            raise ValueError(f"structure: the rank of {name!r} must be at least 1, got {rank!r}.")
     for name, attributes in _entries(part, "attributes"):
         if not isinstance(attributes, dict):
             raise ValueError(f"structure: the attributes of {name!r} must be a mapping, got {attributes!r}.")
@@ -48,7 +53,7 @@ def prepare(model: nn.Module, part: dict[str, Any]) -> None:
     """
     if "layers" in part:
         place_layers(model, part["layers"])
-    layers = anatomy(model).layers
+    layers = anatomy(model).layers if "shapes" in part else ()
     for stored, shape in _entries(part, "shapes"):
         name = _find(model, stored)
         if name is None:
@@ -69,7 +74,12 @@ def prepare(model: nn.Module, part: dict[str, Any]) -> None:
             if not hasattr(module, attribute):
                 raise ValueError(f"structure: {stored!r}, a {type(module).__name__}, has no attribute {attribute!r}.")
             setattr(module, attribute, value)
-    _check_fit(model)
+    if "shapes" in part or "attributes" in part:
+        _check_fit(model)
+    for stored, rank in _entries(part, "ranks"):
+        if (name := _find(model, stored)) is not None:
+            _prepare_low_rank(stored, model.get_submodule(name), rank)
+    retie_low_rank(model)
     for name, module in list(model.named_modules()):
         if type(module).__name__ in COUNTS_HEADS and module.num_attention_heads == 0:
             model.set_submodule(name, HeadlessAttention(module))
@@ -103,6 +113,56 @@ def resize(module: nn.Linear | Conv1D, out_size: int, in_size: int) -> None:
     if module.bias is not None:
         module.bias = nn.Parameter(torch.empty(out_size, **like))
     module.__class__ = linear_class(module, in_size)
+
+
+def finish(model: nn.Module, part: dict[str, Any]) -> None:
+    """Changes `model`: low-rank modules have their tensors, and from now on say so when they are saved."""
+    for module in model.modules():
+        if isinstance(module, LowRank):
+            module.is_loading = False
+
+
+def sentinels(model: nn.Module, part: dict[str, Any]) -> list[str]:
+    """Low-rank modules have no tensor called `weight`, which Transformers alone would look for."""
+    return [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, LowRank)]
+
+
+def retie_low_rank(model: nn.Module) -> None:
+    """Changes `model`: pairs of tied weights that are low-rank now are tied by both factors, also when loading."""
+    if not hasattr(model, "all_tied_weights_keys"):
+        return
+    low_rank = {name for name, module in model.named_modules() if isinstance(module, LowRank)}
+    model.all_tied_weights_keys = _factor_pairs(model.all_tied_weights_keys, low_rank)
+    for prefix, part in model.named_modules():
+        if isinstance(getattr(part, "_tied_weights_keys", None), dict):
+            inside = {name[len(prefix) :].lstrip(".") for name in low_rank if name.startswith(prefix)}
+            part._tied_weights_keys = _factor_pairs(part._tied_weights_keys, inside)
+    model.tie_weights(recompute_mapping=False)
+
+
+def _factor_pairs(pairs: dict[str, str], low_rank: set[str]) -> dict[str, str]:
+    found = {}
+    for target, source in pairs.items():
+        names = (target.removesuffix(".weight"), source.removesuffix(".weight"))
+        if set(names) <= low_rank:
+            found.update({f"{names[0]}.{factor}": f"{names[1]}.{factor}" for factor in FACTORS})
+        else:
+            found[target] = source
+    return found
+
+
+def _prepare_low_rank(stored: str, module: nn.Module, rank: int) -> None:
+    if not isinstance(module, (nn.Linear, nn.Embedding)) or "weight" not in module._parameters:
+        raise ValueError(f"structure: {stored!r} is a {type(module).__name__}, which has no low-rank form.")
+    rows, columns = module.weight.shape
+    if rank > min(rows, columns):
+        raise ValueError(f"structure: {stored!r} has the rank {rank}, beyond its shape {[rows, columns]}.")
+    like = {"device": module.weight.device, "dtype": module.weight.dtype}
+    factors = [nn.Parameter(torch.empty(size, rank, **like)) for size in (rows, columns)]
+    make_low_rank(module, *factors)
+    module.is_loading = True
+    # a subclass may have buffers that only its initialisation fills, e.g. Gemma's scale
+    module._is_hf_initialized = type(module) in (LowRankEmbedding, LowRankLinear)
 
 
 def check_tensors(model: nn.Module, part: dict[str, Any], files: list[str]) -> None:

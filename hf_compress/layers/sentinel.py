@@ -1,0 +1,24 @@
+"""A module whose weight is stored under other names says so in every state dict, so that it cannot be misread."""
+
+from typing import Any
+
+import torch
+
+
+class Sentinel:
+    """Mixin for linear maps and embeddings without a tensor called `weight`.
+
+    Saved beside the real tensors is one value under that name. Transformers alone would look for a matrix there, find
+    the wrong shape and stop; without it, it would find nothing and go on with random weights.
+    """
+
+    is_loading = False  # True from the time the empty module is made until its tensors are there: then none is expected
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not self.is_loading:
+            destination[f"{prefix}weight"] = torch.zeros(1)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        state_dict.pop(f"{prefix}weight", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,0 +1,33 @@
+"""The table of tokens as a product of two thin matrices: in a small encoder it is half of the file."""
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_compress.checkpoint.structure import retie_low_rank
+from hf_compress.layers.low_rank import factors, low_rank_class, make_low_rank
+from hf_compress.record import read_part, stored_name, write_part
+
+
+def factorise_embeddings(model: PreTrainedModel, rank: int) -> PreTrainedModel:
+    """Changes `model` and returns it: its table (V, D) of tokens becomes the nearest product (V, rank) @ (rank, D).
+
+    Everything tied to the table (an output head, the tables of an encoder and a decoder) shares both factors. The
+    result trains, is saved and loads like any other model, with hf_compress imported. It is smaller if
+    rank < V * D / (V + D). Raises ValueError, and changes nothing, for a rank that the table does not have, and for a
+    table that is packed or factorised already.
+    """
+    embeddings = model.get_input_embeddings()
+    weight = getattr(embeddings, "_parameters", {}).get("weight")
+    if weight is None:
+        raise ValueError(f"{type(embeddings).__name__} holds no plain table; factorise before quantizing, and once.")
+    tied = {name: module for name, module in model.named_modules() if module._parameters.get("weight") is weight}
+    for module in tied.values():
+        low_rank_class(type(module))  # raises before anything has changed
+    table, projection = (nn.Parameter(f, requires_grad=weight.requires_grad) for f in factors(weight, rank))
+    for module in tied.values():
+        make_low_rank(module, table, projection)
+    retie_low_rank(model)
+    structure = read_part(model.config, "structure")
+    ranks = {**structure.get("ranks", {}), **{stored_name(model, name): rank for name in tied}}
+    write_part(model.config, "structure", structure | {"ranks": ranks})
+    return model

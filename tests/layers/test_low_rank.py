@@ -1,0 +1,115 @@
+"""A table of tokens as a product of two factors: the nearest one, tied where the table was, saved and loaded."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import TASKS, tiny_batch, tiny_model
+from silence import logits
+
+import hf_compress as hfc
+from hf_compress.counting import num_parameters
+from hf_compress.layers.low_rank import LowRankEmbedding, LowRankLinear, factors
+
+CASES = [("bert", "classification"), ("bert", "mlm"), ("gpt2", "clm"), ("llama", "clm"), ("gemma3_text", "clm"),
+         ("bart", "seq2seq"), ("modernbert", "mlm"), ("distilbert", "tokens")]  # fmt: skip
+
+
+def test_the_factors_are_the_nearest_of_their_rank():
+    weight = torch.randn(20, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    table, projection = factors(weight, 5)
+    values = torch.linalg.svdvals(weight)
+    error = (table @ projection.T - weight).square().sum()
+    torch.testing.assert_close(error, values[5:].square().sum())  # Eckart and Young
+    torch.testing.assert_close(projection.T @ projection, torch.eye(5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("family, task", CASES, ids=["-".join(case) for case in CASES])
+def test_full_rank_changes_nothing_and_lower_ranks_come_back_bit_for_bit(family, task, tmp_path):
+    model = tiny_model(family, task).double()
+    before = logits(model)
+    torch.testing.assert_close(logits(hfc.factorise_embeddings(model, 32)), before, rtol=0, atol=1e-10)
+    model = tiny_model(family, task)
+    size = num_parameters(model)
+    is_tied = len([p for _, p in model.named_parameters(remove_duplicate=False)]) > len(list(model.parameters()))
+    assert hfc.factorise_embeddings(model, 8) is model
+    assert size - num_parameters(model) == 64 * 32 - 8 * (64 + 32)
+    model.save_pretrained(tmp_path)
+    loaded, info = TASKS[task].from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    assert torch.equal(logits(loaded), logits(model))
+    assert isinstance(loaded.get_input_embeddings(), LowRankEmbedding)
+    head = loaded.get_output_embeddings()
+    if head is not None and is_tied:
+        assert isinstance(head, LowRankLinear)
+        assert head.table is loaded.get_input_embeddings().table
+        loaded.tie_weights()
+        assert torch.equal(logits(loaded), logits(model))
+    assert num_parameters(loaded) == num_parameters(model)
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(TASKS[task].from_pretrained(tmp_path / "again")), logits(model))
+
+
+def test_it_trains_and_a_state_dict_goes_back_in():
+    model = hfc.factorise_embeddings(tiny_model("bert", "mlm"), 4).train()
+    batch = tiny_batch(model)
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    table = model.get_input_embeddings()
+    assert table.table.grad.abs().sum() > 0
+    assert table.projection.grad.abs().sum() > 0
+    twin = hfc.factorise_embeddings(tiny_model("bert", "mlm", seed=1), 4).eval()
+    twin.load_state_dict(model.state_dict())
+    assert torch.equal(logits(twin), logits(model.eval()))
+
+
+def test_it_composes_with_surgery(tmp_path):
+    model = hfc.prune_heads(hfc.factorise_embeddings(tiny_model("bert"), 8), {0: [1]})
+    hfc.prune_layers(model, [0, 2])
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(TASKS["classification"].from_pretrained(tmp_path)), logits(model))
+
+
+def test_without_hf_compress_it_does_not_load(tmp_path):
+    """The model's other tensors all fit: only the sentinel keeps Transformers from making up a table."""
+    hfc.factorise_embeddings(tiny_model("bert"), 8).save_pretrained(tmp_path)
+    script = f"from transformers import AutoModel; AutoModel.from_pretrained({str(tmp_path)!r})"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "word_embeddings.weight" in result.stderr
+    assert "hf_compress" in result.stderr
+
+
+@pytest.mark.parametrize("rank", [0, 33])
+def test_a_rank_the_table_does_not_have_is_refused(rank):
+    model = tiny_model("bert")
+    before = logits(model)
+    with pytest.raises(ValueError, match="rank must lie between 1 and 32"):
+        hfc.factorise_embeddings(model, rank)
+    assert torch.equal(logits(model), before)
+
+
+def test_factorising_twice_is_refused():
+    with pytest.raises(ValueError, match="no plain table"):
+        hfc.factorise_embeddings(hfc.factorise_embeddings(tiny_model("bert"), 8), 4)
+
+
+def test_merging_into_the_product_is_refused_not_lost():
+    model = hfc.factorise_embeddings(tiny_model("bert"), 8)
+    with pytest.raises(RuntimeError, match="read-only"):
+        model.get_input_embeddings().weight.data += 1
+
+
+@pytest.mark.parametrize("ranks, message", [
+    ({"embeddings.word_embeddings": 33}, "beyond its shape"),
+    ({"embeddings.word_embeddings": 0}, "at least 1"),
+    ({"embeddings.word_embeddings": "8"}, "at least 1"),
+    ({"embeddings.LayerNorm": 8}, "no low-rank form"),
+    ({"nowhere": 8}, "has no module 'nowhere'"),
+], ids=str)  # fmt: skip
+def test_bad_ranks_in_a_file_are_refused(ranks, message, tmp_path):
+    model = hfc.factorise_embeddings(tiny_model("bert"), 8)
+    model.config.quantization_config["structure"]["ranks"] = ranks
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        TASKS["classification"].from_pretrained(tmp_path)
