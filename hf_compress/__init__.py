@@ -16,6 +16,31 @@ except PackageNotFoundError:  # a source tree on the path, not installed
     __version__ = "0+unknown"
 
 _HOMES = {  # public name -> module that defines it
+    "allocate_bits": "hf_compress.quantization.allocation",
+    "hessian_sensitivity": "hf_compress.quantization.sensitivity",
+    "pack_qat": "hf_compress.quantization.qat",
+    "prepare_qat": "hf_compress.quantization.qat",
+    "QuantizationAware": "hf_compress.quantization.qat",
+    "QBertConfig": "hf_compress.quantization.qbert",
+    "QBertTrainer": "hf_compress.quantization.qbert",
+    "BlockPruning": "hf_compress.pruning.blocks",
+    "BlockPruningConfig": "hf_compress.pruning.blocks",
+    "BlockPruningTrainer": "hf_compress.pruning.blocks",
+    "HeadPruning": "hf_compress.pruning.heads",
+    "HeadPruningConfig": "hf_compress.pruning.heads",
+    "HeadPruningTrainer": "hf_compress.pruning.heads",
+    "LayerPruning": "hf_compress.pruning.layers",
+    "LayerPruningConfig": "hf_compress.pruning.layers",
+    "LayerPruningTrainer": "hf_compress.pruning.layers",
+    "NeuronPruning": "hf_compress.pruning.neurons",
+    "NeuronPruningConfig": "hf_compress.pruning.neurons",
+    "NeuronPruningTrainer": "hf_compress.pruning.neurons",
+    "WeightPruning": "hf_compress.pruning.weights",
+    "WeightPruningConfig": "hf_compress.pruning.weights",
+    "WeightPruningTrainer": "hf_compress.pruning.weights",
+    "HeadGates": "hf_compress.pruning.hard_concrete",
+    "HeadGatesConfig": "hf_compress.pruning.hard_concrete",
+    "HeadGatesTrainer": "hf_compress.pruning.hard_concrete",
     "export": "hf_compress.checkpoint.export",
     "load_gptq": "hf_compress.checkpoint.gptq_format",
     "quantize": "hf_compress.quantization.quantize",
@@ -38,6 +63,7 @@ _HOMES = {  # public name -> module that defines it
     "prune_vocabulary": "hf_compress.surgery.vocabulary",
     "used_tokens": "hf_compress.surgery.tokenizer",
     "factorise_embeddings": "hf_compress.pruning.embeddings",
+    "to_block_sparse": "hf_compress.pruning.block_sparse",
 }
 
 __all__ = sorted(_HOMES)

@@ -6,6 +6,7 @@ from hf_compress_kernels.packing import pack_gptq, pack_zeros, unpack_gptq, unpa
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_compress.layers.activations import round_per_token, round_to_range
 from hf_compress.layers.scheme import SCALE_DTYPES, WeightScheme
 
 
@@ -136,6 +137,10 @@ class PackedLinear(PackedModule, nn.Linear):
         return weight.to(dtype or self.compute_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.scheme.activation_range is not None:
+            x = round_to_range(x, *self.scheme.activation_range)
+        elif self.scheme.activation_bits is not None:
+            x = round_per_token(x)
         return F.linear(x, self.dequantize(x.dtype), self.bias)
 
     def check(self, name: str) -> None:

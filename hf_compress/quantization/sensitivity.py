@@ -6,9 +6,9 @@ HAWQ-V2 (Dong et al., 2020, https://arxiv.org/abs/1911.03852): the Hessian's tra
 number of weights.
 
 Products with the Hessian come from gradients at two shifted points, H v ~ (g(w + e v) - g(w - e v)) / 2e. That needs no
-second derivative of the attention and runs under any implementation of it; a double backward costs about three times as
-much. All modules are probed at once: each has its own direction and its own product, and the cross terms between modules
-cancel on average for the trace. The eigenvalue needs exact blocks, so there the modules take turns.
+second derivative of the attention and runs under any implementation of it; a double backward costs about three times
+as much. For the trace all modules are probed at once: the cross terms between them cancel on average. The eigenvalue
+needs exact blocks, so there the modules take turns.
 """
 
 import logging

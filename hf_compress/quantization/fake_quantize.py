@@ -1,0 +1,175 @@
+"""Quantize and dequantize at once while training, with gradients that pass straight through the rounding."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from hf_compress.layers.activations import activation_grid, round_per_token
+from hf_compress.layers.scheme import SCALE_DTYPES, WeightScheme
+from hf_compress.quantization.gptq import QuantizedWeight
+from hf_compress.quantization.grids import dequantize_from_grid, find_grid, quantize_to_grid
+
+RANGE_MOMENTUM = 0.95  # running activation ranges keep this share of what they were
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Forward: the quantized value, exactly. Backward: the gradient, where the value lies inside the grid's range."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+        position = values / scale + zero_point
+        ctx.save_for_backward((position >= -0.5) & (position <= 2**bits - 0.5))
+        return dequantize_from_grid(position.round().clamp(0, 2**bits - 1), scale, zero_point)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (inside,) = ctx.saved_tensors
+        return grad * inside, None, None, None
+
+
+class _LearnedStep(torch.autograd.Function):
+    """Learned step size quantization (Esser et al., 2020, https://arxiv.org/abs/1902.08153, eq. 3).
+
+    d out / d scale = (q - zero_point) - values / scale inside the range, q - zero_point where clipped; the sum is
+    scaled by 1 / sqrt(n * qmax) for the n values that share a scale.
+    """
+
+    @staticmethod
+    def forward(ctx, values: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+        position = values / scale + zero_point
+        inside = (position >= -0.5) & (position <= 2**bits - 0.5)
+        q = position.round().clamp(0, 2**bits - 1)
+        ctx.save_for_backward(torch.where(inside, q - position, q - zero_point), inside)
+        ctx.scale_shape, ctx.largest = scale.shape, 2**bits - 1
+        return dequantize_from_grid(q, scale, zero_point)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        slope, inside = ctx.saved_tensors
+        shared = grad.shape[-1]
+        grad_scale = (grad * slope).sum(-1, keepdim=True) / math.sqrt(shared * ctx.largest)
+        return grad * inside, grad_scale.sum_to_size(ctx.scale_shape), None, None
+
+
+class _PerToken(torch.autograd.Function):
+    """Each token on the 8-bit grid of its own largest value; nothing is clipped, so the gradient passes as it is."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return round_per_token(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad
+
+
+def fake_quantize(values: Tensor, scale: Tensor, zero_point: Tensor, bits: int, *, learned: bool = False) -> Tensor:
+    """`values` (..., g) on the grid scale * (q - zero_point) of each row, both (..., 1).
+
+    The gradient of `values` is passed through unchanged inside the range and is zero outside. With `learned` the scale
+    has a gradient too.
+    """
+    return (_LearnedStep if learned else _StraightThrough).apply(values, scale, zero_point, bits)
+
+
+class WeightQuantizer(nn.Module):
+    """Keeps the grid of one weight (N, K), one scale and zero point for each block of `rows` x `columns` weights.
+
+    Q-BERT bundles output rows (columns = K); GPTQ's groups are runs of columns (rows = 1). The grid is chosen anew by
+    `refresh`, or learned. Scales are rounded to float16 where they are used, since they are stored so.
+    """
+
+    def __init__(self, weight: Tensor, bits: int, *, rows: int = 1, columns: int = -1, symmetric: bool = False,
+                 range_method: str = "mse", learned: bool = False, scale_dtype: str = "float16"):  # fmt: skip
+        super().__init__()
+        N, K = weight.shape
+        columns = K if columns == -1 else columns
+        if N % rows or K % columns:
+            raise ValueError(f"Blocks of {rows} x {columns} do not divide a weight of {N} x {K}.")
+        self.bits, self.rows, self.columns, self.shape = bits, rows, columns, (N, K)
+        self.symmetric, self.range_method, self.learned = symmetric, range_method, learned
+        self.scale_dtype = scale_dtype
+        scale = torch.ones(N // rows, K // columns, 1, device=weight.device)
+        if learned:
+            self.scale = nn.Parameter(scale)
+        else:
+            self.register_buffer("scale", scale)
+        self.register_buffer("zero_point", torch.zeros_like(scale))
+        self.refresh(weight)
+
+    def blocks(self, weight: Tensor) -> Tensor:
+        """(N, K) as (N / rows, K / columns, rows * columns)."""
+        N, K = self.shape
+        blocks = weight.reshape(N // self.rows, self.rows, K // self.columns, self.columns).transpose(1, 2)
+        return blocks.flatten(-2)
+
+    def unblocks(self, blocks: Tensor) -> Tensor:
+        N, K = self.shape
+        return blocks.unflatten(-1, (self.rows, self.columns)).transpose(1, 2).reshape(N, K)
+
+    @torch.no_grad()
+    def refresh(self, weight: Tensor, bits: int | None = None) -> None:
+        """Choose the grid for the weight as it is now, at another width if `bits` says so."""
+        self.bits = self.bits if bits is None else bits
+        scale, zero_point = find_grid(self.blocks(weight.float()), self.bits, symmetric=self.symmetric,
+                                      range_method=self.range_method,
+                                      scale_dtype=SCALE_DTYPES[self.scale_dtype])  # fmt: skip
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
+
+    def stored_scale(self) -> Tensor:
+        """The scale as it will be stored; its gradient is that of the scale."""
+        dtype = SCALE_DTYPES[self.scale_dtype]
+        smallest = torch.finfo(dtype).tiny
+        rounded = self.scale.detach().clamp(min=smallest).to(dtype).float()
+        return self.scale + (rounded - self.scale).detach() if self.learned and self.training else rounded
+
+    def forward(self, weight: Tensor) -> Tensor:
+        values = fake_quantize(self.blocks(weight.float()), self.stored_scale(), self.zero_point, self.bits,
+                               learned=self.learned)  # fmt: skip
+        return self.unblocks(values).to(weight.dtype)
+
+    @torch.no_grad()
+    def quantize(self, weight: Tensor) -> QuantizedWeight:
+        """The integers and the grid that `forward` uses, as packed layers take them."""
+        N, K = self.shape
+        self.eval()
+        scale, zero_point = self.stored_scale(), self.zero_point
+        q = self.unblocks(quantize_to_grid(self.blocks(weight.float()), scale, zero_point, self.bits))
+        per_row = [t[..., 0].repeat_interleave(self.rows, 0).t().contiguous() for t in (scale, zero_point)]  # (G, N)
+        g_idx = torch.arange(K, dtype=torch.int32, device=weight.device) // self.columns
+        return QuantizedWeight(q.to(torch.uint8), per_row[0], per_row[1].to(torch.uint8), g_idx)
+
+    def scheme(self, **activation) -> WeightScheme:
+        group_size = -1 if self.columns == self.shape[1] else self.columns
+        return WeightScheme(self.bits, group_size, self.symmetric, scale_dtype=self.scale_dtype, **activation)
+
+
+class ActivationQuantizer(nn.Module):
+    """8-bit inputs of a layer: a running range of what it saw in training, or (`dynamic`) each token's own."""
+
+    def __init__(self, *, dynamic: bool = False):
+        super().__init__()
+        self.dynamic = dynamic
+        self.register_buffer("low", torch.zeros(()))
+        self.register_buffer("high", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.dynamic:
+            return _PerToken.apply(x)
+        if self.training:
+            self.observe(x.detach())
+        if self.high == self.low:  # nothing seen yet
+            return x
+        return fake_quantize(x.float(), *activation_grid(self.low, self.high), 8).to(x.dtype)
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> None:
+        low, high = x.min().float().clamp(max=0), x.max().float().clamp(min=0)
+        keep = RANGE_MOMENTUM if self.high > self.low else 0.0
+        self.low.mul_(keep).add_((1 - keep) * low)
+        self.high.mul_(keep).add_((1 - keep) * high)
+
+    def range(self) -> tuple[float, float] | None:
+        return None if self.dynamic else (float(self.low), float(self.high))

@@ -1,0 +1,207 @@
+"""Quantization-aware training: a model whose weights and activations are fake-quantized while it trains.
+
+The weights stay where they are and as precise as they are, so any `Trainer` trains such a model and a checkpoint of it
+is an ordinary one. The grids belong to the trainer, which saves them beside the optimiser (see `training_state`).
+"""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.pytorch_utils import Conv1D
+
+from hf_compress.anatomy import anatomy, out_features
+from hf_compress.checkpoint.bits import settle_bits
+from hf_compress.quantization.fake_quantize import ActivationQuantizer, WeightQuantizer
+from hf_compress.quantization.modules import choose_modules, install, matrix
+from hf_compress.training_state import STATE_NAME
+
+WIDTHS = (8, 4, 3, 2)  # the way down when bits are lowered in stages
+
+
+class FakeQuantized:
+    """What the three kinds share. The quantizers are not registered: they are no part of the model's state."""
+
+    weight_quantizer: WeightQuantizer
+    input_quantizer: ActivationQuantizer | None
+
+    def fake_input(self, x: Tensor) -> Tensor:
+        if self.input_quantizer is None:
+            return x
+        return self.input_quantizer.to(x.device).train(self.training)(x)
+
+    def fake_weight(self) -> Tensor:
+        return self.weight_quantizer.to(self.weight.device).train(self.training)(matrix(self))  # (N, K)
+
+
+class FakeQuantLinear(FakeQuantized, nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.fake_input(x), self.fake_weight(), self.bias)
+
+
+class FakeQuantConv1D(FakeQuantized, Conv1D):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.fake_input(x), self.fake_weight(), self.bias)
+
+
+class FakeQuantEmbedding(FakeQuantized, nn.Embedding):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.embedding(input, self.fake_weight(), self.padding_idx)
+
+
+def prepare_qat(
+    model: PreTrainedModel,
+    bits: int | Mapping[str, int] = 4,
+    *,
+    num_groups: int | None = 128,
+    group_size: int = -1,
+    symmetric: bool = False,
+    activation_bits: int | None = 8,
+    dynamic_activations: bool = False,
+    embedding_bits: int | None = 8,
+    learned_steps: bool = False,
+    range_method: str = "mse",
+    skip_modules: tuple[str, ...] = (),
+) -> PreTrainedModel:
+    """Make the model compute with quantized weights and inputs while it trains, in place. Returns the model.
+
+    Args:
+        bits: for all linear maps inside the layers, or {module name: bits}.
+        num_groups: Q-BERT's groups, bundles of output rows that stay inside one head (at least so many for each weight,
+            fewer where there are fewer rows); None for one group a row.
+        group_size: instead of bundles, groups of so many consecutive columns in each row.
+        activation_bits: 8 quantizes the inputs of each linear map too, None leaves them alone.
+        dynamic_activations: each token's own range instead of a running one.
+        embedding_bits: of all embedding tables, one scale a row; None leaves them alone.
+        learned_steps: scales are parameters (LSQ); else they are chosen anew from time to time by `range_method`.
+
+    Train it with a trainer that knows `TrainingState` (all of ours) and the callback `QuantizationAware`, then
+    `pack_qat` turns it into a packed model with the same logits.
+    """
+    if activation_bits not in (None, 8):
+        raise ValueError(f"activation_bits must be 8 or None, got {activation_bits}.")
+    if any(isinstance(m, FakeQuantized) for m in model.modules()):
+        raise ValueError("The model is prepared already.")
+    heads = {m: a.head_dim for a in anatomy(model).attentions for m in (a.query, a.key, a.value)}
+    chosen = choose_modules(model, bits, embedding_bits=embedding_bits, skip_modules=skip_modules)
+    for name, width in chosen.items():
+        module = model.get_submodule(name)
+        weight = matrix(module).detach()
+        if isinstance(module, nn.Embedding):
+            if any(source == f"{name}.weight" for source in model.all_tied_weights_keys.values()):
+                raise ValueError(f"{name} is tied to a head, which would see other weights: use embedding_bits=None.")
+            layout = {"range_method": "minmax", "symmetric": symmetric}
+        else:
+            rows = 1 if num_groups is None or group_size != -1 else bundle_size(module, num_groups, heads.get(module))
+            layout = dict(rows=rows, columns=group_size, symmetric=symmetric, range_method=range_method,
+                          learned=learned_steps)  # fmt: skip
+        quantizer = WeightQuantizer(weight, width, **layout)
+        is_quiet = activation_bits is None or isinstance(module, nn.Embedding)
+        _become_fake(module, quantizer, None if is_quiet else ActivationQuantizer(dynamic=dynamic_activations))
+    return model
+
+
+def bundle_size(module: nn.Module, num_groups: int, head_dim: int | None) -> int:
+    """Rows that share a scale: as many as leave `num_groups` groups and divide the rows, those of one head if given."""
+    rows = out_features(module)
+    unit = rows if head_dim is None else head_dim
+    most = max(1, rows // num_groups)
+    return max(size for size in range(1, most + 1) if unit % size == 0)
+
+
+def _become_fake(module: nn.Module, weights: WeightQuantizer, inputs: ActivationQuantizer | None) -> None:
+    kind = type(module)
+    kinds = {nn.Linear: FakeQuantLinear, Conv1D: FakeQuantConv1D, nn.Embedding: FakeQuantEmbedding}
+    # a subclass of nn.Embedding keeps its own forward, whose `super().forward` now looks up quantized rows
+    fake = kinds.get(kind) or type(f"FakeQuant{kind.__name__}", (kind, FakeQuantEmbedding), {})
+    module.__class__ = fake
+    for name, value in (("weight_quantizer", weights), ("input_quantizer", inputs), ("original_class", kind)):
+        object.__setattr__(module, name, value)
+
+
+def fake_modules(model: nn.Module) -> Iterator[tuple[str, FakeQuantized]]:
+    for name, module in model.named_modules():
+        if isinstance(module, FakeQuantized):
+            yield name, module
+
+
+@torch.no_grad()
+def pack_qat(model: PreTrainedModel) -> PreTrainedModel:
+    """Replace fake-quantized modules by packed ones with the same outputs, in place. Returns the model."""
+    found = list(fake_modules(model))
+    if not found:
+        raise ValueError("The model was not prepared with `prepare_qat`.")
+    for name, module in found:
+        weights, inputs = module.weight_quantizer, module.input_quantizer
+        activation = {}
+        if inputs is not None:
+            limits = inputs.range()
+            if limits is not None and limits[0] == limits[1]:
+                raise ValueError(f"{name} has no activation range yet: train, or run some batches in train mode.")
+            activation = dict(activation_bits=8, activation_range=limits)
+        result, scheme = weights.quantize(matrix(module)), weights.scheme(**activation)
+        module.__class__ = module.original_class
+        for attribute in ("weight_quantizer", "input_quantizer", "original_class"):
+            del module.__dict__[attribute]
+        install(model, name, result, scheme)
+    settle_bits(model)
+    return model
+
+
+class QuantizationAware(TrainerCallback):
+    """Keeps the grids of a prepared model up to date in any of our trainers.
+
+    refresh_steps    choose the grids anew after so many steps, where step sizes are not learned
+    start_bits       begin with so many bits and go down through 8, 4, 3 and 2 to each module's own
+    lowering_ratio   share of the training that this takes
+    """
+
+    def __init__(self, *, refresh_steps: int = 100, start_bits: int | None = None, lowering_ratio: float = 0.3):
+        if refresh_steps < 1 or not 0 < lowering_ratio <= 1 or start_bits not in (None, *WIDTHS):
+            raise ValueError(
+                f"refresh_steps must be positive, lowering_ratio in (0, 1] and start_bits one of {WIDTHS} or None, "
+                f"got {refresh_steps}, {lowering_ratio} and {start_bits}."
+            )
+        self.refresh_steps, self.start_bits, self.lowering_ratio = refresh_steps, start_bits, lowering_ratio
+        self.targets: dict[str, int] = {}
+
+    def training_state_entries(self, model: nn.Module) -> dict[str, nn.Module]:
+        entries = {}
+        for name, module in fake_modules(model):
+            name = name.replace(".", "__")
+            entries[f"{name}__weight_grid"] = module.weight_quantizer
+            if module.input_quantizer is not None:
+                entries[f"{name}__input_range"] = module.input_quantizer
+        return entries
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        found = dict(fake_modules(model))
+        if not found:
+            raise ValueError("QuantizationAware needs a model made by `prepare_qat`.")
+        if any(m.weight_quantizer.learned for m in found.values()) and not hasattr(model, STATE_NAME):
+            raise ValueError("Learned step sizes need a trainer with TrainingState: use one of hf_compress.")
+        self.targets = self.targets or {name: module.weight_quantizer.bits for name, module in found.items()}
+        for name, module in found.items():
+            width = self._width(self.targets[name], state)
+            if width != module.weight_quantizer.bits and state.global_step == 0:
+                module.weight_quantizer.refresh(matrix(module), width)
+            module.weight_quantizer.bits = width  # resumed: the grid came with the checkpoint
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        for name, module in fake_modules(model):
+            quantizer, width = module.weight_quantizer, self._width(self.targets[name], state)
+            is_due = state.global_step % self.refresh_steps == 0 and not quantizer.learned
+            if is_due or width != quantizer.bits:
+                quantizer.refresh(matrix(module), width)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        for _, module in fake_modules(model):
+            if not module.weight_quantizer.learned:
+                module.weight_quantizer.refresh(matrix(module))
+
+    def _width(self, target: int, state) -> int:
+        steps = [width for width in WIDTHS if target <= width <= (self.start_bits or target)]
+        progress = state.global_step / max(1, state.max_steps) / self.lowering_ratio
+        return target if progress >= 1 or len(steps) < 2 else steps[int(progress * len(steps))]

@@ -1,0 +1,92 @@
+"""Q-BERT: fine-tune an encoder with group-wise quantized weights, the more sensitive modules at more bits.
+
+Shen et al., 2020, https://arxiv.org/abs/1909.05840. Weights 2 to 4 bit in bundles of output rows, embeddings and
+activations 8 bit, gradients straight through the rounding. The bits of each module come from its sensitivity (section
+3.1) and the exact best choice under a budget (see `allocation`).
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from hf_compress.quantization.allocation import allocate_bits
+from hf_compress.quantization.modules import choose_modules
+from hf_compress.quantization.qat import FakeQuantized, QuantizationAware, pack_qat, prepare_qat
+from hf_compress.quantization.sensitivity import hessian_sensitivity
+from hf_compress.training_state import TrainingStateMixin
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class QBertConfig(TrainingArguments):
+    average_bits: float = field(
+        default=4.0, metadata={"help": "Size budget: mean bits per quantized weight. A whole 2, 3, 4 or 8 is uniform."}
+    )
+    num_groups: int = field(
+        default=128, metadata={"help": "Weight groups per layer at least; rows of one head stay in one group."}
+    )
+    embedding_bits: int = field(default=8, metadata={"help": "Bits of the embedding tables: 2, 3, 4 or 8."})
+    learned_steps: bool = field(
+        default=False, metadata={"help": "Learn the scales with the weights (LSQ) instead of searching them anew."}
+    )
+    refresh_steps: int = field(default=100, metadata={"help": "Steps between two searches of the weight ranges."})
+    start_bits: int | None = field(
+        default=None, metadata={"help": "Begin with so many bits and go down to each module's own: 8, 4 or 3."}
+    )
+    lowering_ratio: float = field(default=0.3, metadata={"help": "Share of the training that lowering the bits takes."})
+    sensitivity_examples: int = field(
+        default=128, metadata={"help": "Training examples that the Hessian is estimated on, where bits are mixed."}
+    )
+    sensitivity_method: str = field(
+        default="trace", metadata={"help": "eigenvalue (Q-BERT) or trace (HAWQ-V2, much cheaper)."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 2 <= self.average_bits <= 8:
+            raise ValueError(f"average_bits must lie between 2 and 8, got {self.average_bits}.")
+        if self.num_groups < 1 or self.sensitivity_examples < 1:
+            raise ValueError(
+                f"num_groups and sensitivity_examples must be positive, got {self.num_groups} and "
+                f"{self.sensitivity_examples}."
+            )
+
+
+class QBertTrainer(TrainingStateMixin, Trainer):
+    """Quantization-aware fine-tuning. `pack()` turns the trained model into a packed one with the same logits.
+
+    Args:
+        bits: {module name: bits}; by default chosen by sensitivity for `args.average_bits`.
+        model: fine-tuned already, which is where Q-BERT starts.
+    """
+
+    def __init__(self, model: PreTrainedModel, args: QBertConfig, *, bits: Mapping[str, int] | None = None, **kwargs):
+        super().__init__(model, args, **kwargs)
+        if not any(isinstance(module, FakeQuantized) for module in model.modules()):
+            self.bits = dict(bits) if bits is not None else self.choose_bits()
+            prepare_qat(model, self.bits, num_groups=args.num_groups, embedding_bits=args.embedding_bits,
+                        learned_steps=args.learned_steps)  # fmt: skip
+        self.add_callback(QuantizationAware(refresh_steps=args.refresh_steps, start_bits=args.start_bits,
+                                            lowering_ratio=args.lowering_ratio))  # fmt: skip
+
+    def choose_bits(self) -> dict[str, int]:
+        """Bits for every linear map of the layers, from their sensitivity on a subsample of the training data."""
+        args: QBertConfig = self.args
+        if args.average_bits in (2, 3, 4, 8):
+            return choose_modules(self.model, int(args.average_bits))
+        count = min(args.sensitivity_examples, len(self.train_dataset))
+        subsample = self.train_dataset.select(range(count))
+        loader = DataLoader(
+            self._remove_unused_columns(subsample), batch_size=args.train_batch_size, collate_fn=self.data_collator
+        )
+        sensitivity = hessian_sensitivity(self.model, loader, method=args.sensitivity_method)
+        return allocate_bits(self.model, sensitivity, average_bits=args.average_bits, group_size=-1)
+
+    def pack(self) -> nn.Module:
+        """The trained model with packed weights, in place: it saves and loads like any quantized model."""
+        return pack_qat(self.model)

@@ -1,0 +1,141 @@
+"""Fake quantization and Q-BERT: gradients by hand, packed logits equal to the trained ones."""
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import Trainer, TrainingArguments
+
+from hf_compress.layers.packed_embedding import PackedEmbedding
+from hf_compress.layers.packed_linear import PackedLinear
+from hf_compress.quantization.fake_quantize import ActivationQuantizer, WeightQuantizer, fake_quantize
+from hf_compress.quantization.qat import QuantizationAware, bundle_size, fake_modules, pack_qat, prepare_qat
+from hf_compress.quantization.qbert import QBertConfig, QBertTrainer
+from tests.helpers import tiny_batch, tiny_model
+
+
+def test_gradient_passes_inside_the_range_and_stops_outside():
+    x = torch.tensor([[-9.0, -0.4, 0.3, 1.2, 9.0]], requires_grad=True)
+    y = fake_quantize(x, torch.tensor([[1.0]]), torch.tensor([[1.0]]), 2)  # grid -1, 0, 1, 2
+    assert y.tolist() == [[-1.0, 0.0, 0.0, 1.0, 2.0]]
+    y.sum().backward()
+    assert x.grad.tolist() == [[0.0, 1.0, 1.0, 1.0, 0.0]]
+
+
+def test_learned_step_has_the_gradient_of_the_paper():
+    x = torch.tensor([[-9.0, -0.4, 0.3, 1.2, 9.0]])
+    scale = torch.tensor([[1.0]], requires_grad=True)
+    fake_quantize(x, scale, torch.tensor([[1.0]]), 2, learned=True).sum().backward()
+    # inside: round(v) - v = 0.4, -0.3, -0.2; clipped below: -1, above: 2; over sqrt(5 values * 3)
+    assert scale.grad.item() == pytest.approx((0.4 - 0.3 - 0.2 - 1 + 2) / 15**0.5)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, -1), (4, -1), (1, 8), (2, 4)])
+def test_weight_quantizer_and_its_packed_form_agree(rows, columns):
+    weight = torch.randn(8, 16)
+    quantizer = WeightQuantizer(weight, 3, rows=rows, columns=columns).eval()
+    assert quantizer.scale.shape == (8 // rows, 1 if columns == -1 else 16 // columns, 1)
+    assert torch.equal(quantizer.quantize(weight).dequantize(), quantizer(weight))
+    assert torch.equal(quantizer.unblocks(quantizer.blocks(weight)), weight)
+    coarse = WeightQuantizer(weight, 2, rows=rows, columns=columns)
+    assert (quantizer(weight) - weight).norm() < (coarse(weight) - weight).norm()
+
+
+def test_bundles_divide_the_rows_of_a_head():
+    linear = torch.nn.Linear(10, 384)
+    assert bundle_size(linear, 128, None) == 3
+    assert bundle_size(linear, 128, 32) == 2
+    assert bundle_size(torch.nn.Linear(10, 64), 128, 32) == 1
+
+
+def test_running_ranges_follow_training_and_rest_in_eval():
+    quantizer = ActivationQuantizer()
+    quantizer(torch.tensor([[-1.0, 3.0]]))
+    assert quantizer.range() == (-1.0, 3.0)
+    quantizer(torch.tensor([[-2.0, 1.0]]))
+    assert quantizer.range() == pytest.approx((-1.05, 2.9))
+    quantizer.eval()(torch.tensor([[-50.0, 50.0]]))
+    assert quantizer.range() == pytest.approx((-1.05, 2.9))
+
+
+def dataset(model, rows=32):
+    batch = tiny_batch(model, batch=rows, length=8, padding=False)
+    return Dataset.from_dict({"input_ids": batch["input_ids"].tolist(), "labels": [i % 2 for i in range(rows)]})
+
+
+def arguments(tmp_path, kind=QBertConfig, **options):
+    return kind(output_dir=str(tmp_path), per_device_train_batch_size=8, max_steps=6, learning_rate=1e-2,
+                report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True, **options)  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{}, {"learned_steps": True}, {"start_bits": 8, "lowering_ratio": 0.9}],
+                         ids=["searched", "learned", "staged"])  # fmt: skip
+def test_the_packed_model_has_the_trained_logits(options, tmp_path):
+    model = tiny_model("bert")
+    before = model.bert.encoder.layer[0].output.dense.weight.detach().clone()
+    trainer = QBertTrainer(model, arguments(tmp_path, average_bits=2, refresh_steps=2, **options),
+                           train_dataset=dataset(model))  # fmt: skip
+    trainer.train()
+    assert not torch.equal(model.bert.encoder.layer[0].output.dense.weight, before)
+    model.eval()
+    batch = tiny_batch(model)
+    with torch.no_grad():
+        trained = model(**batch).logits
+        packed = trainer.pack()
+        assert torch.equal(packed(**batch).logits, trained)
+    layer = packed.bert.encoder.layer[1].attention.self.query
+    assert isinstance(layer, PackedLinear) and layer.scheme.bits == 2 and layer.scheme.activation_bits == 8
+    assert isinstance(packed.bert.embeddings.word_embeddings, PackedEmbedding)
+    packed.save_pretrained(tmp_path / "packed")
+    assert torch.equal(type(model).from_pretrained(tmp_path / "packed")(**batch).logits, trained)
+
+
+def test_mixed_bits_keep_their_budget(tmp_path):
+    model = tiny_model("bert")
+    trainer = QBertTrainer(model, arguments(tmp_path, average_bits=2.5), train_dataset=dataset(model))
+    sizes = {name: model.get_submodule(name).weight.numel() for name in trainer.bits}
+    average = sum(trainer.bits[name] * size for name, size in sizes.items()) / sum(sizes.values())
+    assert 2.3 < average <= 2.5
+    assert len(set(trainer.bits.values())) > 1
+    assert {n: m.weight_quantizer.bits for n, m in fake_modules(model) if n in trainer.bits} == trainer.bits
+
+
+def test_bits_go_down_in_stages():
+    model = prepare_qat(tiny_model("bert"), 2)
+    callback = QuantizationAware(start_bits=8, lowering_ratio=0.5)
+    state = type("State", (), {"global_step": 0, "max_steps": 32})()
+    seen = []
+    for step in range(32):
+        state.global_step = step
+        (callback.on_train_begin if step == 0 else callback.on_step_begin)(None, state, None, model=model)
+        seen.append(dict(fake_modules(model))["bert.encoder.layer.0.output.dense"].weight_quantizer.bits)
+    assert seen == [8] * 4 + [4] * 4 + [3] * 4 + [2] * 20
+
+
+def test_a_prepared_model_saves_as_an_ordinary_one(tmp_path):
+    model = prepare_qat(tiny_model("bert"), 4)
+    model.save_pretrained(tmp_path)
+    plain = type(tiny_model("bert")).from_pretrained(tmp_path)
+    assert set(plain.state_dict()) == set(model.state_dict())
+
+
+def test_conv1d_and_dynamic_activations_pack_too():
+    model = prepare_qat(tiny_model("gpt2"), 8, dynamic_activations=True, embedding_bits=None).eval()
+    batch = tiny_batch(model)
+    trained = model(**batch).logits
+    assert torch.equal(pack_qat(model)(**batch).logits, trained)
+
+
+def test_bad_settings_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="tied to a head"):
+        prepare_qat(tiny_model("gpt2"), 4)
+    with pytest.raises(ValueError, match="no activation range"):
+        pack_qat(prepare_qat(tiny_model("bert"), 4))
+    with pytest.raises(ValueError, match="prepare_qat"):
+        pack_qat(tiny_model("bert"))
+    with pytest.raises(ValueError, match="average_bits"):
+        arguments(tmp_path, average_bits=1)
+    model = prepare_qat(tiny_model("bert"), 4, learned_steps=True)
+    trainer = Trainer(model, arguments(tmp_path, TrainingArguments), train_dataset=dataset(model),
+                      callbacks=[QuantizationAware()])  # fmt: skip
+    with pytest.raises(ValueError, match="TrainingState"):
+        trainer.train()
