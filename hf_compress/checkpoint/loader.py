@@ -65,6 +65,7 @@ class HfCompressQuantizer(HfQuantizer):
         for module, part in self._parts():
             module.validate(part)
             module.prepare(model, part)
+        for module, part in self._parts():
             if hasattr(module, "check_tensors"):
                 module.check_tensors(model, part, kwargs.get("checkpoint_files") or [])
         ignored = [re.escape(name) for name in self._sentinels(model)]

@@ -5,7 +5,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_compress import ops
-from hf_compress.layers.packed_linear import ReadOnlyWeight
 from hf_compress.layers.sentinel import Sentinel
 
 _INDEX = ("crow", "col", "crow_t", "col_t", "perm_t")  # made from the stored indices, for the kernels
@@ -65,10 +64,8 @@ class BlockSparseLinear(Sentinel, nn.Linear):
         (Bn, Bk), num_blocks = self.block_size, len(self.values)
         return num_blocks / (-(-self.out_features // Bn) * -(-self.in_features // Bk))
 
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight (N, K), a copy."""
-        return ops.bsr_to_dense(self._sparse(self.values)).as_subclass(ReadOnlyWeight)
+    def dense_weight(self) -> Tensor:
+        return ops.bsr_to_dense(self._sparse(self.values))
 
     def build_index(self) -> None:
         """Make what the kernels walk from the stored indices. Raises ValueError for indices out of range or order."""

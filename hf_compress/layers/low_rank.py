@@ -4,7 +4,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_compress.layers.packed_linear import ReadOnlyWeight
 from hf_compress.layers.sentinel import Sentinel
 
 FACTORS = ("table", "projection")
@@ -20,9 +19,8 @@ class LowRank(Sentinel):
     def rank(self) -> int:
         return self.table.shape[1]
 
-    @property
-    def weight(self) -> Tensor:
-        return (self.table @ self.projection.T).as_subclass(ReadOnlyWeight)
+    def dense_weight(self) -> Tensor:
+        return self.table @ self.projection.T
 
 
 class LowRankEmbedding(LowRank, nn.Embedding):

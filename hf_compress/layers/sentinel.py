@@ -3,6 +3,9 @@
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
+from hf_compress.layers.packed_linear import ReadOnlyWeight
 
 
 class Sentinel:
@@ -13,6 +16,21 @@ class Sentinel:
     """
 
     is_loading = False  # True from the time the empty module is made until its tensors are there: then none is expected
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that the stored tensors stand for: a copy, which cannot be written to."""
+        if not self.is_loading:
+            return self.dense_weight().as_subclass(ReadOnlyWeight)
+        is_linear = isinstance(self, nn.Linear)
+        shape = (self.out_features, self.in_features) if is_linear else (self.num_embeddings, self.embedding_dim)
+        empty = torch.empty(shape, device="meta")
+        empty._is_hf_initialized = True  # Transformers initialises what no file holds, and asks for it by this name
+        return empty
+
+    def dense_weight(self) -> Tensor:
+        """The weight (N, K), computed from the stored tensors."""
+        raise NotImplementedError
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -1,0 +1,89 @@
+"""The `sparsity` part of the record: which linear maps are stored in blocks.
+
+    {module: {"format": "bsr", "block_size": [32, 32], "num_blocks": 40}}
+
+Rows and columns that became empty are no longer in these shapes: the structure part says what is left of them.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_compress.layers.block_sparse import BlockSparseLinear
+from hf_compress.record import find_name, stored_name, write_part
+
+ENTRIES = {"format", "block_size", "num_blocks"}
+BLOCK_SIDES = (16, 32, 64, 128)  # what the kernels run; finer masks are stored as blocks of 16
+
+
+def block_sparse_modules(model: nn.Module) -> Iterator[tuple[str, BlockSparseLinear]]:
+    for name, module in model.named_modules():
+        if isinstance(module, BlockSparseLinear):
+            yield name, module
+
+
+def settle_sparsity(model: nn.Module) -> None:
+    """Changes `model.config`: its record now says which modules are block-sparse."""
+    part = {}
+    for name, module in block_sparse_modules(model):
+        entry = {"format": "bsr", "block_size": list(module.block_size), "num_blocks": len(module.values)}
+        part[stored_name(model, name)] = entry
+    write_part(model.config, "sparsity", part)
+
+
+def validate(part: dict[str, Any]) -> None:
+    """Raises ValueError, naming the module, for an entry that is not as described above."""
+    for name, entry in part.items():
+        if not isinstance(entry, dict) or set(entry) != ENTRIES or entry["format"] != "bsr":
+            raise ValueError(
+                f"sparsity: {name!r} must have the entries {sorted(ENTRIES)} in format 'bsr', got {entry!r}."
+            )
+        sides, count = entry["block_size"], entry["num_blocks"]
+        if not (isinstance(sides, list) and len(sides) == 2 and all(side in BLOCK_SIDES for side in sides)):
+            raise ValueError(f"sparsity: blocks of {name!r} must have two sides among {BLOCK_SIDES}, got {sides!r}.")
+        if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+            raise ValueError(f"sparsity: num_blocks of {name!r} must be a number of blocks, got {count!r}.")
+
+
+def prepare(model: nn.Module, part: dict[str, Any]) -> None:
+    """Changes `model`, which is on the meta device: linear maps named in the record become empty block-sparse ones.
+
+    A module that belongs to another task's head is passed over. Raises ValueError for one that is not there.
+    """
+    own = {name for name, _ in model.named_children()} | {name for name, _ in model.base_model.named_children()}
+    for stored, entry in part.items():
+        name = find_name(model, stored)
+        if name is None:
+            if stored.partition(".")[0] in own:
+                raise ValueError(
+                    f"sparsity: {type(model).__name__} has no module {stored!r}; the record is of another."
+                )
+            continue
+        module = model.get_submodule(name)
+        if type(module) not in (nn.Linear, Conv1D):
+            raise ValueError(f"sparsity: {stored!r} is a {type(module).__name__}, which cannot be block-sparse.")
+        K, N = module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]
+        (Bn, Bk), num_blocks = entry["block_size"], entry["num_blocks"]
+        if num_blocks > -(-N // Bn) * -(-K // Bk):
+            raise ValueError(f"sparsity: {stored!r} of shape {[N, K]} has no {num_blocks} blocks of {[Bn, Bk]}.")
+        like = {"dtype": module.weight.dtype, "device": module.weight.device}
+        layer = BlockSparseLinear(K, N, (Bn, Bk), num_blocks, bias=module.bias is not None, **like)
+        layer.is_loading = layer._is_hf_initialized = True
+        model.set_submodule(name, layer)
+
+
+def finish(model: nn.Module, part: dict[str, Any]) -> None:
+    """Changes `model`: checks the loaded indices and builds what the kernels need. Raises ValueError."""
+    for name, module in block_sparse_modules(model):
+        module.is_loading = False
+        try:
+            module.build_index()
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+
+
+def sentinels(model: nn.Module, part: dict[str, Any]) -> list[str]:
+    """Block-sparse modules have no tensor called `weight`, which Transformers alone would look for."""
+    return [f"{name}.weight" for name, _ in block_sparse_modules(model)]
