@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from hf_compress.resume import last_complete_checkpoint
 
@@ -79,11 +79,29 @@ class TrainingStateMixin(Trainer):
     def training_state(self) -> TrainingState:
         if self._training_state is None:
             self._training_state = self.make_training_state(self.model)
+            for callback in self.callback_handler.callbacks:
+                self._add_entries(callback)
         return self._training_state
 
     def make_training_state(self, model: PreTrainedModel) -> TrainingState:
         """Build what training `model` needs besides itself. Called again for each new model of `model_init`."""
         return TrainingState()
+
+    def add_callback(self, callback) -> None:
+        super().add_callback(callback)
+        if self._training_state is not None:
+            self._add_entries(self.callback_handler.callbacks[-1])
+
+    def _add_entries(self, callback: TrainerCallback) -> None:
+        """Own what a callback keeps between steps: `callback.training_state_entries(model)`, name -> value."""
+        entries = getattr(callback, "training_state_entries", None)
+        for name, value in {} if entries is None else entries(self.model).items():
+            if hasattr(self._training_state, name):
+                raise ValueError(
+                    f"Two callbacks of this trainer keep state under the name {name!r}: a trainer can hold one "
+                    f"{type(callback).__name__}."
+                )
+            self._training_state.add(name, value)
 
     def call_model_init(self, trial=None):
         model = super().call_model_init(trial)
@@ -109,6 +127,12 @@ class TrainingStateMixin(Trainer):
         tensors = {name: _whole(tensor) for name, tensor in self.training_state.state_dict().items()}
         if tensors and self.args.should_save:
             save_file(tensors, Path(output_dir) / STATE_FILE)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        file = Path(self.state.best_model_checkpoint) / STATE_FILE
+        if file.exists():  # masks belong to the weights they were saved with
+            _load_whole(self.training_state, load_file(file))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and len(self.training_state):

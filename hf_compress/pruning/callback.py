@@ -1,0 +1,231 @@
+"""The base of the pruning callbacks: masks that follow a schedule, in any `Trainer`.
+
+After each optimizer step what is masked is set to zero again, so no loss, model or hook has to know of masks. With our
+trainers masks and scores live in the `TrainingState` and survive resume; with a stock `Trainer` masks are found again
+in the zeros of the weights, and scores that are gathered over steps cannot be resumed.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_callback import TrainerControl, TrainerState
+
+from hf_compress.pruning.masks import Blocks
+from hf_compress.pruning.schedules import TwoSlopes, check_schedule, make_schedule
+from hf_compress.pruning.scores import Magnitude, Score
+from hf_compress.pruning.selection import SCOPES, keep_above, keep_largest
+from hf_compress.pruning.silent import cut_silent
+from hf_compress.training_state import STATE_NAME, TrainingState
+
+logger = logging.getLogger(__name__)
+
+
+class Pruning(TrainerCallback):
+    """Base of callbacks that prune while a `Trainer` trains.
+
+    Args:
+        sparsity: share that is gone at the end, 0 to 1.
+        schedule: `cubic` (gradually, ever slower), `one-shot` (all at `begin`), or `two-slopes` (a rising threshold).
+        begin, end: shares of the training, in optimizer steps, at which pruning begins and is done.
+        num_updates: how often masks are updated on the way.
+        regrow: share of the training after which everything may grow again (DSD); never when None.
+
+    Raises ValueError for settings that no training could follow, at once where possible, else when training begins.
+    """
+
+    name = "pruning"  # of its entries in the training state
+    scope = "class-blind"
+    bank_size: int | None = None
+    num_elements = 1  # of a block, for the slopes
+
+    def __init__(
+        self,
+        sparsity: float,
+        *,
+        score: Score,
+        schedule: str = "cubic",
+        begin: float = 0.1,
+        end: float = 0.7,
+        num_updates: int = 20,
+        regrow: float | None = None,
+    ):
+        check_schedule(schedule, sparsity, begin, end, num_updates)
+        if regrow is not None and not (begin if schedule == "one-shot" else end) < regrow <= 1:
+            raise ValueError(f"regrow must lie between the end of pruning ({end}) and 1, got {regrow}.")
+        if schedule == "two-slopes" and not (isinstance(score, Magnitude) and score.reduce == "max"):
+            raise ValueError(
+                "schedule='two-slopes' is a threshold on magnitudes: use it with the magnitude (max) score."
+            )
+        if self.scope not in SCOPES:
+            raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got {self.scope!r}.")
+        self.sparsity, self.schedule, self.begin, self.end = sparsity, schedule, begin, end
+        self.num_updates, self.regrow, self.score = num_updates, regrow, score
+        self._matrices: list[Blocks] = []
+        self._handles: list[Any] = []
+
+    # What the methods override
+
+    def matrices(self, model: nn.Module) -> list[Blocks]:
+        """The matrices to prune and their blocks. Raises ValueError if `model` has none that fit."""
+        raise NotImplementedError
+
+    def shrink(self, learning_rate: float) -> None:
+        """A proximal step of the method's penalty, after each optimizer step while the schedule runs."""
+
+    # State
+
+    def training_state_entries(self, model: nn.Module) -> dict[str, Tensor]:
+        """What this callback keeps in the `TrainingState`: masks, and scores that are gathered over steps."""
+        self._matrices = self.matrices(model)
+        entries = {}
+        for i, matrix in enumerate(self._matrices):
+            entries[f"{self.name}_mask_{i}"] = torch.ones(matrix.grid, dtype=torch.bool)
+            if (buffer := self.score.buffer(matrix)) is not None:
+                entries[f"{self.name}_score_{i}"] = buffer
+            if self.schedule == "two-slopes":
+                entries[f"{self.name}_quantile_{i}"] = torch.full((), torch.nan)
+        return entries
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Module name -> boolean (rows, columns) of blocks, True for those that stay."""
+        return {matrix.name: self._kept("mask", i) for i, matrix in enumerate(self._matrices)}
+
+    @property
+    def current_sparsity(self) -> float:
+        """The share of the matrices' weights that is masked now."""
+        sizes = [matrix.shape[0] * matrix.shape[1] for matrix in self._matrices]
+        masks = [self._kept("mask", i) for i in range(len(self._matrices))]
+        gone = sum(size * int((~mask).sum()) for size, mask in zip(sizes, masks, strict=True))
+        return gone / max(sum(size * mask.numel() for size, mask in zip(sizes, masks, strict=True)), 1)
+
+    def _kept(self, kind: str, number: int) -> Tensor | None:
+        return getattr(self._state, f"{self.name}_{kind}_{number}", None)
+
+    # Events of the trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module = None, **kwargs
+    ) -> None:
+        check_whole(model)
+        self._state = getattr(model, STATE_NAME, None)
+        if self._state is None:
+            self._state = self._state_of_stock_trainer(model, state)
+        elif f"{self.name}_mask_0" not in dict(self._state.named_buffers()):
+            raise ValueError(f"This trainer does not know of {type(self).__name__}: pass it as callbacks=[...].")
+        self._schedule = make_schedule(
+            self.schedule, self.sparsity, begin=self.begin, end=self.end, num_updates=self.num_updates,
+            max_steps=state.max_steps, first_step=int(self.score.is_gathered), num_elements=self.num_elements,
+        )  # fmt: skip
+        self._regrow_at = None if self.regrow is None else round(self.regrow * state.max_steps)
+        self._close()
+        self._handles = self.score.open(model, self._matrices)
+        self._find_masked()
+        if state.global_step == 0 and self._schedule.updates_at(0):
+            self._update(0)
+
+    def on_pre_optimizer_step(self, args, state: TrainerState, control, **kwargs) -> None:
+        if not (self.score.is_gathered and state.global_step < self._schedule.end):
+            return
+        with torch.no_grad():
+            for i, matrix in enumerate(self._matrices):
+                self.score.gather(i, matrix, self._kept("score", i))
+
+    def on_optimizer_step(self, args, state: TrainerState, control, optimizer=None, **kwargs) -> None:
+        step = state.global_step + 1
+        with torch.no_grad():
+            if self._schedule.begin < step <= self._schedule.end:
+                self.shrink(optimizer.param_groups[0]["lr"])
+            self._apply()
+            if step == self._regrow_at:
+                for i in range(len(self._matrices)):
+                    self._kept("mask", i).fill_(True)
+                self._masked = []
+            elif self._schedule.updates_at(step):
+                self._update(step)
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self._find_masked()  # the best checkpoint may have been loaded, and its masks with it
+        self._close()
+
+    def finish(self, model: nn.Module) -> nn.Module:
+        """Cut out heads and neurons of which nothing is left. Changes `model`, after training, and returns it."""
+        return cut_silent(model)
+
+    # Inside
+
+    def _update(self, step: int) -> None:
+        numbers, level = range(len(self._matrices)), self._schedule.level(step)
+        scores = [self.score.scores(i, self._matrices[i], self._kept("score", i)) for i in numbers]
+        if isinstance(self._schedule, TwoSlopes):
+            masks = keep_above(scores, [level * self._quantile(i) for i in numbers])
+        else:
+            if self.scope == "class-distribution":
+                scores = [score / self._matrices[i].weight.float().std() for i, score in enumerate(scores)]
+            masks = keep_largest(scores, level, scope=self.scope, bank_size=self.bank_size)
+        for i, mask in zip(numbers, masks, strict=True):
+            self._kept("mask", i).copy_(mask)
+            if self.score.forgets:
+                self._kept("score", i).zero_()
+        self._find_masked()
+        self._apply()
+        logger.info("%s: %.4f of the weights masked after step %d", type(self).__name__, self.current_sparsity, step)
+
+    def _quantile(self, number: int) -> Tensor:
+        """q of `TwoSlopes`, measured when first asked for."""
+        kept = self._kept("quantile", number)
+        if kept.isnan():
+            magnitudes = self._matrices[number].weight.abs().float().flatten()
+            kept.copy_(magnitudes.kthvalue(max(int(self.sparsity * magnitudes.numel()), 1)).values)
+        return kept
+
+    def _find_masked(self) -> None:
+        self._masked = [i for i in range(len(self._matrices)) if not bool(self._kept("mask", i).all())]
+
+    def _apply(self) -> None:
+        for i in self._masked:
+            self._matrices[i].scale_(self._kept("mask", i))
+
+    def _state_of_stock_trainer(self, model: nn.Module, state: TrainerState) -> TrainingState:
+        own = TrainingState()
+        for name, value in self.training_state_entries(model).items():
+            own.add(name, value)
+        own.to(self._matrices[0].weight.device)
+        if state.global_step > 0:
+            if self.score.is_gathered or self.schedule == "two-slopes":
+                raise ValueError(
+                    f"{type(self).__name__} gathers scores over steps, and a stock Trainer keeps none in its "
+                    "checkpoints: it cannot be resumed. Train with one of the trainers of hf_compress, or start anew."
+                )
+            for i, matrix in enumerate(self._matrices):
+                getattr(own, f"{self.name}_mask_{i}").copy_(matrix.is_alive())
+        return own
+
+    def _close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+def check_whole(model: nn.Module) -> None:
+    """Raise ValueError if the weights are sharded over ranks: blocks would lie across the pieces."""
+    if any(hasattr(p, "device_mesh") or hasattr(p, "ds_id") for p in model.parameters()):
+        raise ValueError(
+            "Pruning while training needs whole weights on each rank, but these are sharded (FSDP or ZeRO-3). "
+            "Train with DDP or on one device, or prune before training."
+        )
+
+
+def per_matrix_importance(importance: Tensor, matrices: Sequence[Blocks], what: str) -> Tensor:
+    """The importance given by a user, checked against the model: (L, n), nan where a layer has fewer than n."""
+    counts = [matrix.grid[1] for matrix in matrices]
+    if importance.dim() != 2 or len(importance) != len(counts):
+        raise ValueError(f"importance must be ({len(counts)}, {max(counts)}), got {tuple(importance.shape)}.")
+    known = (~importance.isnan()).sum(dim=1).tolist()
+    if known != counts:
+        raise ValueError(f"importance must tell of {counts} {what} in each layer, got {known}.")
+    return importance

@@ -1,0 +1,79 @@
+"""Masks over matrices cut into blocks. Weights, blocks, heads and neurons are all blocks of some shape:
+
+a weight (1, 1), a block (n, n), a head (D, Dh) and a neuron (D, 1), the last two of the output projection: with its
+columns at zero a head or a neuron adds nothing, whatever it computes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_compress.anatomy import Anatomy, Projection, in_features, is_projection, module_names, out_features
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The weight (N, K) of one linear map, cut into blocks (r, c)."""
+
+    name: str
+    module: Projection
+    shape: tuple[int, int]  # (r, c)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(N / r, K / c), the shape of a mask."""
+        return out_features(self.module) // self.shape[0], in_features(self.module) // self.shape[1]
+
+    @property
+    def weight(self) -> Tensor:
+        """(N, K), a view."""
+        weight = self.module.weight.detach()
+        return weight.T if isinstance(self.module, Conv1D) else weight
+
+    @property
+    def gradient(self) -> Tensor | None:
+        gradient = self.module.weight.grad
+        return gradient.T if isinstance(self.module, Conv1D) and gradient is not None else gradient
+
+    def cut(self, matrix: Tensor) -> Tensor:
+        """(N, K) -> (N / r, r, K / c, c), a view."""
+        return matrix.unflatten(0, (-1, self.shape[0])).unflatten(2, (-1, self.shape[1]))
+
+    def largest(self, matrix: Tensor) -> Tensor:
+        """The largest element of each block, (N / r, K / c)."""
+        return matrix if self.shape == (1, 1) else self.cut(matrix).amax(dim=(1, 3))
+
+    def sum(self, matrix: Tensor) -> Tensor:
+        return matrix if self.shape == (1, 1) else self.cut(matrix).sum(dim=(1, 3))
+
+    @torch.no_grad()
+    def scale_(self, factors: Tensor) -> None:
+        """Multiply each block of the weight by its factor, in place; a mask works as well."""
+        if self.shape == (1, 1):
+            self.weight.mul_(factors)
+        else:
+            self.cut(self.weight).mul_(factors[:, None, :, None])
+
+    def is_alive(self) -> Tensor:
+        """True for blocks that are not all zeros."""
+        return self.largest(self.weight.abs()) > 0
+
+
+def layer_projections(model: nn.Module, parts: Anatomy, block_size: int = 1) -> list[Blocks]:
+    """All linear maps within the layers of `model`, cut into square blocks.
+
+    Embeddings and the task's head are left alone. Raises ValueError for shapes that the block size does not divide.
+    """
+    names = module_names(model)
+    maps = dict.fromkeys(m for layer in parts.layers for m in layer.module.modules() if is_projection(m))
+    found = [Blocks(names[module], module, (block_size, block_size)) for module in maps]
+    for matrix in found:
+        shape = out_features(matrix.module), in_features(matrix.module)
+        if shape[0] % block_size or shape[1] % block_size:
+            raise ValueError(
+                f"block_size={block_size} does not divide {matrix.name}, of shape {shape}. Choose a divisor of all "
+                "shapes, such as 16 or 32 for most models."
+            )
+    return found

@@ -1,0 +1,68 @@
+"""The base of the pruning trainers: a `Trainer` with one pruning callback, which cuts when training is over."""
+
+import inspect
+from dataclasses import dataclass, field, fields
+
+from torch import nn
+from transformers import TrainerCallback, TrainingArguments
+
+from hf_compress.training_state import TrainingStateMixin
+
+
+@dataclass
+class PruningConfig(TrainingArguments):
+    sparsity: float = field(default=0.5, metadata={"help": "Share that is gone at the end, at least 0 and below 1."})
+    schedule: str = field(
+        default="cubic",
+        metadata={
+            "help": "`cubic` (gradually, ever slower), `one-shot` (all at `begin`), `two-slopes` (a rising threshold)."
+        },
+    )
+    begin: float = field(default=0.1, metadata={"help": "Share of the training at which pruning begins, 0 to 1."})
+    end: float = field(default=0.7, metadata={"help": "Share of the training at which pruning is done, 0 to 1."})
+    num_updates: int = field(default=20, metadata={"help": "How often masks are updated on the way; 1 or more."})
+
+    callback_class = None  # set by each method
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.callback()  # checks the values
+
+    def callback(self) -> TrainerCallback:
+        """The callback that these settings describe."""
+        taken = {name for kind in self.callback_class.__mro__ for name in inspect.signature(kind.__init__).parameters}
+        return self.callback_class(**{f.name: getattr(self, f.name) for f in fields(self) if f.name in taken})
+
+
+class PruningTrainer(TrainingStateMixin):
+    """A `Trainer` that prunes while it trains; its arguments are those of `Trainer`.
+
+    After `train()` what fell silent has been cut out of the model, so `save_model` writes a small one. The callback is
+    at hand as `pruning`.
+    """
+
+    config_class = PruningConfig
+
+    def __init__(self, model=None, args=None, **kwargs):
+        args = self.config_class("trainer_output") if args is None else args
+        if not isinstance(args, self.config_class):
+            raise TypeError(
+                f"{type(self).__name__} needs args of type {self.config_class.__name__}, got {type(args).__name__}. "
+                "Its arguments are those of TrainingArguments and a few more."
+            )
+        self.pruning = args.callback()
+        callbacks = [*(kwargs.pop("callbacks", None) or []), self.pruning]
+        super().__init__(model, args, callbacks=callbacks, **kwargs)
+        _ = self.training_state  # built now, so that what is wrong with the model is said before training
+
+    def train(self, *args, **kwargs):
+        output = super().train(*args, **kwargs)
+        self.finish()
+        return output
+
+    def finish(self) -> nn.Module:
+        """Cut the model. Optimizer and masks belong to the larger one, so they are dropped."""
+        self.pruning.finish(self.model)
+        self.model_wrapped, self.optimizer, self.lr_scheduler = self.model, None, None
+        self._training_state = None
+        return self.model

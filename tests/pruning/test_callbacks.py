@@ -1,0 +1,306 @@
+"""Pruning callbacks in trainers of every kind: masks hold, compose, survive resume, and end in a smaller model."""
+
+import copy
+
+import pytest
+import torch
+from distillation.data import rows
+from helpers import tiny_batch, tiny_model
+from silence import logits
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+import hf_compress as hfc
+from hf_compress.anatomy import anatomy
+from hf_compress.pruning.importance.gates import mean_absolute_gradients
+from hf_compress.training_state import TrainingStateMixin
+
+
+class OurTrainer(TrainingStateMixin):
+    """A plain Trainer that keeps a training state."""
+
+
+def arguments(folder, kind=TrainingArguments, **options):
+    defaults = dict(use_cpu=True, max_steps=8, per_device_train_batch_size=4, logging_strategy="no", report_to="none",
+                    save_strategy="no", disable_tqdm=True, learning_rate=1e-3)  # fmt: skip
+    return kind(str(folder), **{**defaults, **options})
+
+
+def train(folder, callback, model=None, kind=OurTrainer, data=None, resume=None, **options):
+    """A model trained with the callback, not yet finished."""
+    model = tiny_model("bert") if model is None else model
+    family = model.config.model_type
+    data = rows(kind="clm" if family in ("gpt2", "llama") else "classification") if data is None else data
+    extra = {}
+    if kind is hfc.DistillationTrainer:
+        options, extra = {"kind": hfc.DistillationConfig, **options}, {"teacher_model": tiny_model("bert", seed=3)}
+    if kind is hfc.TinyBertTrainer:
+        options, extra = {"kind": hfc.TinyBertConfig, **options}, {"teacher_model": tiny_model("bert", seed=3)}
+    trainer = kind(model, arguments(folder, **options), train_dataset=data, callbacks=[callback], **extra)
+    trainer.train(resume_from_checkpoint=resume)
+    return model.eval()
+
+
+QUICK = dict(begin=0.0, end=0.8, num_updates=3)
+CALLBACKS = {
+    "heads": lambda: hfc.HeadPruning(0.4, **QUICK),
+    "neurons": lambda: hfc.NeuronPruning(0.5, **QUICK),
+    "magnitude": lambda: hfc.WeightPruning(0.6, proximal=1e-3, **QUICK),
+    "movement": lambda: hfc.WeightPruning(0.6, method="movement", scope="class-uniform", **QUICK),
+    "wanda": lambda: hfc.WeightPruning(0.5, method="wanda", scope="bank", bank_size=4, **QUICK),
+    "distribution": lambda: hfc.WeightPruning(0.6, scope="class-distribution", **QUICK),
+    "blocks": lambda: hfc.BlockPruning(0.7, block_size=8, group_lasso=0.1, **QUICK),
+    "block-movement": lambda: hfc.BlockPruning(0.7, block_size=8, method="movement", **QUICK),
+    "two-slopes": lambda: hfc.BlockPruning(0.7, block_size=4, schedule="two-slopes", **QUICK),
+    "dsd": lambda: hfc.WeightPruning(0.6, begin=0.0, end=0.5, num_updates=2, regrow=0.75),
+    "layers": lambda: hfc.LayerPruning(0.5),
+    "gates": lambda: hfc.HeadGates(1.0),
+}
+
+
+@pytest.mark.parametrize("name", CALLBACKS)
+def test_a_resumed_training_ends_in_the_same_bits(name, tmp_path):
+    """Dropout on; saved after step 4 of 8, taken up by a new model, trainer and callback."""
+    data = rows()
+    whole, again = CALLBACKS[name](), CALLBACKS[name]()
+    expected = train(tmp_path, whole, data=data, save_strategy="steps", save_steps=4)
+    found = train(tmp_path, again, tiny_model("bert", seed=9), data=data, resume=str(tmp_path / "checkpoint-4"))
+    for (key, tensor), other in zip(expected.state_dict().items(), found.state_dict().values(), strict=True):
+        assert torch.equal(tensor, other), key
+    if name not in ("layers", "gates"):
+        assert all(torch.equal(mask, again.masks[key]) for key, mask in whole.masks.items())
+        assert whole.current_sparsity == again.current_sparsity
+    if name == "gates":
+        assert all(map(torch.equal, whole.gates(), again.gates()))
+
+
+@pytest.mark.parametrize("kind", [Trainer, OurTrainer, hfc.DistillationTrainer, hfc.TinyBertTrainer])
+@pytest.mark.parametrize("name", ["heads", "blocks"])
+def test_a_callback_prunes_in_any_trainer(kind, name, tmp_path):
+    callback = CALLBACKS[name]()
+    model = train(tmp_path, callback, kind=kind)
+    assert callback.current_sparsity == pytest.approx({"heads": 6 / 16, "blocks": 0.7}[name], abs=0.01)
+    for name, mask in callback.masks.items():
+        weight = model.get_submodule(name).weight
+        zero = weight.unflatten(0, (mask.shape[0], -1)).unflatten(2, (mask.shape[1], -1)).abs().amax(dim=(1, 3)) == 0
+        assert torch.equal(zero, ~mask)
+    hooks = [h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    assert not any(hook.__module__.startswith("hf_compress") for hook in hooks)
+
+
+def test_two_callbacks_prune_side_by_side(tmp_path):
+    model = tiny_model("bert")
+    heads, neurons = CALLBACKS["heads"](), CALLBACKS["neurons"]()
+    args = arguments(tmp_path, hfc.DistillationConfig)
+    teacher = tiny_model("bert", seed=3)
+    trainer = hfc.DistillationTrainer(
+        model, args, teacher_model=teacher, train_dataset=rows(), callbacks=[heads, neurons]
+    )
+    trainer.train()
+    size = model.num_parameters()
+    neurons.finish(heads.finish(model))
+    assert sum(a.num_heads for a in anatomy(model).attentions) == 10
+    assert sum(layer.feed_forward.num_neurons for layer in anatomy(model).layers) == 96
+    assert model.num_parameters() < size
+    with pytest.raises(ValueError, match="a trainer can hold one HeadPruning"):
+        hfc.DistillationTrainer(
+            tiny_model("bert"), args, teacher_model=teacher, callbacks=[CALLBACKS["heads"](), CALLBACKS["heads"]()]
+        )
+
+
+@pytest.mark.parametrize("name", ["heads", "neurons", "blocks"])
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_finish_cuts_and_changes_no_logit(family, name, tmp_path):
+    callback = CALLBACKS[name]()
+    model = train(tmp_path, callback, tiny_model(family)).double()
+    batch, size = tiny_batch(model), model.num_parameters()
+    expected = logits(model, batch)
+    assert callback.finish(model) is model
+    torch.testing.assert_close(logits(model, batch), expected, rtol=0, atol=1e-12)
+    if name != "blocks":
+        assert model.num_parameters() < size
+    model.save_pretrained(tmp_path / "small")
+    loaded = type(model).from_pretrained(tmp_path / "small", dtype=torch.float64).eval()
+    assert torch.equal(logits(loaded, batch), logits(model, batch))
+
+
+class Spy(TrainerCallback):
+    """Sums -w * dL/dw of one matrix in float64, where the gradient of a step is ready."""
+
+    def __init__(self, module):
+        self.module, self.sum = module, torch.zeros_like(module.weight, dtype=torch.float64)
+
+    def on_pre_optimizer_step(self, *args, **kwargs):
+        self.sum -= self.module.weight.detach().double() * self.module.weight.grad.double()
+
+
+def test_movement_scores_are_accumulated_products(tmp_path):
+    model = tiny_model("bert")
+    module = anatomy(model).layers[1].feed_forward.output
+    spy, callback = Spy(module), hfc.WeightPruning(0.5, method="movement", begin=0.0, end=1.0, num_updates=1)
+    trainer = OurTrainer(model, arguments(tmp_path), train_dataset=rows(), callbacks=[spy, callback])
+    trainer.train()
+    number = next(i for i, matrix in enumerate(callback._matrices) if matrix.module is module)
+    torch.testing.assert_close(callback._kept("score", number).double(), spy.sum, rtol=1e-4, atol=1e-9)
+    scores = torch.cat([callback._kept("score", i).flatten() for i in range(len(callback._matrices))])
+    lowest = scores.double().sort().values[: len(scores) // 2]
+    masks = torch.cat([mask.flatten() for mask in callback.masks.values()])
+    assert scores[~masks].max() <= lowest[-1] + 1e-12 and int((~masks).sum()) == len(scores) // 2
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_head_importance_in_training_is_that_of_each_example(accumulation, tmp_path):
+    """One step over 8 examples: the gathered sums are the gradients of single examples, absolute before the sum."""
+    model = tiny_model("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, classifier_dropout=0.0)
+    data, reference = rows(8), copy.deepcopy(model).double()
+    attentions = anatomy(reference).attentions
+    expected = mean_absolute_gradients(
+        reference, [{key: torch.tensor(data[key]) for key in data.column_names}], [a.output for a in attentions],
+        [a.head_dim for a in attentions],
+    )  # fmt: skip
+    callback = hfc.HeadPruning(0.4, begin=0.0, end=1.0, num_updates=1)
+    callback.training_state_entries(model)
+    size = 8 // accumulation
+
+    class Stop(TrainerCallback):
+        def on_optimizer_step(self, *args, **kwargs):
+            self.sums = [callback._kept("score", i).clone() for i in range(4)]
+
+    stop = Stop()
+    trainer = OurTrainer(
+        model,
+        arguments(tmp_path, max_steps=2, gradient_accumulation_steps=accumulation, per_device_train_batch_size=size),
+        train_dataset=data, callbacks=[callback],
+    )  # fmt: skip
+    trainer.callback_handler.callbacks.insert(0, stop)
+    trainer.args.max_steps = 2
+    seen = []
+    stop.on_step_end = lambda *args, **kwargs: seen.append(stop.sums)
+    trainer.train()
+    for sums, row in zip(seen[0], expected, strict=True):
+        torch.testing.assert_close((sums / sums.norm()).double(), row / row.norm(), rtol=1e-4, atol=1e-6)
+
+
+def test_wanda_scores_weigh_by_the_norm_of_real_tokens(tmp_path):
+    model = tiny_model("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, classifier_dropout=0.0)
+    reference, data = copy.deepcopy(model), rows(8)
+    module = anatomy(reference).layers[2].attention.query
+    inputs = {key: torch.tensor(data[key]) for key in data.column_names}
+    seen = []
+    module.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().double()))
+    reference(**inputs)
+    real = seen[0][inputs["attention_mask"].bool()]  # (tokens, K)
+    expected = module.weight.detach().double().abs() * real.norm(dim=0)
+    callback = hfc.WeightPruning(0.5, method="wanda", scope="row", schedule="one-shot", begin=0.0)
+    scores = []
+    number = [name for name, m in reference.named_modules() if m is module]
+    original = callback.score.scores
+    callback.score.scores = lambda *args: scores.append(original(*args)) or scores[-1]
+    train(tmp_path, callback, model, data=data, max_steps=1, per_device_train_batch_size=8, learning_rate=1e-9)
+    place = [matrix.name for matrix in callback._matrices].index(number[0])
+    torch.testing.assert_close(scores[place].double(), expected, rtol=1e-3, atol=1e-6)
+    assert (callback.masks[number[0]].sum(1) == 16).all()
+
+
+def test_dense_sparse_dense_lets_weights_grow_again(tmp_path):
+    callback = CALLBACKS["dsd"]()
+    weight = anatomy(train(tmp_path, callback)).layers[0].attention.query.weight
+    assert callback.current_sparsity == 0 and float((weight == 0).float().mean()) < 0.05
+
+
+def test_group_lasso_shrinks_what_stays(tmp_path):
+    norms = []
+    for strength in (0.0, 20.0):
+        callback = hfc.BlockPruning(0.5, block_size=8, group_lasso=strength, begin=0.0, end=1.0, num_updates=1)
+        train(tmp_path, callback)
+        norms.append(sum(float(m.weight.norm()) for m in callback._matrices))
+    assert norms[1] < 0.8 * norms[0]
+
+
+def test_given_and_random_importance_choose_the_heads(tmp_path):
+    importance = torch.arange(16.0).reshape(4, 4)
+    callback = hfc.HeadPruning(0.5, importance=importance, schedule="one-shot", begin=0.0)
+    train(tmp_path, callback, kind=Trainer, max_steps=1)
+    assert torch.equal(torch.stack([mask[0] for mask in callback.masks.values()]), importance >= 8)
+    first, second = (hfc.HeadPruning(0.5, importance="random", schedule="one-shot", begin=0.0) for _ in range(2))
+    train(tmp_path, first, max_steps=1), train(tmp_path, second, max_steps=1)
+    assert all(torch.equal(mask, second.masks[name]) for name, mask in first.masks.items())
+
+
+def test_equal_widths_when_neurons_go_layer_by_layer(tmp_path):
+    callback = hfc.NeuronPruning(0.5, scope="layer", **QUICK)
+    model = callback.finish(train(tmp_path, callback))
+    assert [layer.feed_forward.num_neurons for layer in anatomy(model).layers] == [24] * 4
+    assert model.config.intermediate_size == 24 and not hasattr(model.config, "quantization_config")
+
+
+def test_the_best_checkpoint_comes_with_its_masks(tmp_path):
+    """The best is the first, saved before anything was pruned: nothing of it may be cut."""
+    callback = hfc.HeadPruning(0.5, begin=0.5, end=0.8, num_updates=1)
+    model = tiny_model("bert")
+    args = arguments(tmp_path, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2,
+                     load_best_model_at_end=True, metric_for_best_model="rank", greater_is_better=False)  # fmt: skip
+    trainer = OurTrainer(model, args, train_dataset=rows(), eval_dataset=rows(4), callbacks=[callback],
+                         compute_metrics=lambda _: {"rank": trainer.state.global_step})  # fmt: skip
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+    assert callback.current_sparsity == 0
+    size = model.num_parameters()
+    assert callback.finish(model).num_parameters() == size
+
+
+def test_a_stock_trainer_resumes_masks_and_refuses_what_it_cannot_keep(tmp_path):
+    options = dict(kind=Trainer, save_strategy="steps", save_steps=4, data=rows())
+    whole, again = CALLBACKS["blocks"](), CALLBACKS["blocks"]()
+    expected = train(tmp_path, whole, **options)
+    found = train(tmp_path, again, tiny_model("bert", seed=9), resume=str(tmp_path / "checkpoint-4"), **options)
+    assert all(torch.equal(a, b) for a, b in zip(expected.parameters(), found.parameters(), strict=True))
+    with pytest.raises(ValueError, match="WeightPruning gathers scores over steps"):
+        train(tmp_path, CALLBACKS["movement"](), resume=str(tmp_path / "checkpoint-4"), **options)
+    with pytest.raises(ValueError, match="HeadGates learns parameters of its own, which a stock Trainer does not"):
+        train(tmp_path, CALLBACKS["gates"](), kind=Trainer)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: hfc.BlockPruning(0.5, block_size=5), "block_size=5 does not divide .*, of shape"),
+        (lambda: hfc.WeightPruning(0.5, scope="bank", bank_size=7), "bank_size=7 does not divide the 32 columns"),
+        (lambda: hfc.HeadPruning(0.5, importance=torch.ones(3, 4)), r"importance must be \(4, 4\), got \(3, 4\)"),
+        (lambda: hfc.NeuronPruning(0.5, importance=torch.ones(4, 9)), r"must tell of \[48, 48, 48, 48\] neurons"),
+        (lambda: hfc.LayerPruning(keep=[0, 9]), r"keep names layers \[9\], but the model has 0 to 3"),
+    ],
+    ids=["block-size", "bank-size", "heads", "neurons", "layers"],
+)
+def test_what_does_not_fit_the_model_is_said_before_training(make, message, tmp_path):
+    trainer = OurTrainer(tiny_model("bert"), arguments(tmp_path), train_dataset=rows(), callbacks=[make()])
+    with pytest.raises(ValueError, match=message):
+        _ = trainer.training_state
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: hfc.HeadPruning(1.0), "at least 0 and below 1, got 1.0"),
+        (lambda: hfc.HeadPruning(0.5, begin=0.9, end=0.2), "ends before it starts"),
+        (lambda: hfc.HeadPruning(0.5, importance="best"), "importance must be a tensor or one of gradient, random"),
+        (lambda: hfc.NeuronPruning(0.5, scope="bank"), "scope must be one of model, layer, got 'bank'"),
+        (lambda: hfc.WeightPruning(0.5, method="magic"), "method must be one of magnitude, movement, wanda"),
+        (lambda: hfc.WeightPruning(0.5, scope="all"), "scope must be one of class-blind"),
+        (lambda: hfc.WeightPruning(0.5, bank_size=4), "bank_size belongs to scope='bank'"),
+        (lambda: hfc.WeightPruning(0.5, scope="bank"), "bank_size belongs to scope='bank'"),
+        (lambda: hfc.WeightPruning(0.5, scope="bank", bank_size=0), "bank_size must be at least 1"),
+        (lambda: hfc.WeightPruning(0.5, proximal=-1.0), "proximal is the strength of a penalty"),
+        (lambda: hfc.WeightPruning(0.5, regrow=0.3), "regrow must lie between the end of pruning"),
+        (lambda: hfc.WeightPruning(0.5, method="movement", schedule="two-slopes"), "is a threshold on magnitudes"),
+        (lambda: hfc.BlockPruning(0.5, block_size=0), "block_size must be at least 1"),
+        (lambda: hfc.BlockPruning(0.5, method="magic"), "method must be one of max, norm, movement"),
+        (lambda: hfc.BlockPruning(0.5, group_lasso=-1.0), "group_lasso is the strength of a penalty"),
+        (lambda: hfc.LayerPruning(1.0), "drop_rate is a probability"),
+        (lambda: hfc.LayerPruning(share=1.0), "share of layers that go must lie between 0 and 1"),
+        (lambda: hfc.HeadGates(-1.0), "l0 must be 0 or more"),
+    ],
+    ids=lambda value: None if callable(value) else value[:24],
+)
+def test_settings_that_cannot_be_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
