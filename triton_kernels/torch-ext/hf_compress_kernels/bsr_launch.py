@@ -1,0 +1,145 @@
+"""Launchers of the block-sparse kernels, and the density from which a dense product is faster."""
+
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from . import tuning
+from .blocks import block_rows, gather_blocks, to_dense
+from .bsr_kernels import bsr_dw_kernel, bsr_linear_kernel
+from .dispatch import INTERPRET
+
+GROUP_M = 8
+
+
+def _runs_dense(x: Tensor, values: Tensor, out_features: int, in_features: int) -> bool:
+    """Whether dense is faster, or the kernels do not know the dtype."""
+    if INTERPRET:
+        return False
+    density = values.numel() / (out_features * in_features)
+    side = min(values.shape[1:])
+    return x.dtype == torch.float64 or density > tuning.bsr_break_even(tuning.device_for(x), side)
+
+
+def launch_linear(
+    x: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    crow_t: Tensor,
+    col_t: Tensor,
+    perm_t: Tensor,
+    bias: Optional[Tensor],
+    out_features: int,
+    in_features: int,
+) -> Tensor:
+    if _runs_dense(x, values, out_features, in_features):
+        return F.linear(x, to_dense(values, crow, col, out_features, in_features), bias)
+    return _launch(x, values, crow, col, None, bias, out_features)
+
+
+def launch_dx(
+    grad: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    crow_t: Tensor,
+    col_t: Tensor,
+    perm_t: Tensor,
+    out_features: int,
+    in_features: int,
+) -> Tensor:
+    if _runs_dense(grad, values, out_features, in_features):
+        return grad @ to_dense(values, crow, col, out_features, in_features)
+    return _launch(grad, values, crow_t, col_t, perm_t, None, in_features)
+
+
+def _launch(
+    x: Tensor, values: Tensor, crow: Tensor, col: Tensor, perm: Optional[Tensor], bias: Optional[Tensor], N: int
+) -> Tensor:
+    M, K = x.shape
+    num_blocks = values.shape[0]
+    if M == 0 or num_blocks == 0:
+        y = x.new_zeros(M, N)
+        return y if bias is None else y + bias
+    OUT, IN = values.shape[1:] if perm is None else values.shape[:0:-1]
+    config = tuning.bsr_rule(tuning.device_for(x), M, OUT, IN)
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    dtype = x.dtype
+    if INTERPRET:  # bfloat16 arithmetic is wrong there, and the cast to it truncates: torch rounds the result
+        x, values, bias = x.float(), values.float(), None if bias is None else bias.float()
+    y = torch.empty(M, N, dtype=x.dtype, device=x.device)
+    rows = crow.numel() - 1
+    bsr_linear_kernel[(rows * triton.cdiv(M, config.block_m),)](
+        x,
+        values.contiguous(),
+        crow,
+        col,
+        col if perm is None else perm,
+        y if bias is None else bias,
+        y,
+        M,
+        K,
+        N,
+        rows,
+        num_blocks,
+        x.stride(0) if M > 1 else K,
+        N,
+        BLOCK_M=config.block_m,
+        IN=IN,
+        OUT=OUT,
+        TRANSPOSED=perm is not None,
+        HAS_BIAS=bias is not None,
+        EVEN_K=K % IN == 0,
+        UPCAST=INTERPRET,
+        PRECISION=_precision(dtype),
+        GROUP_M=GROUP_M,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return y.to(dtype)
+
+
+def launch_dw(grad: Tensor, x: Tensor, values: Tensor, crow: Tensor, col: Tensor) -> Tensor:
+    num_blocks, BN, BK = values.shape
+    (M, K), N = x.shape, grad.shape[1]
+    if M == 0 or num_blocks == 0:
+        return torch.zeros_like(values)
+    if _runs_dense(x, values, N, K):
+        return gather_blocks(grad.t() @ x, crow, col, num_blocks, (BN, BK))
+    config = tuning.bsr_rule(tuning.device_for(x), M, BN, BK)
+    grad = grad.contiguous()
+    x = x if x.stride(1) == 1 else x.contiguous()
+    if INTERPRET:
+        grad, x = grad.float(), x.float()
+    out = torch.empty(values.shape, dtype=x.dtype, device=x.device)
+    bsr_dw_kernel[(num_blocks,)](
+        grad,
+        x,
+        block_rows(crow, num_blocks).int(),
+        col,
+        out,
+        M,
+        N,
+        K,
+        N,
+        x.stride(0) if M > 1 else K,
+        BLOCK_M=tuning.BSR_DW_ROWS,
+        BN=BN,
+        BK=BK,
+        EVEN=N % BN == 0 and K % BK == 0,
+        UPCAST=INTERPRET,
+        PRECISION=_precision(values.dtype),
+        num_warps=config.num_warps,
+        num_stages=3,
+    )
+    return out.to(values.dtype)
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """float32 products stay float32, as torch's do unless told otherwise."""
+    return "ieee" if dtype == torch.float32 else "tf32"
