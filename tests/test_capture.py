@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import FAMILIES, tiny_batch, tiny_model
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from hf_compress.capture import capture
@@ -126,3 +127,35 @@ def test_layers_that_do_not_exist_are_refused():
         capture(model, attention=[4]).__enter__()
     with pytest.raises(ValueError, match="Layer 0 .* has no cross-attention"):
         capture(tiny_model("bart"), attention=[0], cross=True).__enter__()
+
+
+def test_flash_attention_is_passed_through_with_its_own_mask():
+    """A kernel that, like flash attention, takes a padding mask (B, S) and knows causality by itself."""
+    seen = []
+
+    def flash(module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, **kwargs):
+        seen.append(attention_mask)
+        T = query.shape[2]
+        allowed = torch.ones(T, T, dtype=torch.bool).tril()
+        if attention_mask is not None:
+            allowed = allowed & attention_mask[:, None, None, :].bool()
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        output = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=scaling)
+        return output.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("fused_for_test", flash)
+    AttentionMaskInterface.register("fused_for_test", ALL_MASK_ATTENTION_FUNCTIONS["flash_attention_2"])
+    model, eager = tiny_model("llama"), tiny_model("llama", attn="eager")
+    model.set_attn_implementation("fused_for_test")
+    batch = tiny_batch(model)
+    with torch.no_grad(), capture(model, attention=[0, 3]) as signals:
+        model(**batch)
+        expected = eager(**batch, output_attentions=True).attentions
+    real = batch["attention_mask"].bool()[:, None, :, None]
+    for layer in (0, 3):
+        assert signals.attention[layer].mask.dim() == 2
+        allowed = (signals.attention[layer].allowed & real).expand_as(expected[layer])
+        assert torch.equal(allowed, (expected[layer] > 0) & real)
+        probabilities = attention_probabilities(signals.attention[layer].scores, allowed)
+        torch.testing.assert_close(probabilities[allowed], expected[layer][allowed], rtol=1e-5, atol=1e-6)
+    assert all(mask.shape == batch["attention_mask"].shape for mask in seen)

@@ -55,6 +55,7 @@ def main():
     torch.set_num_threads(1)
     dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0} if run.no_dropout else {}
     teacher = tiny_model("bert", seed=3, **dropout)
+    teacher.classifier.weight.data *= 30  # a teacher that is sure of something
     torch.manual_seed(5)
     student = make_student(teacher, num_hidden_layers=2, hidden_size=16)
     config, trainer_class, options = METHODS[run.method]

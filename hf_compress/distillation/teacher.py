@@ -8,6 +8,7 @@ from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from hf_compress.distillation.tasks import LANGUAGE_MODELS, auto_class_name, plain_model
 
+HEADS = ["classifier", "score", "qa_outputs", "lm_head", "cls", "pooler", "pre_classifier"]  # stay in full precision
 VOCABULARY_PADDING = 256  # a vocabulary grown to a multiple of at most this is padding, not other words
 
 
@@ -19,8 +20,10 @@ def load_teacher(name: str | Path, student: nn.Module, bits: int | None = None) 
             f"A teacher cannot be loaded by name for a student of class {type(student).__name__}, whose task "
             "Transformers does not know. Load the teacher yourself and pass the model as teacher_model."
         )
-    quantization = {8: BitsAndBytesConfig(load_in_8bit=True), 4: BitsAndBytesConfig(load_in_4bit=True)}
-    options = {} if bits is None else {"quantization_config": quantization[bits]}
+    options = {}
+    if bits is not None:
+        width = {"load_in_8bit": True} if bits == 8 else {"load_in_4bit": True}
+        options["quantization_config"] = BitsAndBytesConfig(**width, llm_int8_skip_modules=HEADS)
     try:
         return getattr(transformers, auto_class).from_pretrained(name, **options)
     except OSError as error:

@@ -1,5 +1,7 @@
 """DistillationTrainer is a drop-in `Trainer`: every task, every option, the same gradients however batches are cut."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import tiny_model
@@ -268,3 +270,37 @@ def test_layer_maps_and_heads_are_checked_by_tinybert(tmp_path):
         trainer(make_student(teacher, num_hidden_layers=2, num_attention_heads=2))
     with pytest.raises(ValueError, match="has an encoder and a decoder"):
         TinyBertTrainer(*pair("bart")[:1], config(tmp_path, TinyBertConfig), teacher_model=pair("bart")[1])
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    student, teacher = pair()
+    args = config(tmp_path, TinyBertConfig, max_steps=6, save_strategy="steps", save_steps=2)
+    trainer = TinyBertTrainer(student, args, teacher_model=teacher, train_dataset=rows())
+    save = torch.save
+
+    def full(value, file, *args, **kwargs):
+        if "checkpoint-4" in str(file) and "optimizer" in str(file):
+            Path(file).write_bytes(b"half of it")
+            raise OSError(28, "No space left on device")
+        return save(value, file, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.train()
+    monkeypatch.setattr(torch, "save", save)
+    student, _ = pair()
+    trainer = TinyBertTrainer(student, args, teacher_model=teacher, train_dataset=rows())
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 6
+    assert trainer.state.log_history[0]["step"] == 1  # from checkpoint-2, with its log
+
+
+def test_a_teacher_in_8_or_4_bits(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    student, teacher = pair(hidden_size=64, intermediate_size=128)  # its 4-bit blocks hold 64 weights
+    teacher.save_pretrained(tmp_path / "teacher")
+    for bits in (8, 4):
+        args = config(tmp_path, teacher_bits=bits)
+        trainer = DistillationTrainer(student, args, teacher_model=tmp_path / "teacher", train_dataset=rows())
+        assert trainer.teacher.is_quantized
+        trainer.train()
