@@ -1,0 +1,211 @@
+"""`quantize` on whole models of every family: GPTQ block by block, cut off and resumed, and what it refuses."""
+
+import pytest
+import torch
+
+import hf_compress as hfc
+from hf_compress.calibration import InputMoments, calibration_batches, capture_stack_inputs, input_groups
+from hf_compress.layers.packed_linear import PackedLinear
+from hf_compress.quantization import block_by_block
+from hf_compress.quantization.block_by_block import matching_weight
+from tests.helpers import FAMILIES, tiny_batch, tiny_model
+
+
+def calibration(model, batches=3):
+    return [tiny_batch(model, batch=4, length=16, seed=seed) for seed in range(batches)]
+
+
+@torch.no_grad()
+def distance(model, other, batch):
+    return float((model(**batch).logits - other(**batch).logits).norm())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gptq_is_nearer_than_rounding(family):
+    original = tiny_model(family)
+    batch = tiny_batch(original, batch=4)
+    data = calibration(original, batches=8)
+    gptq = hfc.quantize(tiny_model(family), 3, method="gptq", calibration=data, exact_products=True)
+    rounded = hfc.quantize(tiny_model(family), 3, range_method="minmax")
+    assert distance(gptq, original, batch) < distance(rounded, original, batch)
+    inside = [n for n, m in gptq.named_modules() if isinstance(m, PackedLinear)]
+    assert len(inside) == sum(1 for m in rounded.modules() if isinstance(m, PackedLinear)) > 0
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "deberta-v2", "bart"])
+def test_layer_by_layer_states_are_those_of_the_whole_model(family):
+    model = tiny_model(family)
+    batches = calibration(model, batches=2)
+    anatomy = hfc.anatomy(model)
+    for stack in anatomy.stacks:
+        outputs = []
+        handle = stack.layers[-1].module.register_forward_hook(lambda m, a, out, seen=outputs: seen.append(out))
+        with torch.no_grad():
+            for batch in batches:
+                model(**batch)
+            handle.remove()
+            inputs = capture_stack_inputs(model, stack, batches)
+            for _ in stack.layers:
+                inputs.advance()
+        for number, output in enumerate(outputs):
+            output = output[0] if isinstance(output, tuple) else output
+            torch.testing.assert_close(inputs.hidden[number], output)
+
+
+def test_projections_with_one_input_share_a_hessian():
+    model = tiny_model("llama")
+    layer = model.model.layers[0]
+    modules = {n: m for n, m in layer.named_modules() if isinstance(m, torch.nn.Linear)}
+    batch = tiny_batch(model)
+    groups = input_groups(modules, lambda: model(**batch))
+    assert groups == [
+        ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+        ["self_attn.o_proj"],
+        ["mlp.gate_proj", "mlp.up_proj"],
+        ["mlp.down_proj"],
+    ]
+
+
+def test_moments_are_those_of_all_samples_at_once():
+    moments = InputMoments()
+    x, exact = torch.randn(50, 6), torch.randn(50, 6)
+    for part in range(0, 50, 20):
+        moments.add(x[part : part + 20], exact[part : part + 20])
+    torch.testing.assert_close(moments.hessian(), 2 * x.T @ x / 50)
+    torch.testing.assert_close(moments.cross_hessian(), 2 * exact.T @ x / 50)
+
+
+def test_padding_does_not_reach_the_hessian():
+    model = tiny_model("bert")
+    batch = tiny_batch(model, batch=4, length=16)
+    changed = {**batch, "input_ids": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, 17)}
+    options = dict(method="gptq", exact_products=True, group_size=16)
+    one = hfc.quantize(tiny_model("bert"), 4, calibration=[batch] * 2, **options)
+    two = hfc.quantize(tiny_model("bert"), 4, calibration=[changed] * 2, **options)
+    probe = tiny_batch(model, padding=False)
+    torch.testing.assert_close(one(**probe).logits, two(**probe).logits)
+
+
+def test_matching_weight_solves_its_least_squares():
+    generator = torch.Generator().manual_seed(0)
+    W, X = torch.randn(3, 5, generator=generator), torch.randn(5, 40, generator=generator)
+    exact = X + 0.3 * torch.randn(5, 40, generator=generator)
+    V = matching_weight(W, 2 * X @ X.T, 2 * exact @ X.T, damp_percent=1e-9)
+    torch.testing.assert_close(V, torch.linalg.lstsq(X.T, (W @ exact).T).solution.T, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(matching_weight(W, 2 * X @ X.T, 2 * X @ X.T, damp_percent=0.01), W)
+
+
+def test_matching_the_exact_model_beats_ignoring_it():
+    original = tiny_model("llama", num_hidden_layers=6)
+    data, batch = calibration(original, 12), tiny_batch(original, batch=4, seed=5)
+    options = dict(method="gptq", calibration=data, exact_products=True, group_size=16)
+    matched = hfc.quantize(tiny_model("llama", num_hidden_layers=6), 2, match_exact=True, **options)
+    plain = hfc.quantize(tiny_model("llama", num_hidden_layers=6), 2, match_exact=False, **options)
+    assert distance(matched, original, batch) < distance(plain, original, batch)
+
+
+def test_a_run_that_is_cut_off_goes_on_to_the_same_model(tmp_path, monkeypatch):
+    data = calibration(tiny_model("bert"))
+    options = dict(method="gptq", calibration=data, resume_dir=str(tmp_path))
+    whole = hfc.quantize(tiny_model("bert"), 4, method="gptq", calibration=data)
+    quantize_weight, calls = block_by_block.quantize_weight, []
+
+    def fails_in_the_third_layer(*args, **kwargs):
+        calls.append(kwargs["name"])
+        if ".layer.2." in kwargs["name"]:
+            raise KeyboardInterrupt
+        return quantize_weight(*args, **kwargs)
+
+    monkeypatch.setattr(block_by_block, "quantize_weight", fails_in_the_third_layer)
+    with pytest.raises(KeyboardInterrupt):
+        hfc.quantize(tiny_model("bert"), 4, **options)
+    calls.clear()
+
+    def counts(*args, **kwargs):
+        calls.append(kwargs["name"])
+        return quantize_weight(*args, **kwargs)
+
+    monkeypatch.setattr(block_by_block, "quantize_weight", counts)
+    resumed = hfc.quantize(tiny_model("bert"), 4, **options)
+    assert not any(".layer.0." in name or ".layer.1." in name for name in calls) and len(calls) == 12
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+    with pytest.raises(ValueError, match="other schemes"):
+        hfc.quantize(tiny_model("bert"), 3, **options)
+
+
+def test_states_on_disk_give_the_same_model():
+    data = calibration(tiny_model("llama"))
+    memory = hfc.quantize(tiny_model("llama"), 4, method="gptq", calibration=data)
+    disk = hfc.quantize(tiny_model("llama"), 4, method="gptq", calibration=data, offload="disk")
+    assert all(torch.equal(a, b) for a, b in zip(memory.state_dict().values(), disk.state_dict().values(), strict=True))
+
+
+def test_heads_are_quantized_with_what_reaches_them():
+    model = tiny_model("bert")
+    bits = {"bert.pooler.dense": 4, "classifier": 8, "bert.encoder.layer.3.output.dense": 2}
+    hfc.quantize(model, bits, method="gptq",
+                 calibration=calibration(model, 16))  # fmt: skip
+    assert isinstance(model.classifier, PackedLinear) and model.bert.pooler.dense.scheme.bits == 4
+    assert not isinstance(model.bert.encoder.layer[0].output.dense, PackedLinear)
+
+
+def test_static_groups_store_no_order_and_act_order_does():
+    data = calibration(tiny_model("bert"))
+    for options, stored in (({"static_groups": True}, False), ({}, True)):
+        model = hfc.quantize(
+            tiny_model("bert"), 4, method="gptq", calibration=data, desc_act=True, group_size=16, **options
+        )
+        layer = model.bert.encoder.layer[0].output.dense
+        assert (layer.g_idx is not None) == stored == layer.scheme.desc_act
+
+
+def test_rows_are_padded_and_labels_left_out():
+    model = tiny_model("bert")
+    (batch,) = calibration_batches([{"input_ids": [5, 6, 7], "labels": 1}, {"input_ids": [8]}], model)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert "labels" not in batch
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(bits=5), "bits must be one of"),
+        (dict(bits=4, group_size=7), "encoder.layer.0.*group_size must divide"),
+        (dict(bits={"bert.nowhere": 4}), "no module called"),
+        (dict(bits={"bert.encoder.layer.0.output.LayerNorm": 4}), "only nn.Linear"),
+        (dict(bits=4, method="awq"), "method must be one of"),
+        (dict(bits=4, method="gptq"), "needs `calibration`"),
+        (dict(bits=4, method="gptq", calibration=[]), "calibration is empty"),
+        (dict(bits=4, method="gptq", calibration=[{"input_ids": []}]), "without tokens"),
+        (dict(bits=4, method="gptq", calibration=[{"input_ids": [5, 6]}]), "too short: 2 tokens"),
+        (dict(bits=4, method="gptq", calibration=[{"input_ids": [500] * 99}]), "token 500.*own tokenizer"),
+        (dict(bits=4, method="gptq", calibration=[{"text": "hello"}]), "must hold `input_ids`"),
+        (dict(bits=4, skip_modules=["no.such"]), "skip_modules"),
+        (dict(bits=4, desc_act=True), "takes no calibration"),
+    ],
+)
+def test_bad_input_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        hfc.quantize(tiny_model("bert"), **options)
+
+
+def test_nan_names_the_layer():
+    model = tiny_model("bert")
+    data = calibration(model)
+    with torch.no_grad():
+        model.bert.encoder.layer[1].attention.self.key.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="encoder.layer.1.attention.self.key"):
+        hfc.quantize(model, 4)
+    model = tiny_model("bert")
+    with torch.no_grad():
+        model.bert.encoder.layer[1].output.LayerNorm.weight[0] = torch.inf
+    with pytest.raises(ValueError, match="encoder.layer.2.attention.self.query.*calibration"):
+        hfc.quantize(model, 4, method="gptq", calibration=data)
+
+
+def test_a_quantized_model_is_not_quantized_again():
+    model = hfc.quantize(tiny_model("bert"), 4)
+    with pytest.raises(ValueError, match="quantized already"):
+        hfc.quantize(model, 4)
