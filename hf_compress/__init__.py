@@ -64,6 +64,8 @@ _HOMES = {  # public name -> module that defines it
     "used_tokens": "hf_compress.surgery.tokenizer",
     "factorise_embeddings": "hf_compress.pruning.embeddings",
     "to_block_sparse": "hf_compress.pruning.block_sparse",
+    "merge_neurons": "hf_compress.surgery.merging",
+    "prune": "hf_compress.pruning.budget",
 }
 
 __all__ = sorted(_HOMES)

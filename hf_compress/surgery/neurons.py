@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
 from hf_compress.anatomy import Layer, anatomy, is_projection, out_features
 from hf_compress.surgery.transaction import Transaction
@@ -22,7 +22,7 @@ def prune_neurons(model: nn.Module, neurons: Mapping[int, Iterable[int]]) -> nn.
         raise ValueError("This would remove every neuron of every layer; keep at least one.")
     with Transaction(model) as transaction:
         for number, kept in keep.items():
-            _cut(transaction, layers[number], kept)
+            cut_neurons(transaction, layers[number], kept)
     return model
 
 
@@ -39,7 +39,8 @@ def _kept_neurons(layers: tuple[Layer, ...], number: int, gone: Iterable[int]) -
     return [neuron for neuron in range(num_neurons) if neuron not in gone]
 
 
-def _cut(transaction: Transaction, layer: Layer, kept: list[int]) -> None:
+def cut_neurons(transaction: Transaction, layer: Layer, kept: list[int], *, outgoing: Tensor | None = None) -> None:
+    """Keep these neurons of `layer`, later. `outgoing` (D, F) takes the place of the output projection's weight."""
     part, num_neurons = layer.feed_forward, layer.feed_forward.num_neurons
     if len(kept) == num_neurons:
         return
@@ -47,7 +48,7 @@ def _cut(transaction: Transaction, layer: Layer, kept: list[int]) -> None:
     rows = [*kept, *(num_neurons + neuron for neuron in kept)] if part.is_fused else kept
     for projection in part.inputs:
         transaction.select(projection, rows=rows)
-    transaction.select(part.output, columns=kept)
+    transaction.select(part.output, columns=kept, weight=outgoing)
     for module in layer.module.modules():
         if getattr(module, "intermediate_size", None) == num_neurons:
             transaction.set(module, "intermediate_size", len(kept))

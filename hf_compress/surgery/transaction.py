@@ -44,14 +44,23 @@ class Transaction:
         self._changes.append((owner, attribute, value))
 
     def select(
-        self, module: Projection, *, rows: Iterable[int] | None = None, columns: Iterable[int] | None = None
+        self,
+        module: Projection,
+        *,
+        rows: Iterable[int] | None = None,
+        columns: Iterable[int] | None = None,
+        weight: Tensor | None = None,
     ) -> None:
-        """Keep these output rows and input columns of a linear map, later. Raises ValueError if it cannot be cut."""
+        """Keep these output rows and input columns of a linear map, later; of `weight` (N, K) instead if one is given.
+
+        Raises ValueError if the module cannot be cut.
+        """
         self._check(module)
-        weight, bias = module.weight.detach(), None if module.bias is None else module.bias.detach()
+        bias = None if module.bias is None else module.bias.detach()
         is_transposed = isinstance(module, Conv1D)
-        if is_transposed:
-            weight = weight.T
+        if weight is None:
+            weight = module.weight.detach().T if is_transposed else module.weight.detach()
+        weight = weight.to(module.weight.dtype)
         if rows is not None:
             index = torch.as_tensor(list(rows), dtype=torch.long, device=weight.device)
             weight, bias = weight[index], None if bias is None else bias[index]

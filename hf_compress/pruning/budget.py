@@ -1,0 +1,186 @@
+"""A budget instead of knobs: heads, neurons and layers go, those first that are worth least for what they cost."""
+
+import copy
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_compress.anatomy import Anatomy, anatomy
+from hf_compress.counting import multiply_adds, num_parameters
+from hf_compress.inputs import example_batch
+from hf_compress.measure import LATENCY_BATCH, evaluating
+from hf_compress.pruning.units import Unit, units
+from hf_compress.surgery import prune_heads, prune_layers, prune_neurons
+from hf_compress.timing import synchronize, time_interleaved
+
+logger = logging.getLogger(__name__)
+
+METRICS = ("parameters", "multiply_adds", "latency")
+LATENCY_STEPS = 6  # halvings of the interval in which the right number of multiply-adds is sought
+LATENCY_ROUNDS = 20
+
+
+def prune(
+    model: PreTrainedModel,
+    dataloader: Iterable[Mapping[str, Tensor]],
+    *,
+    target: float,
+    metric: Literal["parameters", "multiply_adds", "latency"] = "parameters",
+    sequence_length: int = 128,
+) -> PreTrainedModel:
+    """Cut heads, neurons and layers until `target` of the model is left. Changes `model` and returns it.
+
+    dataloader       batches with labels, gone through once: they tell what each piece is worth, by the gradient of its
+                     gate (a first-order estimate of how the loss changes without it)
+    target           share of the metric that may be left, between 0 and 1. It is kept: the result is below it, by at
+                     most one piece where the metric is counted
+    metric           parameters (all of the model's); multiply_adds of one example; latency, the median time of one
+                     example in turns with the model as it was, on the device where it is, with its threads
+    sequence_length  tokens of the example for the last two
+
+    Each piece is a head (with all that share its key and value), a bundle of neurons, or a whole layer. They go in the
+    order of importance over cost. A layer is worth what its attention and its feed-forward are as wholes, less than the
+    sum of their parts when these pull in different ways. Raises ValueError, and changes nothing, for a target that
+    cannot be reached: embeddings and heads of the task stay, and something of each encoder and decoder.
+    """
+    if metric not in METRICS:
+        raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}.")
+    if not 0 < target < 1:
+        raise ValueError(f"target is the share that is left, between 0 and 1, got {target}.")
+    tokens = None if metric == "parameters" else sequence_length
+    pieces = sorted(units(model, dataloader, tokens), key=lambda unit: unit.importance / max(unit.cost, 1))
+    if metric == "latency":
+        chosen = _choose_by_latency(model, pieces, target, sequence_length)
+    else:
+        total = num_parameters(model) if tokens is None else _multiply_adds(model, sequence_length)
+        chosen = choose(anatomy(model), pieces, total - int(target * total))
+    return _cut(model, chosen)
+
+
+def choose(parts: Anatomy, pieces: Sequence[Unit], surplus: int) -> list[Unit]:
+    """The first of `pieces` whose costs reach `surplus`. Raises ValueError if all together do not."""
+    keepers = _Keepers(parts)
+    chosen: list[Unit] = []
+    spent: dict[int, int] = {}  # layer -> cost of what was taken from it
+    saved = 0
+    for unit in pieces:
+        if saved >= surplus:
+            return chosen
+        if keepers.may_go(unit):
+            gain = unit.cost - (spent.get(unit.layer, 0) if unit.is_layer else 0)
+            spent[unit.layer] = spent.get(unit.layer, 0) + gain
+            saved += gain
+            chosen.append(unit)
+    if saved < surplus:
+        raise ValueError(
+            f"The target cannot be reached: {surplus:,} would have to go, and heads, neurons and layers together "
+            f"have {saved:,}. Raise the target, or make the embeddings smaller with prune_vocabulary or "
+            "factorise_embeddings."
+        )
+    return chosen
+
+
+class _Keepers:
+    """Sees to it that something of each stack stays: a layer with a head of each kind and a neuron."""
+
+    def __init__(self, parts: Anatomy):
+        self._stack = [stack.name for stack in parts.stacks for _ in stack.layers]
+        attentions = [(i, place) for i, layer in enumerate(parts.layers) for place in range(len(layer.attentions))]
+        self._kind = [(self._stack[i], place) for i, place in attentions]
+        self._owner = [i for i, _ in attentions]
+        self._heads = [attention.num_heads for attention in parts.attentions]
+        self._neurons = [layer.feed_forward.num_neurons for layer in parts.layers]
+        self._gone: set[int] = set()
+
+    def may_go(self, unit: Unit) -> bool:
+        """Whether `unit` is there and not the last of its kind; if so, it counts as gone from now on."""
+        if unit.layer in self._gone:
+            return False
+        heads, neurons = list(self._heads), list(self._neurons)
+        for attention, _ in unit.heads:
+            heads[attention] -= 1
+        neurons[unit.layer] -= len(unit.neurons)
+        if unit.is_layer:
+            neurons[unit.layer] = 0
+            heads = [0 if owner == unit.layer else n for owner, n in zip(self._owner, heads, strict=True)]
+        by_kind: dict[tuple[str, int], int] = dict.fromkeys(self._kind, 0)
+        for kind, count in zip(self._kind, heads, strict=True):
+            by_kind[kind] += count
+        by_stack: dict[str, int] = dict.fromkeys(self._stack, 0)
+        for stack, count in zip(self._stack, neurons, strict=True):
+            by_stack[stack] += count
+        if not all(by_kind.values()) or not all(by_stack.values()):
+            return False
+        self._heads, self._neurons = heads, neurons
+        if unit.is_layer:
+            self._gone.add(unit.layer)
+        return True
+
+
+def _cut(model: PreTrainedModel, chosen: Sequence[Unit]) -> PreTrainedModel:
+    layers = {unit.layer for unit in chosen if unit.is_layer}
+    heads: dict[int, list[int]] = {}
+    neurons: dict[int, list[int]] = {}
+    for unit in chosen:
+        if unit.layer not in layers:
+            for attention, head in unit.heads:
+                heads.setdefault(attention, []).append(head)
+            neurons.setdefault(unit.layer, []).extend(unit.neurons)
+    logger.info("cutting %d heads, %d neurons and %d layers", sum(map(len, heads.values())),
+                sum(map(len, neurons.values())), len(layers))  # fmt: skip
+    prune_heads(model, heads)
+    prune_neurons(model, neurons)
+    if layers:
+        prune_layers(model, [i for i in range(len(anatomy(model).layers)) if i not in layers])
+    return model
+
+
+def _multiply_adds(model: PreTrainedModel, sequence_length: int) -> int:
+    with evaluating([model]):
+        batch = example_batch(model, sequence_length=sequence_length)
+        return multiply_adds(model, {key: value[:LATENCY_BATCH] for key, value in batch.items()})
+
+
+def _choose_by_latency(
+    model: PreTrainedModel, pieces: Sequence[Unit], target: float, sequence_length: int
+) -> list[Unit]:
+    """The fewest pieces with which a copy of the model is fast enough, found by halving the multiply-adds left."""
+    parts, total = anatomy(model), _multiply_adds(model, sequence_length)
+    batch = example_batch(model, sequence_length=sequence_length)
+    batch = {key: value[:LATENCY_BATCH] for key, value in batch.items()}
+    best: list[Unit] | None = None
+    low, high = 0.0, 1.0  # shares of multiply-adds: too few is sure to be fast enough, all of them is not
+    ratio = 1.0
+    for _ in range(LATENCY_STEPS):
+        share = (low + high) / 2
+        try:
+            chosen = choose(parts, pieces, total - int(share * total))
+        except ValueError:
+            low = share
+            continue
+        ratio = _latency_ratio(_cut(copy.deepcopy(model), chosen), model, batch)
+        logger.info("with %.1f%% of the multiply-adds it takes %.1f%% of the time", 100 * share, 100 * ratio)
+        if ratio <= target:
+            best, low = chosen, share
+        else:
+            high = share
+    if best is None:
+        raise ValueError(f"The target cannot be reached: the smallest model tried takes {ratio:.2f} of the time.")
+    return best
+
+
+def _latency_ratio(candidate: PreTrainedModel, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> float:
+    def forward(network: PreTrainedModel) -> None:
+        with torch.inference_mode():
+            network(**batch)
+        synchronize(network.device)
+
+    with evaluating([candidate, model]):
+        calls = [lambda network=network: forward(network) for network in (candidate, model)]
+        seconds = time_interleaved(calls, rounds=LATENCY_ROUNDS)
+    ratios = sorted(one / other for one, other in zip(*seconds, strict=True))
+    return ratios[len(ratios) // 2]

@@ -1,0 +1,110 @@
+"""What can be taken out of a model, piece by piece: what each piece costs and what it is worth."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_compress.anatomy import Anatomy, Attention, Layer, Projection, anatomy, in_features, out_features
+from hf_compress.measure import evaluating
+from hf_compress.pruning.importance.gates import mean_absolute_gradients
+
+NEURON_BUNDLES = 64  # the neurons of a layer, sorted by importance, are taken in so many bundles
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Heads of one group, a bundle of neurons, or a whole layer."""
+
+    layer: int  # place in `anatomy(model).layers`
+    heads: tuple[tuple[int, int], ...]  # (attention, head), numbered as `prune_heads` does
+    neurons: tuple[int, ...]
+    cost: int
+    importance: float  # first-order estimate of the loss's change: mean over examples of |d loss / d gate|
+
+    @property
+    def is_layer(self) -> bool:
+        return not self.heads and not self.neurons
+
+
+def units(model: PreTrainedModel, dataloader: Iterable[Mapping[str, Tensor]], tokens: int | None) -> list[Unit]:
+    """Everything that may go. Costs are multiply-adds of a sequence of `tokens`, or parameters where that is None."""
+    parts = anatomy(model)
+    heads, head_blocks, neurons, neuron_blocks = _importances(model, parts, dataloader)
+    found: list[Unit] = []
+    number = 0
+    for i, layer in enumerate(parts.layers):
+        own: list[Unit] = []
+        worth = neuron_blocks[i]
+        for attention in layer.attentions:
+            own += _head_units(i, number, attention, heads[number], tokens)
+            worth += head_blocks[number]
+            number += 1
+        own += _neuron_units(i, layer, neurons[i], tokens)
+        found += [*own, Unit(i, (), (), _layer_cost(layer, own, tokens), worth)]
+    return found
+
+
+def _importances(
+    model: PreTrainedModel, parts: Anatomy, dataloader: Iterable[Mapping[str, Tensor]]
+) -> tuple[list[Tensor], list[float], list[Tensor], list[float]]:
+    """Of heads, of each attention as a whole, of neurons, of each feed-forward as a whole; from one pass."""
+    attentions = parts.attentions
+    outputs = [a.output for a in attentions]
+    forwards = [layer.feed_forward.output for layer in parts.layers]
+    modules = [*outputs, *outputs, *forwards, *forwards]
+    widths = [a.head_dim for a in attentions] + [max(in_features(m), 1) for m in outputs]
+    widths += [1] * len(forwards) + [max(in_features(m), 1) for m in forwards]
+    with evaluating([model]):
+        rows = mean_absolute_gradients(model, dataloader, modules, widths)
+    n, m = len(outputs), len(forwards)
+    wholes = [float(row.sum()) for row in rows]  # one gate each, or none where nothing is left
+    return rows[:n], wholes[n : 2 * n], rows[2 * n : 2 * n + m], wholes[2 * n + m :]
+
+
+def _head_units(layer: int, number: int, attention: Attention, importance: Tensor, tokens: int | None) -> list[Unit]:
+    """Heads one by one, or group by group where they share a key and value."""
+    groups = attention.num_key_value_heads
+    if not groups:
+        return []
+    size, members = attention.head_dim, attention.num_heads // groups
+    queries = [] if attention.is_fused else [attention.query, *attention.positional]
+    pairs = [] if attention.is_fused else [attention.key, attention.value]
+    cost = sum(_cost(module, rows=members * size, tokens=tokens) for module in queries)
+    cost += sum(_cost(module, rows=size, tokens=tokens) for module in pairs)
+    if attention.is_fused:
+        cost += _cost(attention.query, rows=(members + 2) * size, tokens=tokens)
+    cost += _cost(attention.output, columns=members * size, tokens=tokens)
+    if tokens is not None:
+        cost += members * 2 * tokens * tokens * size  # q k^T, and the weights times v
+    found = []
+    for group in range(groups):
+        heads = tuple((number, group * members + i) for i in range(members))
+        found.append(Unit(layer, heads, (), cost, float(sum(importance[head] for _, head in heads))))
+    return found
+
+
+def _neuron_units(number: int, layer: Layer, importance: Tensor, tokens: int | None) -> list[Unit]:
+    part = layer.feed_forward
+    rows_per_neuron = 2 if part.is_fused else 1
+    cost = sum(_cost(module, rows=rows_per_neuron, tokens=tokens) for module in part.inputs)
+    cost += _cost(part.output, columns=1, tokens=tokens)
+    order = importance.argsort().tolist()
+    size = max(1, -(-part.num_neurons // NEURON_BUNDLES))
+    bundles = [order[start : start + size] for start in range(0, len(order), size)]
+    return [Unit(number, (), tuple(bundle), cost * len(bundle), float(importance[bundle].sum())) for bundle in bundles]
+
+
+def _cost(module: Projection, *, rows: int | None = None, columns: int | None = None, tokens: int | None) -> int:
+    """Of that many rows with their biases, or of that many columns."""
+    weights = rows * in_features(module) if columns is None else columns * out_features(module)
+    if tokens is not None:
+        return tokens * weights
+    return weights + (rows if columns is None and module.bias is not None else 0)
+
+
+def _layer_cost(layer: Layer, own: Sequence[Unit], tokens: int | None) -> int:
+    if tokens is not None:  # norms and additions are not counted
+        return sum(unit.cost for unit in own)
+    return sum(parameter.numel() for parameter in layer.module.parameters())

@@ -1,0 +1,118 @@
+"""A budget is reached, by the pieces that are worth least for what they cost."""
+
+import pytest
+import torch
+from helpers import TASKS, default_task, tiny_batch, tiny_model
+from silence import logits
+
+import hf_compress as hfc
+from hf_compress.anatomy import anatomy
+from hf_compress.counting import multiply_adds, num_parameters
+from hf_compress.pruning.budget import choose
+from hf_compress.pruning.units import Unit, units
+from hf_compress.surgery import prune_heads, prune_layers, prune_neurons
+
+FAMILIES = ["bert", "gpt2", "llama", "modernbert", "bart", "deberta-v2", "gemma3_text"]
+
+
+def labelled(model) -> list[dict]:
+    batch = tiny_batch(model)
+    if default_task(model.config.model_type) == "classification":
+        return [{**batch, "labels": torch.tensor([0, 1, 0])}]
+    return [{**batch, "labels": batch["decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"]}]
+
+
+def count(model, metric: str) -> int:
+    if metric == "parameters":
+        return num_parameters(model)
+    batch = {key: value[:1] for key, value in tiny_batch(model, padding=False, length=10).items()}
+    if model.config.is_encoder_decoder:
+        batch["decoder_input_ids"] = batch["input_ids"]
+    return multiply_adds(model, batch)
+
+
+@pytest.mark.parametrize("metric", ["parameters", "multiply_adds"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_piece_costs_what_its_removal_saves(family, metric):
+    pieces = units(tiny_model(family), labelled(tiny_model(family)), None if metric == "parameters" else 10)
+    heads = next(unit for unit in pieces if unit.heads and unit.layer == 2)
+    neurons = next(unit for unit in pieces if unit.neurons and unit.layer == 1)
+    layer = next(unit for unit in pieces if unit.is_layer and unit.layer == 3)
+    whole = count(tiny_model(family), metric)
+    gone = [head for _, head in heads.heads]
+    saved = whole - count(prune_heads(tiny_model(family), {heads.heads[0][0]: gone}), metric)
+    if family == "deberta-v2" and metric == "multiply_adds":  # its products with positions go as well, uncounted
+        assert saved > heads.cost
+        return
+    assert saved == heads.cost
+    assert whole - count(prune_neurons(tiny_model(family), {1: neurons.neurons}), metric) == neurons.cost
+    assert whole - count(prune_layers(tiny_model(family), [0, 1, 2]), metric) == layer.cost
+
+
+@pytest.mark.parametrize("target", [0.9, 0.7])
+@pytest.mark.parametrize("family", ["bert", "llama", "bart"])
+def test_the_target_is_reached_by_no_more_than_a_piece(family, target, tmp_path):
+    model = tiny_model(family)
+    whole = num_parameters(model)
+    pieces = units(model, labelled(model), None)
+    assert hfc.prune(model, labelled(model), target=target) is model
+    left = num_parameters(model)
+    assert target * whole - max(unit.cost for unit in pieces) <= left <= target * whole
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(TASKS[default_task(family)].from_pretrained(tmp_path)), logits(model))
+
+
+def test_multiply_adds_are_reached():
+    model = tiny_model("bert")
+    whole = count(model, "multiply_adds")
+    hfc.prune(model, labelled(model), target=0.5, metric="multiply_adds", sequence_length=10)
+    assert count(model, "multiply_adds") <= 0.5 * whole
+
+
+def test_latency_is_reached_on_a_clock_that_counts_layers(monkeypatch):
+    """A layer takes a second here, whatever is in it."""
+    model = tiny_model("bert")
+
+    def ratio(candidate, model, batch) -> float:
+        return len(anatomy(candidate).layers) / len(anatomy(model).layers)
+
+    monkeypatch.setattr("hf_compress.pruning.budget._latency_ratio", ratio)
+    hfc.prune(model, labelled(model), target=0.75, metric="latency", sequence_length=10)
+    assert len(anatomy(model).layers) <= 3
+
+
+def test_pieces_go_in_the_order_of_worth_for_cost():
+    parts = anatomy(tiny_model("bert"))
+    cheap = Unit(0, ((0, 1),), (), cost=10, importance=0.1)
+    poor = Unit(1, (), (4, 5), cost=10, importance=0.5)
+    layer = Unit(2, (), (), cost=100, importance=8.0)
+    inside = Unit(2, ((2, 0),), (), cost=10, importance=0.2)
+    order = sorted([layer, poor, inside, cheap], key=lambda unit: unit.importance / unit.cost)
+    assert choose(parts, order, 10) == [cheap]
+    assert choose(parts, order, 25) == [cheap, inside, poor]
+    assert choose(parts, order, 119) == [cheap, inside, poor, layer]  # 10 + 10 + 10 + (100 - 10)
+    with pytest.raises(ValueError, match="have 120"):
+        choose(parts, order, 121)
+
+
+def test_something_of_each_stack_stays():
+    model = tiny_model("bart")
+    pieces = units(model, labelled(model), None)
+    with pytest.raises(ValueError, match="cannot be reached"):
+        hfc.prune(model, labelled(model), target=0.01)
+    everything = sum(unit.cost for unit in pieces if unit.is_layer)
+    hfc.prune(model, labelled(model), target=1 - 0.9 * everything / num_parameters(model))
+    parts = anatomy(model)
+    assert [len(stack.layers) >= 1 for stack in parts.stacks] == [True, True]
+    assert all(any(layer.attentions[0].num_heads for layer in stack.layers) for stack in parts.stacks)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (dict(target=0), "between 0 and 1"),
+    (dict(target=1.0), "between 0 and 1"),
+    (dict(target=0.5, metric="watts"), "metric must be"),
+], ids=str)  # fmt: skip
+def test_bad_arguments_are_refused(arguments, message):
+    model = tiny_model("bert")
+    with pytest.raises(ValueError, match=message):
+        hfc.prune(model, labelled(model), **arguments)
