@@ -6,9 +6,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_compress.anatomy import Anatomy, Projection, anatomy, module_names
+from hf_compress.anatomy import Anatomy, anatomy, module_names
 from hf_compress.checkpoint.sparsity import settle_sparsity
 from hf_compress.layers.block_sparse import BlockSparseLinear
+from hf_compress.pruning.importance.neurons import dense_weight
+from hf_compress.pruning.silent import silent_heads, silent_neurons
 from hf_compress.record import read_part
 from hf_compress.surgery.heads import prune_heads
 from hf_compress.surgery.neurons import prune_neurons
@@ -19,8 +21,8 @@ BLOCK_SIZES = (4, 8, 16, 32, 64, 128)
 def to_block_sparse(model: PreTrainedModel, block_size: int = 32) -> PreTrainedModel:
     """Stop storing blocks of zeros. Changes `model`, whose weights were block-pruned before, and returns it.
 
-    Heads and neurons whose outgoing weights are all zero are cut first, as long as whole blocks of them go: the layers
-    left are smaller, dense or not. Then each linear map of a layer with an empty block of `block_size` x `block_size`
+    Heads and neurons that add nothing are cut first, as long as whole blocks of them go: the layers left are smaller,
+    dense or not. Then each linear map of a layer with an empty block of `block_size` x `block_size`
     becomes a `BlockSparseLinear`. Outputs stay the same but for the order of sums. Blocks of 4 and 8 are stored inside
     blocks of 16. The result trains, is saved and loads with `from_pretrained`.
 
@@ -40,7 +42,7 @@ def to_block_sparse(model: PreTrainedModel, block_size: int = 32) -> PreTrainedM
     names = module_names(model)
     replacements = {}
     for module in _projections(anatomy(model)):
-        mask = stored_blocks(_dense(module), block_size)
+        mask = stored_blocks(dense_weight(module), block_size)
         if not mask.all():
             replacements[names[module]] = BlockSparseLinear.from_dense(module, mask, (block_size, block_size))
     for name, module in replacements.items():
@@ -56,11 +58,6 @@ def stored_blocks(weight: Tensor, block_size: int) -> Tensor:
     return padded.unflatten(1, (-1, block_size)).unflatten(0, (-1, block_size)).any(dim=(1, 3))
 
 
-def _dense(module: Projection) -> Tensor:
-    weight = module.weight.detach()
-    return weight.T if isinstance(module, Conv1D) else weight
-
-
 def _projections(parts: Anatomy) -> list[nn.Module]:
     found: dict[nn.Module, None] = {}
     for layer in parts.layers:
@@ -72,23 +69,16 @@ def _projections(parts: Anatomy) -> list[nn.Module]:
 
 
 def _empty_heads(parts: Anatomy, block_size: int) -> dict[int, list[int]]:
-    """Heads that add nothing, in whole groups of a key and value; where heads are whole blocks, so none is torn."""
+    """Heads that add nothing, where a head is made of whole blocks, so that none is torn; a stack keeps some."""
     found: dict[int, list[int]] = {}
     for stack in parts.stacks:
         for place in range(max(len(layer.attentions) for layer in stack.layers)):
             attentions = [layer.attentions[place] for layer in stack.layers]
-            empty = {parts.attentions.index(a): _empty_groups(a, block_size) for a in attentions}
-            if sum(map(len, empty.values())) < sum(a.num_heads for a in attentions):  # a stack keeps a head
-                found.update({number: gone for number, gone in empty.items() if gone})
+            silent = [[] if a.head_dim % block_size else silent_heads(a) for a in attentions]
+            if any(len(gone) < a.num_heads for gone, a in zip(silent, attentions, strict=True)):
+                numbers = [parts.attentions.index(a) for a in attentions]
+                found.update({number: gone for number, gone in zip(numbers, silent, strict=True) if gone})
     return found
-
-
-def _empty_groups(attention, block_size: int) -> list[int]:
-    if attention.head_dim % block_size or not attention.num_heads:
-        return []
-    group = attention.num_heads // attention.num_key_value_heads
-    used = (_dense(attention.output) != 0).any(0).view(attention.num_key_value_heads, -1).any(1)  # by group
-    return [head for head in range(attention.num_heads) if not used[head // group]]
 
 
 def _empty_neurons(parts: Anatomy, block_size: int) -> dict[int, list[int]]:
@@ -96,8 +86,8 @@ def _empty_neurons(parts: Anatomy, block_size: int) -> dict[int, list[int]]:
     found = {}
     for number, layer in enumerate(parts.layers):
         num_neurons = layer.feed_forward.num_neurons
-        if num_neurons % block_size == 0 and num_neurons:
-            used = (_dense(layer.feed_forward.output) != 0).any(0).view(-1, block_size).any(1)
-            found[number] = [neuron for neuron in range(num_neurons) if not used[neuron // block_size]]
-    everything = all(len(found.get(i, ())) == layer.feed_forward.num_neurons for i, layer in enumerate(parts.layers))
+        silent = set(silent_neurons(layer.feed_forward)) if num_neurons % block_size == 0 else set()
+        blocks = [range(first, first + block_size) for first in range(0, num_neurons, block_size)]
+        found[number] = [neuron for block in blocks if silent.issuperset(block) for neuron in block]
+    everything = all(len(found[i]) == layer.feed_forward.num_neurons for i, layer in enumerate(parts.layers))
     return {} if everything else {number: gone for number, gone in found.items() if gone}

@@ -17,8 +17,8 @@ from hf_compress.quantization.gptq import QuantizedWeight
 
 
 def is_linear(module: nn.Module) -> bool:
-    """An `nn.Linear` or `Conv1D` as such: what a subclass adds would be lost."""
-    return type(module) in (nn.Linear, Conv1D)
+    """An `nn.Linear` or `Conv1D` as such: what a subclass adds would be lost. Empty ones (pruned) do not count."""
+    return type(module) in (nn.Linear, Conv1D) and module.weight.numel() > 0
 
 
 def choose_modules(

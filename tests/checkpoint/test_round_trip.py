@@ -7,7 +7,7 @@ from silence import logits
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
-import hf_compress  # noqa: F401  registers the loader
+import hf_compress
 from hf_compress.anatomy import anatomy
 from hf_compress.surgery import prune_heads, prune_neurons
 
@@ -89,3 +89,20 @@ def test_loading_in_another_dtype_and_by_a_config_object(tmp_path):
     assert TASKS["classification"].from_pretrained(tmp_path, config=config).num_parameters() == model.num_parameters()
     again = TASKS["classification"].from_pretrained(tmp_path, config=half.config)  # of a model that was loaded
     assert again.num_parameters() == model.num_parameters()
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "deberta-v2", "modernbert", "bart"])
+def test_pruned_then_quantized_and_dequantized_again(family, tmp_path):
+    model = hf_compress.quantize(pruned(family), bits=4)
+    model.save_pretrained(tmp_path / "packed")
+    loaded = TASKS[default_task(family)].from_pretrained(tmp_path / "packed")
+    assert torch.equal(logits(loaded), logits(model))
+    structure = loaded.config.quantization_config["structure"]
+    loaded.dequantize()
+    assert loaded.config.quantization_config["structure"] == structure
+    assert "bits" not in loaded.config.quantization_config
+    loaded.save_pretrained(tmp_path / "plain")
+    plain = TASKS[default_task(family)].from_pretrained(tmp_path / "plain")
+    assert torch.equal(logits(plain), logits(loaded))
+    with pytest.raises(ValueError, match="Cut it first"):
+        prune_heads(model, {3: [0, 1]})
