@@ -101,8 +101,9 @@ class HiddenStates:
 class StackInputs:
     """The inputs of the next layer of a stack, for every calibration batch."""
 
-    def __init__(self, stack: Stack, calls: list[list[tuple]], masks: list[Tensor | None], hidden: HiddenStates):
-        self.stack, self.calls, self.masks, self.hidden = stack, calls, masks, hidden
+    def __init__(self, stack: Stack, calls: list[list[tuple]], masks: list[Tensor | None], hidden: HiddenStates,
+                 fast: bool):  # fmt: skip
+        self.stack, self.calls, self.masks, self.hidden, self.fast = stack, calls, masks, hidden, fast
         self.index = 0  # of the layer whose inputs these are
 
     @property
@@ -114,7 +115,8 @@ class StackInputs:
         module = self.stack.layers[self.index].module
         args, kwargs = self.calls[self.index][batch]
         hidden = self.hidden[batch].to(next(module.parameters()).device)
-        output = module(hidden, *args, **kwargs)
+        with fast_forward(hidden.device, enabled=self.fast):
+            output = module(hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
     def advance(self) -> None:
@@ -126,9 +128,12 @@ class StackInputs:
 
 @torch.no_grad()
 def capture_stack_inputs(
-    model: PreTrainedModel, stack: Stack, batches: Sequence[Mapping], folder: Path | None = None
+    model: PreTrainedModel, stack: Stack, batches: Sequence[Mapping], folder: Path | None = None, *, fast: bool = False
 ) -> StackInputs:
-    """Record what the layers of `stack` are called with. Their hidden states are kept on the CPU, or in `folder`."""
+    """Record what the layers of `stack` are called with. Their hidden states are kept on the CPU, or in `folder`.
+
+    With `fast` the layers will run as in `fast_forward`.
+    """
     layers = [layer.module for layer in stack.layers]
     device = next(layers[0].parameters()).device
     calls: list[list[tuple]] = [[] for _ in layers]
@@ -159,7 +164,7 @@ def capture_stack_inputs(
                 raise RuntimeError(f"{type(model).__name__} ran without reaching the last layer of {stack.name}.")
         mask = batch.get("decoder_attention_mask" if is_decoder else "attention_mask")
         masks.append(None if mask is None or mask.ndim != 2 else mask.bool())
-    return StackInputs(stack, calls, masks, hidden)
+    return StackInputs(stack, calls, masks, hidden, fast)
 
 
 def run_model(model: PreTrainedModel, batch: Mapping, device: torch.device | None = None):
@@ -272,15 +277,26 @@ class InputMoments:
 
 
 @contextmanager
-def fast_matmul() -> Iterator[None]:
+def fast_matmul(*, enabled: bool = True) -> Iterator[None]:
     """Let float32 products on the CPU multiply in bfloat16 and add in float32, where the processor has units for it."""
     matmul = torch.backends.mkldnn.matmul
     before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
+    matmul.fp32_precision = "bf16" if enabled and has_fast_bfloat16(torch.device("cpu")) else before
     try:
         yield
     finally:
         matmul.fp32_precision = before
+
+
+def fast_forward(device: torch.device, *, enabled: bool = True) -> torch.autocast:
+    """Autocast to bfloat16 where `device` has units for it; states that layers add up stay as they are."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled and has_fast_bfloat16(device))
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return device.type == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
 
 
 @contextmanager

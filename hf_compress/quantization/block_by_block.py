@@ -94,7 +94,7 @@ def quantize_block_by_block(
     was_training = model.training
     model.eval()
     progress = transformers_logging.tqdm(total=len(schemes), desc="Quantizing", unit="module")
-    matmul = contextlib.nullcontext() if options.exact_products else fast_matmul()
+    matmul = fast_matmul(enabled=not options.exact_products)
     try:
         with progress, matmul, working_folder(options.offload == "disk") as folder, torch.no_grad():
             run = _Run(model, schemes, batches, options, range_method, progress, folder)
@@ -139,14 +139,15 @@ class _Run:
         ]
         for i, stack in enumerate(stacks):
             inputs = self._capture(stack, f"inputs{i}")
-            for layer in stack.layers:
-                self._layer(layer, inputs, exact[i])
+            last = max(index for index, layer in enumerate(stack.layers) if self._inside(layer))
+            for layer in stack.layers[: last + 1]:
+                self._layer(layer, inputs, exact[i], is_last=layer is stack.layers[last])
 
     def _capture(self, stack: Stack, name: str) -> StackInputs:
         folder = None if self.folder is None else self.folder / name
         if folder is not None:
             folder.mkdir()
-        return capture_stack_inputs(self.model, stack, self.batches, folder)
+        return capture_stack_inputs(self.model, stack, self.batches, folder, fast=not self.options.exact_products)
 
     def _inside(self, layer: Layer) -> dict[str, nn.Module]:
         return {
@@ -155,7 +156,7 @@ class _Run:
             if f"{layer.name}.{name}" in self.schemes
         }
 
-    def _layer(self, layer: Layer, inputs: StackInputs, exact: StackInputs | None) -> None:
+    def _layer(self, layer: Layer, inputs: StackInputs, exact: StackInputs | None, *, is_last: bool) -> None:
         modules = self._inside(layer)
         done = self.finished.load(layer.name) if self.finished is not None else None
         groups = input_groups(modules, lambda: inputs.run(0)) if modules and done is None else []
@@ -172,7 +173,7 @@ class _Run:
                     results[name] = self._weight(name, modules[name], moments[group[0]])
         if self.finished is not None and done is None:
             self.finished.save(layer.name, results)
-        if inputs.index < len(inputs.stack.layers) - 1:  # whatever follows the stack runs the whole model
+        if not is_last:  # whatever follows runs the whole model
             inputs.advance()
         for name, result in results.items():
             install(self.model, name, result, self.schemes[name])
