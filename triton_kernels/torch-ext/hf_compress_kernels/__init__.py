@@ -1,5 +1,6 @@
 """Low-bit and block-sparse operators for compressed transformers: Triton on GPUs, PyTorch on CPUs."""
 
+from . import layers
 from .blocks import BlockSparseWeight, bsr_from_dense, bsr_to_dense, bsr_weight
 from .bsr import bsr_linear
 from .dispatch import register_cpu_engine, unregister_cpu_engine
@@ -23,6 +24,7 @@ __all__ = [
     "gptq_quantize_block",
     "gptq_repack",
     "kl_from_logits",
+    "layers",
     "pack_gptq",
     "pack_rows",
     "pack_zeros",
