@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from hf_compress.anatomy import anatomy
+from hf_compress.pruning.block_sparse import BLOCK_SIZES, to_block_sparse
 from hf_compress.pruning.callback import Pruning
 from hf_compress.pruning.masks import Blocks, layer_projections
 from hf_compress.pruning.proximal import group_lasso_factors
@@ -68,6 +69,10 @@ class BlockPruning(Pruning):
             for matrix in self._matrices:
                 squared_norms = matrix.sum(matrix.weight.float() ** 2)
                 matrix.scale_(group_lasso_factors(squared_norms, learning_rate * self.group_lasso))
+
+    def finish(self, model: nn.Module) -> nn.Module:
+        """Cut what fell silent and stop storing empty blocks. Changes `model`, after training, and returns it."""
+        return to_block_sparse(model, self.block_size) if self.block_size in BLOCK_SIZES else super().finish(model)
 
 
 @dataclass

@@ -304,3 +304,14 @@ def test_what_does_not_fit_the_model_is_said_before_training(make, message, tmp_
 def test_settings_that_cannot_be_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_distil_prune_and_quantize_in_one_run(tmp_path):
+    """Blocks stay zero on the grid of a model whose weights are fake-quantized."""
+    student = hfc.prepare_qat(tiny_model("bert"), bits=8)
+    callback = CALLBACKS["blocks"]()
+    model = train(tmp_path, callback, student, kind=hfc.TinyBertTrainer)
+    assert callback.current_sparsity == pytest.approx(0.7, abs=0.01)
+    module = anatomy(model).layers[0].feed_forward.output
+    fake = module.fake_weight().detach()
+    assert torch.equal(fake == 0, (fake == 0) | (module.weight == 0)) and float((fake == 0).float().mean()) > 0.3
