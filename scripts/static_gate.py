@@ -43,13 +43,13 @@ MULTIPROCESSOR = {  # shared memory in bytes and threads
     "sm_80": (164 * 1024, 2048), "sm_86": (100 * 1024, 1536), "sm_89": (100 * 1024, 1536),
     "sm_90": (228 * 1024, 2048), "sm_100": (228 * 1024, 2048),
 }  # fmt: skip
-TENSOR_INSTRUCTION = {"sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}  # elsewhere mma
 # name: (architecture, GB/s, multiprocessors, GHz, dense 16-bit TFLOP/s), from the makers' data sheets
 CARDS = {
     "A100": ("sm_80", 1555, 108, 1.41, 312),
     "H100": ("sm_90", 3350, 132, 1.755, 989),
     "4090": ("sm_89", 1008, 128, 2.52, 165),
 }
+MMA_CYCLES = 8  # of a sub-core, for one HMMA.16816 of sm_80
 ISSUE_SHARE = 0.65  # of the issue slots that a memory-bound kernel can be expected to fill
 
 
@@ -67,7 +67,7 @@ def compile_case(case: Case) -> dict:
         if signature[name].startswith("*") or name in case.multiples_of_16
     }
     source = ASTSource(case.kernel, signature, case.constants, aligned)
-    options = dict(num_warps=case.num_warps, num_stages=case.num_stages)
+    options = dict(num_warps=case.num_warps, num_stages=case.num_stages, **case.options)
     compiled = triton.compile(source, target=target(case.arch), options=options)
     numbers = read_cuda(compiled) if case.arch.startswith("sm_") else read_amd(compiled)
     numbers["shared"] = compiled.metadata.shared
@@ -159,13 +159,16 @@ def broken_limits(case: Case, numbers: dict, golden: dict) -> list[str]:
     for name in ("per_weight", "loads"):
         if name in case.limits and numbers.get(name, 0) > case.limits[name]:
             problems.append(f"{name} is {numbers[name]}, at most {case.limits[name]}")
+    if "issue_share" in case.limits:
+        cycles = numbers["mma_in_loop"] * MMA_CYCLES
+        if numbers["loop"] > cycles * case.limits["issue_share"]:
+            problems.append(f"the loop issues {numbers['loop']} instructions in {cycles} tensor-core cycles")
     for name in ("programs", "buffers"):
         if name in case.limits and name in numbers and numbers[name] < case.limits[name]:
             problems.append(f"{name} is {numbers[name]}, at least {case.limits[name]}")
-    if case.limits.get("mma"):
-        wanted = TENSOR_INSTRUCTION.get(case.arch, "mma")
-        if numbers["mma"] != wanted:
-            problems.append(f"the tensor-core instruction is {numbers['mma'] or 'missing'}, expected {wanted}")
+    wanted = case.limits.get("mma")
+    if wanted and numbers["mma"] != wanted:
+        problems.append(f"the tensor-core instruction is {numbers['mma'] or 'missing'}, expected {wanted}")
     for name, allowed in (("registers", MAX_MORE_REGISTERS), ("per_weight", MAX_MORE_PER_WEIGHT)):
         if name in golden and numbers[name] > golden[name] + allowed:
             problems.append(f"{name} grew from {golden[name]} to {numbers[name]}")
@@ -215,16 +218,15 @@ def main() -> int:
     wanted = [i for i, case in enumerate(cases) if args.only in f"{case.arch} {case.name}"]
     golden = json.loads(GOLDEN.read_text()) if GOLDEN.is_file() else {}
     failures = 0
-    titles = ("regs", "shared", "CTA/SM", "buffers", "mma", "instr/weight")
-    print(
-        f"{'case':58s} {titles[0]:>4s} {titles[1]:>7s} {titles[2]:>6s} {titles[3]:>7s} {titles[4]:>8s} {titles[5]:>12s}"
-    )
+    print("case".ljust(58), "regs  shared CTA/SM buffers      mma instr/weight")
     with ProcessPoolExecutor(args.jobs) as pool:
         for i, numbers in zip(wanted, pool.map(measure, wanted), strict=True):
             case, key = cases[i], f"{cases[i].arch} {cases[i].name}"
             problems = broken_limits(case, numbers, {} if args.update else golden.get(key, {}))
-            print(f"{key:58s} {numbers['registers']:4d} {numbers['shared']:7d} {numbers.get('programs', ''):>6} "
-                  f"{numbers.get('buffers', ''):>7} {numbers['mma']:>8s} {numbers.get('per_weight', ''):>12}")  # fmt: skip
+            columns = [
+                numbers.get(name, "") for name in ("registers", "shared", "programs", "buffers", "mma", "per_weight")
+            ]
+            print(key.ljust(58), "{:>4} {:>7} {:>6} {:>7} {:>8} {:>12}".format(*columns))
             for problem in problems:
                 print(f"    BROKEN: {problem}")
             failures += len(problems)

@@ -1,0 +1,50 @@
+"""The scripts of the kernels, run as a user would, small."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(*args: str) -> str:
+    done = subprocess.run([sys.executable, *args], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("what", "name"), [("linear", "wna16_linear"), ("bsr", "bsr_linear"), ("kl", "kl_from_logits")], ids=lambda x: x
+)
+def test_benchmark_times_us_against_the_dense_product(what, name, tmp_path):
+    output = tmp_path / "rows.json"
+    run("scripts/benchmark_kernels.py", what, "--model", "tiny", "--output", str(output))
+    report = json.loads(output.read_text())
+    assert report["device"]["device"]
+    rows = [row for row in report["rows"] if row["name"] == name]
+    assert rows
+    assert all(row["low_us"] <= row["median_us"] <= row["high_us"] and row["ratio"] > 0 for row in rows)
+
+
+def test_publishing_dry_run_builds_checks_and_lists():
+    pytest.importorskip("kernels")
+    pytest.importorskip("tomllib")
+    listed = run("scripts/publish_kernels.py", "--dry-run", "--repo-id", "someone/kernels")
+    assert "build/torch-cuda/wna16_kernels.py" in listed
+    assert "README.md" in listed
+    assert "nothing was sent to someone/kernels" in listed
+
+
+def test_only_a_committed_tree_is_published(monkeypatch, tmp_path):
+    pytest.importorskip("tomllib")
+    from scripts import publish_kernels
+
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    (tmp_path / "triton_kernels").mkdir()
+    (tmp_path / "triton_kernels" / "new.py").write_text("")
+    monkeypatch.setattr(publish_kernels, "ROOT", tmp_path)
+    with pytest.raises(RuntimeError, match="Commit first"):
+        publish_kernels.check_tree()
