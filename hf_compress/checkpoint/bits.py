@@ -59,9 +59,10 @@ def prepare(model: PreTrainedModel, bits: dict) -> None:
 
 
 def finish(model: PreTrainedModel, bits: dict) -> None:
-    """Raise ValueError, naming the module, for loaded tensors that no quantizer wrote."""
+    """Raise ValueError, naming the module, for loaded tensors that no quantizer wrote; then lay out the others."""
     for name, module in packed_modules(model):
         module.check(name)
+        module.prepare()
 
 
 def sentinels(model: PreTrainedModel, bits: dict) -> list[str]:

@@ -127,6 +127,7 @@ def _settle(name: str, module: PackedLinear, offset: int, settings: dict) -> Non
     module.qzeros = None if module.scheme.symmetric else pack_zeros(zeros, bits)
     if is_ordered:
         module.g_idx = None
+    module.prepare()
 
 
 def gptq_tensors(model: PreTrainedModel, checkpoint_format: str = "gptq") -> tuple[dict[str, Tensor], dict]:

@@ -1,5 +1,7 @@
 """A linear layer whose weight is stored in 2, 3, 4 or 8 bit, in GPTQ's layout."""
 
+import logging
+
 import torch
 import torch.nn.functional as F
 from hf_compress_kernels.packing import pack_gptq, pack_zeros, unpack_gptq, unpack_zeros, words_per_row
@@ -8,6 +10,9 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_compress.layers.activations import round_per_token, round_to_range
 from hf_compress.layers.scheme import SCALE_DTYPES, WeightScheme
+from hf_compress.ops import w8a8_linear, wna16_linear, wna16_pack
+
+logger = logging.getLogger(__name__)
 
 
 class ReadOnlyWeight(Tensor):
@@ -44,7 +49,11 @@ class PackedModule:
         if self.scales.dtype != scales.dtype:
             self.scales = scales.to(self.scales.device)
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.scales.device)).dtype
+        self.prepare()
         return self
+
+    def prepare(self) -> None:
+        """Called when the stored tensors are there, or have moved."""
 
 
 class PackedLinear(PackedModule, nn.Linear):
@@ -62,6 +71,7 @@ class PackedLinear(PackedModule, nn.Linear):
         nn.Module.__init__(self)  # not nn.Linear's: here `weight` is a property
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
         self.is_conv1d = is_conv1d  # what it was, for `dequantize`
+        self.runtime = None  # the kernels' layout, see `prepare`
         self.compute_dtype = dtype or torch.get_default_dtype()
         groups = scheme.num_groups(in_features)
         words = words_per_row(in_features, scheme.bits)
@@ -98,6 +108,7 @@ class PackedLinear(PackedModule, nn.Linear):
             raise ValueError(f"A symmetric weight of {bits} bits has the zero point {2 ** (bits - 1)} everywhere.")
         if self.g_idx is not None:
             self.g_idx = g_idx.to(device, torch.int32)
+        self.prepare()
         return self
 
     def unpacked(self, dtype: torch.dtype | None = None) -> nn.Linear | Conv1D:
@@ -140,8 +151,34 @@ class PackedLinear(PackedModule, nn.Linear):
         if self.scheme.activation_range is not None:
             x = round_to_range(x, *self.scheme.activation_range)
         elif self.scheme.activation_bits is not None:
+            if self.is_int8 and not (x.requires_grad and torch.is_grad_enabled()):
+                weight = (unpack_gptq(self.qweight, 8, self.in_features).int() - 128).to(torch.int8)
+                return w8a8_linear(x, weight, self.scales[0].float(), self.bias)
             x = round_per_token(x)
+        if self.runtime is not None and x.dtype == self.runtime.dtype:
+            return wna16_linear(x, self.runtime, self.bias)
         return F.linear(x, self.dequantize(x.dtype), self.bias)
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether products of 8-bit integers give the outputs: symmetric, one scale a row, each token its own range."""
+        scheme = self.scheme
+        return scheme.bits == 8 and scheme.symmetric and len(self.scales) == 1 and scheme.activation_range is None
+
+    def prepare(self) -> None:
+        """Lay the weight out for the kernels where they run. The stored tensors stay what is saved.
+
+        On the CPU, and for groups that the kernels' tiles do not fit, the weight is dequantized on the fly.
+        """
+        self.runtime = None
+        if self.qweight.device.type in ("cpu", "meta"):
+            return
+        q, zero_points, _ = self.integers()
+        try:
+            self.runtime = wna16_pack(q, self.scales, zero_points, self.scheme.bits, self.scheme.group_size,
+                                      self.compute_dtype, self.g_idx)  # fmt: skip
+        except ValueError as error:
+            logger.info("A packed layer runs without its kernel: %s", error)
 
     def check(self, name: str) -> None:
         """Raise ValueError, naming `name`, for loaded tensors that would read outside their groups or make NaN."""

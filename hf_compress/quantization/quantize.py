@@ -26,6 +26,7 @@ def quantize(
     symmetric: bool = False,
     calibration: Iterable | None = None,
     embedding_bits: int | None = None,
+    activation_bits: int | None = None,
     skip_modules: Sequence[str] = (),
     range_method: str = "mse",
     scale_dtype: str = "float16",
@@ -42,6 +43,8 @@ def quantize(
         symmetric (`bool`): fix the zero point at mid-range instead of storing one for each group.
         calibration: rows or batches with `input_ids` (pixels for image models) for "gptq"; 128 rows of text will do.
         embedding_bits (`int`, *optional*): also pack the embedding tables, one scale a row, rounded to nearest.
+        activation_bits (`int`, *optional*): 8 rounds the inputs of each packed linear layer to the token's own 8-bit
+            grid as they come; with 8-bit symmetric weights and one scale a row, products are those of integers.
         skip_modules: names, or regular expressions that match whole names, of modules to leave alone.
         range_method (`str`): "mse", "minmax", "percentile" or "kl".
         scale_dtype (`str`): "float16", or "float32" for weights too small or too large for it.
@@ -62,7 +65,8 @@ def quantize(
     schemes = {}
     for name, width in choose_modules(model, bits, embedding_bits=embedding_bits, skip_modules=skip_modules).items():
         schemes[name] = scheme_for(model.get_submodule(name), name, width, group_size=group_size, symmetric=symmetric,
-                                   desc_act=stores_g_idx, scale_dtype=scale_dtype)  # fmt: skip
+                                   desc_act=stores_g_idx, scale_dtype=scale_dtype,
+                                   activation_bits=activation_bits)  # fmt: skip
     if method == "gptq":
         linear = {n: s for n, s in schemes.items() if not isinstance(model.get_submodule(n), nn.Embedding)}
         quantize_block_by_block(model, linear, calibration, options, range_method=range_method)
