@@ -16,6 +16,7 @@ except PackageNotFoundError:  # a source tree on the path, not installed
     __version__ = "0+unknown"
 
 _HOMES = {  # public name -> module that defines it
+    "prune_weights": "hf_compress.pruning.one_shot",
     "allocate_bits": "hf_compress.quantization.allocation",
     "hessian_sensitivity": "hf_compress.quantization.sensitivity",
     "pack_qat": "hf_compress.quantization.qat",
