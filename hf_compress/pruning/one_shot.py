@@ -1,6 +1,6 @@
 """Prunes single weights of a model without training, from sample batches: Wanda, optimal brain damage and surgery.
 
-Layer after layer, so that only one layer's inputs are in memory and each layer sees what the pruned ones before it make.
+Layer after layer: only one layer's inputs are in memory, and each layer sees what the pruned ones before it make.
 """
 
 from collections.abc import Iterable

@@ -37,7 +37,7 @@ def test_damage_is_what_the_loss_rises_by(problem):
 
 
 def test_surgery_on_one_weight_is_the_constrained_optimum(problem):
-    """Least squares over the other columns gives the same loss as the saliency, and as `surgery` of the first column."""
+    """Least squares over the other columns gives the loss that the saliency says."""
     W, X, H = problem
     saliency = surgery_saliency(W, H)
     for column in (0, 5):
