@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ._ops import add_op_namespace_prefix
 from .blocks import BlockSparseWeight, gather_blocks, to_dense
-from .dispatch import INTERPRET, check_same_device, float_accumulator, require_triton, run_on_cpu
+from .dispatch import INTERPRET, check_same_device, float_accumulator, on_device, require_triton, run_on_cpu
 
 
 @torch.library.custom_op(add_op_namespace_prefix("bsr_linear"), mutates_args=(), device_types="cuda")
@@ -27,7 +27,8 @@ def _bsr_linear(
     require_triton("bsr_linear")
     from .bsr_launch import launch_linear
 
-    return launch_linear(x, values, crow, col, crow_t, col_t, perm_t, bias, out_features, in_features)
+    with on_device(x):
+        return launch_linear(x, values, crow, col, crow_t, col_t, perm_t, bias, out_features, in_features)
 
 
 def _linear_reference(x, values, crow, col, crow_t, col_t, perm_t, bias, out_features, in_features) -> Tensor:
@@ -65,7 +66,8 @@ def _bsr_linear_dx(
     require_triton("bsr_linear")
     from .bsr_launch import launch_dx
 
-    return launch_dx(grad, values, crow, col, crow_t, col_t, perm_t, out_features, in_features)
+    with on_device(grad):
+        return launch_dx(grad, values, crow, col, crow_t, col_t, perm_t, out_features, in_features)
 
 
 def _dx_reference(grad, values, crow, col, crow_t, col_t, perm_t, out_features, in_features) -> Tensor:
@@ -93,7 +95,8 @@ def _bsr_linear_dw(grad: Tensor, x: Tensor, values: Tensor, crow: Tensor, col: T
     require_triton("bsr_linear")
     from .bsr_launch import launch_dw
 
-    return launch_dw(grad, x, values, crow, col)
+    with on_device(grad):
+        return launch_dw(grad, x, values, crow, col)
 
 
 def _dw_reference(grad, x, values, crow, col) -> Tensor:

@@ -22,6 +22,11 @@ def require_triton(op_name: str) -> None:
         )
 
 
+def on_device(tensor: Tensor) -> "torch.cuda.device_of":
+    """Make the tensor's GPU the current one while open: Triton launches on the current device. Nothing on a CPU."""
+    return torch.cuda.device_of(tensor)
+
+
 def register_cpu_engine(op_name: str, engine: Callable[..., Optional[Tensor]]) -> None:
     """Let `engine` run operator `op_name` on CPU tensors, e.g. "wna16_linear".
 
@@ -34,6 +39,11 @@ def register_cpu_engine(op_name: str, engine: Callable[..., Optional[Tensor]]) -
 def unregister_cpu_engine(op_name: str) -> None:
     """Run the reference again for `op_name`. Nothing happens when no engine is registered."""
     _cpu_engines.pop(op_name, None)
+
+
+def is_half(dtype: torch.dtype) -> bool:
+    """Whether the low-bit kernels take activations of `dtype`; others run the reference, on every device."""
+    return dtype in (torch.float16, torch.bfloat16)
 
 
 def run_on_cpu(op_name: str, reference: Callable[..., Tensor], *args: object) -> Tensor:

@@ -13,15 +13,18 @@ import torch
 from torch import Tensor
 
 from ._ops import add_op_namespace_prefix
-from .dispatch import INTERPRET, check_same_device, float_accumulator, require_triton
+from .dispatch import INTERPRET, check_same_device, float_accumulator, on_device, require_triton
 
 
 @torch.library.custom_op(add_op_namespace_prefix("fake_quant"), mutates_args=(), device_types="cuda")
 def _fake_quant(x: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int, group_size: int) -> Tensor:
+    if x.dtype == torch.float64:
+        return _reference(x, scale, zero, qmin, qmax, group_size)
     require_triton("fake_quant")
     from .fakequant_launch import launch_fake_quant
 
-    return launch_fake_quant(x, scale, zero, qmin, qmax, group_size)
+    with on_device(x):
+        return launch_fake_quant(x, scale, zero, qmin, qmax, group_size)
 
 
 @_fake_quant.register_kernel("cpu")
@@ -30,6 +33,10 @@ def _(x, scale, zero, qmin, qmax, group_size) -> Tensor:
         from .fakequant_launch import launch_fake_quant
 
         return launch_fake_quant(x, scale, zero, qmin, qmax, group_size)
+    return _reference(x, scale, zero, qmin, qmax, group_size)
+
+
+def _reference(x: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int, group_size: int) -> Tensor:
     groups, s, z = _in_groups(x, scale, zero, group_size)
     q = torch.clamp(torch.round(groups / s) + z, qmin, qmax)
     return (s * (q - z)).flatten(-2).to(x.dtype)
@@ -44,10 +51,13 @@ def _(x, scale, zero, qmin, qmax, group_size) -> Tensor:
 def _fake_quant_grad(
     grad: Tensor, x: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int, group_size: int
 ) -> Tuple[Tensor, Tensor]:
+    if x.dtype == torch.float64:
+        return _grad_reference(grad, x, scale, zero, qmin, qmax, group_size)
     require_triton("fake_quant")
     from .fakequant_launch import launch_grad
 
-    return launch_grad(grad, x, scale, zero, qmin, qmax, group_size)
+    with on_device(grad):
+        return launch_grad(grad, x, scale, zero, qmin, qmax, group_size)
 
 
 @_fake_quant_grad.register_kernel("cpu")
@@ -56,6 +66,10 @@ def _(grad, x, scale, zero, qmin, qmax, group_size) -> Tuple[Tensor, Tensor]:
         from .fakequant_launch import launch_grad
 
         return launch_grad(grad, x, scale, zero, qmin, qmax, group_size)
+    return _grad_reference(grad, x, scale, zero, qmin, qmax, group_size)
+
+
+def _grad_reference(grad, x, scale, zero, qmin, qmax, group_size) -> Tuple[Tensor, Tensor]:
     groups, s, z = _in_groups(x, scale, zero, group_size)
     grads = grad.unflatten(-1, (-1, group_size)).to(groups.dtype)
     steps = groups / s

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ._ops import add_op_namespace_prefix
-from .dispatch import INTERPRET, check_same_device, require_triton
+from .dispatch import INTERPRET, check_same_device, on_device, require_triton
 
 
 @torch.library.custom_op(add_op_namespace_prefix("gptq_quantize_block"), mutates_args=(), device_types="cuda")
@@ -18,7 +18,8 @@ def _gptq_quantize_block(weight: Tensor, hinv: Tensor, scale: Tensor, zero: Tens
     require_triton("gptq_quantize_block")
     from .gptq_launch import launch_quantize_block
 
-    return launch_quantize_block(weight, hinv, scale, zero, maxq)
+    with on_device(weight):
+        return launch_quantize_block(weight, hinv, scale, zero, maxq)
 
 
 @_gptq_quantize_block.register_kernel("cpu")

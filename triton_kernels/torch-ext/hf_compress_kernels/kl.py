@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ._ops import add_op_namespace_prefix
-from .dispatch import INTERPRET, check_same_device, float_accumulator, require_triton
+from .dispatch import INTERPRET, check_same_device, float_accumulator, on_device, require_triton
 
 LOGITS_BYTES = 256 * 2**20  # of one float32 chunk of logits in `fused_linear_kl`
 LOWEST = -1e30  # logits below count as this, so that differences of two of them stay finite
@@ -16,23 +16,32 @@ LOWEST = -1e30  # logits below count as this, so that differences of two of them
 def _kl_from_logits(
     student: Tensor, teacher: Tensor, mask: Optional[Tensor], temperature: float
 ) -> Tuple[Tensor, Tensor, Tensor]:
+    if student.dtype == torch.float64:
+        return _kl_reference(student, teacher, mask, temperature)
     require_triton("kl_from_logits")
     from .kl_launch import launch_kl
 
-    return launch_kl(student, teacher, mask, temperature)
-
-
-@_kl_from_logits.register_kernel("cpu")
-def _(student, teacher, mask, temperature) -> Tuple[Tensor, Tensor, Tensor]:
-    if INTERPRET:
-        from .kl_launch import launch_kl
-
+    with on_device(student):
         return launch_kl(student, teacher, mask, temperature)
+
+
+def _kl_reference(
+    student: Tensor, teacher: Tensor, mask: Optional[Tensor], temperature: float
+) -> Tuple[Tensor, Tensor, Tensor]:
     s, t = (_scaled(logits, temperature) for logits in (student, teacher))  # (M, V)
     lse_s, lse_t = s.logsumexp(1), t.logsumexp(1)
     # KL = E_t[t - s] - lse_t + lse_s
     loss = ((t - lse_t[:, None]).exp() * (t - s)).sum(1) - lse_t + lse_s
     return _keep(loss * temperature**2, mask), lse_s, lse_t
+
+
+@_kl_from_logits.register_kernel("cpu")
+def _(student, teacher, mask, temperature) -> Tuple[Tensor, Tensor, Tensor]:
+    if INTERPRET and student.dtype != torch.float64:
+        from .kl_launch import launch_kl
+
+        return launch_kl(student, teacher, mask, temperature)
+    return _kl_reference(student, teacher, mask, temperature)
 
 
 @_kl_from_logits.register_fake
@@ -51,18 +60,25 @@ def _kl_from_logits_grad(
     mask: Optional[Tensor],
     temperature: float,
 ) -> Tensor:
+    if student.dtype == torch.float64:
+        return _grad_reference(grad, student, teacher, lse_s, lse_t, mask, temperature)
     require_triton("kl_from_logits")
     from .kl_launch import launch_grad
 
-    return launch_grad(grad, student, teacher, lse_s, lse_t, mask, temperature)
+    with on_device(grad):
+        return launch_grad(grad, student, teacher, lse_s, lse_t, mask, temperature)
 
 
 @_kl_from_logits_grad.register_kernel("cpu")
 def _(grad, student, teacher, lse_s, lse_t, mask, temperature) -> Tensor:
-    if INTERPRET:
+    if INTERPRET and student.dtype != torch.float64:
         from .kl_launch import launch_grad
 
         return launch_grad(grad, student, teacher, lse_s, lse_t, mask, temperature)
+    return _grad_reference(grad, student, teacher, lse_s, lse_t, mask, temperature)
+
+
+def _grad_reference(grad, student, teacher, lse_s, lse_t, mask, temperature) -> Tensor:
     p_s = (_scaled(student, temperature) - lse_s[:, None]).exp()
     p_t = (_scaled(teacher, temperature) - lse_t[:, None]).exp()
     return _keep((p_s - p_t) * (temperature * grad)[:, None], mask).to(student.dtype)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import reference
 from ._ops import add_op_namespace_prefix
-from .dispatch import INTERPRET, check_same_device, require_triton, run_on_cpu
+from .dispatch import INTERPRET, check_same_device, is_half, on_device, require_triton, run_on_cpu
 from .packing import check_bits, unpack_gptq, unpack_zeros
 from .planes import PackedWeight, choose_tile_k, num_groups, pack_planes, pack_sz, unpack_planes, unpack_sz
 
@@ -24,15 +24,18 @@ def _wna16_dequant(
     tile_k: int,
     dtype: torch.dtype,
 ) -> Tensor:
+    if not is_half(dtype):
+        return reference.wna16_dequant(qweight, sz, perm, bits, group_size, out_features, in_features, tile_k, dtype)
     require_triton("wna16_dequant")
     from .wna16_launch import launch_dequant
 
-    return launch_dequant(qweight, sz, perm, bits, group_size, out_features, in_features, tile_k, dtype)
+    with on_device(qweight):
+        return launch_dequant(qweight, sz, perm, bits, group_size, out_features, in_features, tile_k, dtype)
 
 
 @_wna16_dequant.register_kernel("cpu")
 def _(*args) -> Tensor:
-    if INTERPRET and args[-1] in (torch.float16, torch.bfloat16):
+    if INTERPRET and is_half(args[-1]):
         from .wna16_launch import launch_dequant
 
         return launch_dequant(*args)
@@ -57,15 +60,18 @@ def _wna16_linear(
     in_features: int,
     tile_k: int,
 ) -> Tensor:
+    if not is_half(x.dtype):
+        return reference.wna16_linear(x, qweight, sz, perm, bias, bits, group_size, out_features, in_features, tile_k)
     require_triton("wna16_linear")
     from .wna16_launch import launch_linear
 
-    return launch_linear(x, qweight, sz, perm, bias, bits, group_size, out_features, in_features, tile_k)
+    with on_device(x):
+        return launch_linear(x, qweight, sz, perm, bias, bits, group_size, out_features, in_features, tile_k)
 
 
 @_wna16_linear.register_kernel("cpu")
 def _(*args) -> Tensor:
-    if INTERPRET and args[0].dtype in (torch.float16, torch.bfloat16):
+    if INTERPRET and is_half(args[0].dtype):
         from .wna16_launch import launch_linear
 
         return launch_linear(*args)
