@@ -34,8 +34,9 @@ def prune(
 ) -> PreTrainedModel:
     """Cut heads, neurons and layers until `target` of the model is left. Changes `model` and returns it.
 
-    dataloader       batches with labels, gone through once: they tell what each piece is worth, by the gradient of its
-                     gate (a first-order estimate of how the loss changes without it)
+    dataloader       batches with labels, all kept in memory, a few hundred examples. They tell what each piece is
+                     worth: how much the loss of an example changes without it, on average; for heads and neurons
+                     estimated by the gradient of their gates in one pass, for layers tried out, example by example
     target           share of the metric that may be left, between 0 and 1. It is kept: the result is below it, by at
                      most one piece where the metric is counted
     metric           parameters (all of the model's); multiply_adds of one example; latency, the median time of one
@@ -43,9 +44,8 @@ def prune(
     sequence_length  tokens of the example for the last two
 
     Each piece is a head (with all that share its key and value), a bundle of neurons, or a whole layer. They go in the
-    order of importance over cost. A layer is worth what its attention and its feed-forward are as wholes, less than the
-    sum of their parts when these pull in different ways. Raises ValueError, and changes nothing, for a target that
-    cannot be reached: embeddings and heads of the task stay, and something of each encoder and decoder.
+    order of importance over cost. Raises ValueError, and changes nothing, for a target that cannot be reached:
+    embeddings and heads of the task stay, and something of each encoder and decoder.
     """
     if metric not in METRICS:
         raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}.")

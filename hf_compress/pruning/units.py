@@ -3,12 +3,14 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_compress.anatomy import Anatomy, Attention, Layer, Projection, anatomy, in_features, out_features
 from hf_compress.measure import evaluating
-from hf_compress.pruning.importance.gates import mean_absolute_gradients
+from hf_compress.pruning.importance.gates import labelled_batch, loss_shares, mean_absolute_gradients
+from hf_compress.pruning.importance.layers import skipped
 
 NEURON_BUNDLES = 64  # the neurons of a layer, sorted by importance, are taken in so many bundles
 
@@ -21,7 +23,7 @@ class Unit:
     heads: tuple[tuple[int, int], ...]  # (attention, head), numbered as `prune_heads` does
     neurons: tuple[int, ...]
     cost: int
-    importance: float  # first-order estimate of the loss's change: mean over examples of |d loss / d gate|
+    importance: float  # mean over examples of how much the loss changes without it; of heads and neurons by gradient
 
     @property
     def is_layer(self) -> bool:
@@ -30,37 +32,44 @@ class Unit:
 
 def units(model: PreTrainedModel, dataloader: Iterable[Mapping[str, Tensor]], tokens: int | None) -> list[Unit]:
     """Everything that may go. Costs are multiply-adds of a sequence of `tokens`, or parameters where that is None."""
-    parts = anatomy(model)
-    heads, head_blocks, neurons, neuron_blocks = _importances(model, parts, dataloader)
+    parts, batches = anatomy(model), list(dataloader)
+    attentions, forwards = parts.attentions, [layer.feed_forward.output for layer in parts.layers]
+    modules = [*(a.output for a in attentions), *forwards]
+    widths = [*(a.head_dim for a in attentions), *(1 for _ in forwards)]
+    with evaluating([model]):
+        rows = mean_absolute_gradients(model, batches, modules, widths)
+        worths = _layer_worths(model, parts, batches)
+    heads, neurons = rows[: len(attentions)], rows[len(attentions) :]
     found: list[Unit] = []
     number = 0
     for i, layer in enumerate(parts.layers):
         own: list[Unit] = []
-        worth = neuron_blocks[i]
         for attention in layer.attentions:
             own += _head_units(i, number, attention, heads[number], tokens)
-            worth += head_blocks[number]
             number += 1
         own += _neuron_units(i, layer, neurons[i], tokens)
-        found += [*own, Unit(i, (), (), _layer_cost(layer, own, tokens), worth)]
+        found += [*own, Unit(i, (), (), _layer_cost(layer, own, tokens), worths[i])]
     return found
 
 
-def _importances(
-    model: PreTrainedModel, parts: Anatomy, dataloader: Iterable[Mapping[str, Tensor]]
-) -> tuple[list[Tensor], list[float], list[Tensor], list[float]]:
-    """Of heads, of each attention as a whole, of neurons, of each feed-forward as a whole; from one pass."""
-    attentions = parts.attentions
-    outputs = [a.output for a in attentions]
-    forwards = [layer.feed_forward.output for layer in parts.layers]
-    modules = [*outputs, *outputs, *forwards, *forwards]
-    widths = [a.head_dim for a in attentions] + [max(in_features(m), 1) for m in outputs]
-    widths += [1] * len(forwards) + [max(in_features(m), 1) for m in forwards]
-    with evaluating([model]):
-        rows = mean_absolute_gradients(model, dataloader, modules, widths)
-    n, m = len(outputs), len(forwards)
-    wholes = [float(row.sum()) for row in rows]  # one gate each, or none where nothing is left
-    return rows[:n], wholes[n : 2 * n], rows[2 * n : 2 * n + m], wholes[2 * n + m :]
+@torch.no_grad()
+def _layer_worths(model: PreTrainedModel, parts: Anatomy, batches: Sequence[Mapping[str, Tensor]]) -> list[float]:
+    """Mean over examples of |loss without the layer - loss|, tried out.
+
+    A first-order estimate fails for so much at once: the parts' gradients cancel, and it would call most layers free.
+    """
+    sums, num_examples = [0.0] * len(parts.layers), 0
+    for batch in batches:
+        batch = labelled_batch(model, batch)
+        valid = loss_shares(model, batch) > 0
+        for row in valid.nonzero().flatten().tolist():
+            example = {key: value[row : row + 1] for key, value in batch.items()}
+            loss = float(model(**example).loss)
+            for i, layer in enumerate(parts.layers):
+                with skipped([layer.module]):
+                    sums[i] += abs(float(model(**example).loss) - loss)
+            num_examples += 1
+    return [total / num_examples for total in sums]
 
 
 def _head_units(layer: int, number: int, attention: Attention, importance: Tensor, tokens: int | None) -> list[Unit]:

@@ -81,6 +81,17 @@ def test_latency_is_reached_on_a_clock_that_counts_layers(monkeypatch):
     assert len(anatomy(model).layers) <= 3
 
 
+def test_a_layer_is_worth_the_change_of_each_examples_loss():
+    model = tiny_model("bert").double()
+    batch = labelled(model)[0]
+    worth = next(unit.importance for unit in units(model, [batch], None) if unit.is_layer and unit.layer == 2)
+    shorter = prune_layers(tiny_model("bert").double(), [0, 1, 3])
+    examples = [{key: value[i : i + 1] for key, value in batch.items()} for i in range(3)]
+    with torch.no_grad():
+        changes = [abs(float(shorter(**example).loss - model(**example).loss)) for example in examples]
+    assert worth == pytest.approx(sum(changes) / 3, rel=1e-9)
+
+
 def test_pieces_go_in_the_order_of_worth_for_cost():
     parts = anatomy(tiny_model("bert"))
     cheap = Unit(0, ((0, 1),), (), cost=10, importance=0.1)
