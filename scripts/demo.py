@@ -60,8 +60,13 @@ def main():
     )
 
     teacher_folder = output / "teacher"
-    settings = {"source": args.teacher, "dataset": args.dataset, "epochs": args.teacher_epochs, "length": args.max_length,
-                "examples": args.max_examples}  # fmt: skip
+    settings = {
+        "source": args.teacher,
+        "dataset": args.dataset,
+        "epochs": args.teacher_epochs,
+        "length": args.max_length,
+        "examples": args.max_examples,
+    }
     if read_json(teacher_folder / "settings.json") == settings:
         print(f"\n1. Teacher: {teacher_folder}, from an earlier run")
     else:
@@ -98,14 +103,29 @@ def main():
             folders[name].append(folder)
 
     print("\n4. Comparing on the test texts")
-    report = hfc.compare(folders, eval_dataset=data["test"], processing_class=tokenizer, dataset_name=args.dataset,
-                         sequence_length=args.max_length, command=command())  # fmt: skip
+    report = hfc.compare(
+        folders,
+        eval_dataset=data["test"],
+        processing_class=tokenizer,
+        dataset_name=args.dataset,
+        sequence_length=args.max_length,
+        command=command(),
+    )
     report.save(output)
     card = model_card(
-        report, model="distilled", repo_id=f"your-name/{Path(args.teacher).name}-{num_layers}-layers", teacher="teacher",
-        stages=[Stage("TinyBERT distillation", {"layers": num_layers, "epochs": args.student_epochs}, "https://arxiv.org/abs/1909.10351")],
+        report,
+        model="distilled",
+        repo_id=f"your-name/{Path(args.teacher).name}-{num_layers}-layers",
+        teacher="teacher",
+        stages=[
+            Stage(
+                "TinyBERT distillation",
+                {"layers": num_layers, "epochs": args.student_epochs},
+                "https://arxiv.org/abs/1909.10351",
+            )
+        ],
         tags=["distilled", "tinybert"],
-    )  # fmt: skip
+    )
     card.save(folders["distilled"][0] / "README.md")
     print(f"\n{report.table()}\n")
     print(f"table      {output}/report.md\nplot       {output}/report.png\nmodel      {folders['distilled'][0]}")
@@ -126,10 +146,18 @@ def untrained(source, labels: list[str]):
 
 def training_args(kind, args: DemoArguments, epochs: float, learning_rate: float, **options):
     return kind(
-        str(Path(args.output_dir) / "trainer"), num_train_epochs=epochs, learning_rate=learning_rate,
-        per_device_train_batch_size=args.batch_size, warmup_steps=0.1, logging_steps=50, save_strategy="no", report_to="none",
-        bf16=has_fast_bf16(), use_cpu=not torch.cuda.is_available(), **options,
-    )  # fmt: skip
+        str(Path(args.output_dir) / "trainer"),
+        num_train_epochs=epochs,
+        learning_rate=learning_rate,
+        per_device_train_batch_size=args.batch_size,
+        warmup_steps=0.1,
+        logging_steps=50,
+        save_strategy="no",
+        report_to="none",
+        bf16=has_fast_bf16(),
+        use_cpu=not torch.cuda.is_available(),
+        **options,
+    )
 
 
 def has_fast_bf16() -> bool:
