@@ -220,9 +220,7 @@ class DistillationTrainer(LoggedTermsMixin, TrainingStateMixin):
 
     def run_teacher(self, inputs: dict) -> Run:
         inputs = _accepted(self.teacher, {k: v for k, v in inputs.items() if k not in self._label_columns})
-        if getattr(plain_model(self.teacher), "config", None) is not None and self.teacher.config.to_dict().get(
-            "use_cache"
-        ):
+        if getattr(getattr(plain_model(self.teacher), "config", None), "use_cache", False):
             inputs["use_cache"] = False
         with torch.no_grad(), self.accelerator.autocast(), capture(self.teacher, **self.teacher_signals()) as signals:
             outputs = self.teacher(**inputs)
