@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_compress.checkpoint.loader import HfCompressConfig, HfCompressQuantizer
+from hf_compress.layers.codebook_linear import CodebookLinear
 from hf_compress.layers.packed_embedding import PackedEmbedding, TiedHead
 from hf_compress.layers.packed_linear import PackedLinear
 from hf_compress.layers.scheme import WeightScheme
@@ -20,9 +21,9 @@ from hf_compress.record import QUANT_METHOD, find_name, stored_name, write_part
 PART = "bits"
 
 
-def packed_modules(model: nn.Module) -> Iterator[tuple[str, PackedLinear | PackedEmbedding]]:
+def packed_modules(model: nn.Module) -> Iterator[tuple[str, PackedLinear | PackedEmbedding | CodebookLinear]]:
     for name, module in model.named_modules():
-        if isinstance(module, (PackedLinear, PackedEmbedding)):
+        if isinstance(module, (PackedLinear, PackedEmbedding, CodebookLinear)):
             yield name, module
 
 
@@ -45,10 +46,10 @@ def prepare(model: PreTrainedModel, bits: dict) -> None:
                 raise ValueError(f"The record packs {stored}, which {type(model).__name__} lacks: it is damaged.")
             continue
         scheme, module = WeightScheme.from_dict(entry, stored), model.get_submodule(name)
-        if isinstance(module, nn.Embedding):
+        if isinstance(module, nn.Embedding) and scheme.num_levels is None:
             packed = PackedEmbedding.like(module, scheme)
         elif type(module) in (nn.Linear, Conv1D):
-            packed = PackedLinear.like(module, scheme)
+            packed = (PackedLinear if scheme.num_levels is None else CodebookLinear).like(module, scheme)
         else:
             raise ValueError(f"The record packs {stored}, a {type(module).__name__}: it is damaged.")
         # Initialising reads `weight` of every module and would dequantize the whole model. A subclass of nn.Embedding
@@ -67,7 +68,7 @@ def finish(model: PreTrainedModel, bits: dict) -> None:
 
 def sentinels(model: PreTrainedModel, bits: dict) -> list[str]:
     """The weight of the first packed linear layer: Transformers alone would look for it."""
-    return [f"{name}.weight" for name, module in packed_modules(model) if isinstance(module, PackedLinear)][:1]
+    return [f"{name}.weight" for name, module in packed_modules(model) if not isinstance(module, PackedEmbedding)][:1]
 
 
 def settle_bits(model: PreTrainedModel) -> None:

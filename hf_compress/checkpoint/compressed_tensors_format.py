@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_compress.checkpoint.bits import packed_modules
-from hf_compress.layers.packed_embedding import PackedEmbedding
+from hf_compress.layers.packed_linear import PackedLinear
 from hf_compress.layers.scheme import WeightScheme
 
 
@@ -20,11 +20,11 @@ def compressed_tensors(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict]
     state, groups = model.state_dict(), {}
     for name, module in packed_modules(model):
         scheme = module.scheme
-        if isinstance(module, PackedEmbedding) or module.is_conv1d or scheme.activation_bits or scheme.desc_act:
+        if not isinstance(module, PackedLinear) or module.is_conv1d or scheme.activation_bits or scheme.desc_act:
             raise ValueError(
                 f"{name}: compressed-tensors, as its readers know it, has packed nn.Linear weights with neighbouring "
-                "groups; no embeddings, Conv1D, activation bits or stored act-order. Export as 'plain', or quantize "
-                "without them (desc_act with static_groups stores no order)."
+                "groups; no codebooks, embeddings, Conv1D, activation bits or stored act-order. Export as "
+                "'plain', or quantize without them (desc_act with static_groups stores no order)."
             )
         q, zeros, _ = module.integers()
         for part in ("qweight", "qzeros", "scales"):

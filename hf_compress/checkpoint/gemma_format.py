@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_compress.checkpoint.bits import packed_modules
-from hf_compress.layers.packed_embedding import PackedEmbedding
+from hf_compress.layers.packed_linear import PackedLinear
 from hf_compress.record import stored_name
 
 
@@ -21,7 +21,7 @@ def gemma_tensors(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict]:
     state, bits = model.state_dict(), {}
     for name, module in packed_modules(model):
         scheme = module.scheme
-        is_plain = not isinstance(module, PackedEmbedding) and not module.is_conv1d and scheme.activation_bits is None
+        is_plain = isinstance(module, PackedLinear) and not module.is_conv1d and scheme.activation_bits is None
         if not is_plain or scheme.bits == 3 or not scheme.symmetric or len(module.scales) != 1 or scheme.desc_act:
             raise ValueError(
                 f"{name}: the gemma format has nn.Linear weights of 2, 4 or 8 bit, symmetric, one scale a row; this "

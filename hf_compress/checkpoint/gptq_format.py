@@ -20,7 +20,6 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from hf_compress.checkpoint.bits import packed_modules, settle_bits
-from hf_compress.layers.packed_embedding import PackedEmbedding
 from hf_compress.layers.packed_linear import PackedLinear
 from hf_compress.layers.scheme import WeightScheme
 from hf_compress.record import QUANT_METHOD, VERSION
@@ -138,10 +137,10 @@ def gptq_tensors(model: PreTrainedModel, checkpoint_format: str = "gptq") -> tup
     state, schemes = model.state_dict(), {}
     for name, module in packed_modules(model):
         scheme = module.scheme
-        if isinstance(module, PackedEmbedding) or scheme.activation_bits is not None:
+        if not isinstance(module, PackedLinear) or scheme.activation_bits is not None:
             raise ValueError(
-                f"{name}: a GPTQ checkpoint holds linear weights only, no packed embeddings or activation ranges. "
-                "Export as 'plain', or quantize without them."
+                f"{name}: a GPTQ checkpoint holds linear weights only, no codebooks, packed embeddings or "
+                "activation ranges. Export as 'plain', or quantize without them."
             )
         N, K = module.out_features, module.in_features
         if K * scheme.bits % 32 or N * scheme.bits % 32:

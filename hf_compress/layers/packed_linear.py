@@ -36,6 +36,8 @@ class ReadOnlyWeight(Tensor):
 class PackedModule:
     """What packed layers share: scales keep their dtype when the model is cast, and `weight` is a read-only copy."""
 
+    KEPT = "scales"  # the buffer that keeps its dtype
+
     scheme: WeightScheme
     compute_dtype: torch.dtype  # of `weight`; follows `model.to(dtype)`
 
@@ -44,16 +46,29 @@ class PackedModule:
         return self.dequantize().as_subclass(ReadOnlyWeight)
 
     def _apply(self, fn, recurse: bool = True):
-        scales = self.scales
+        before = getattr(self, self.KEPT)
         super()._apply(fn, recurse)
-        if self.scales.dtype != scales.dtype:
-            self.scales = scales.to(self.scales.device)
-        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.scales.device)).dtype
+        after = getattr(self, self.KEPT)
+        if after.dtype != before.dtype:
+            setattr(self, self.KEPT, before.to(after.device))
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=after.device)).dtype
         self.prepare()
         return self
 
     def prepare(self) -> None:
         """Called when the stored tensors are there, or have moved."""
+
+
+def unpacked_linear(layer: nn.Linear, weight: Tensor, *, is_conv1d: bool) -> nn.Linear | Conv1D:
+    """The ordinary module with the dequantized `weight` (N, K): what `dequantize()` puts back."""
+    if is_conv1d:
+        module = Conv1D(layer.out_features, layer.in_features).to(weight.device, weight.dtype)
+        module.weight = nn.Parameter(weight.t().contiguous())
+    else:
+        module = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        module.weight = nn.Parameter(weight)
+    module.bias = layer.bias
+    return module
 
 
 class PackedLinear(PackedModule, nn.Linear):
@@ -112,16 +127,7 @@ class PackedLinear(PackedModule, nn.Linear):
         return self
 
     def unpacked(self, dtype: torch.dtype | None = None) -> nn.Linear | Conv1D:
-        """The ordinary module with the dequantized weight: what `dequantize()` puts back."""
-        weight = self.dequantize(dtype)
-        if self.is_conv1d:
-            module = Conv1D(self.out_features, self.in_features).to(weight.device, weight.dtype)
-            module.weight = nn.Parameter(weight.t().contiguous())
-        else:
-            module = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-            module.weight = nn.Parameter(weight)
-        module.bias = self.bias
-        return module
+        return unpacked_linear(self, self.dequantize(dtype), is_conv1d=self.is_conv1d)
 
     def integers(self) -> tuple[Tensor, Tensor, Tensor]:
         """q (N, K) uint8, zero points (G, N) uint8, and the group of each column (K,) int64."""

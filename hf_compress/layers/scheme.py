@@ -17,6 +17,7 @@ class WeightScheme:
     symmetric: bool = False  # the zero point is 2^(bits - 1) everywhere and not stored
     desc_act: bool = False  # the columns of a group are not neighbours: `g_idx` is stored
     scale_dtype: str = "float16"
+    num_levels: int | None = None  # a codebook instead of a uniform grid: stored levels for each row and group
     activation_bits: int | None = None  # 8: the layer's inputs are quantized too
     activation_range: tuple[float, float] | None = None  # calibrated; None: each token's own range, when it comes
 
@@ -27,6 +28,13 @@ class WeightScheme:
             raise ValueError(f"group_size must be a positive whole number or -1, got {self.group_size!r}.")
         if self.scale_dtype not in SCALE_DTYPES:
             raise ValueError(f"scale_dtype must be one of {sorted(SCALE_DTYPES)}, got {self.scale_dtype!r}.")
+        if self.num_levels is not None:
+            if not isinstance(self.num_levels, int) or not 2 <= self.num_levels <= 2**self.bits:
+                raise ValueError(
+                    f"num_levels must lie in [2, {2**self.bits}] at {self.bits} bits, got {self.num_levels!r}."
+                )
+            if self.symmetric or self.desc_act or self.activation_bits is not None:
+                raise ValueError("A codebook has no zero points, act-order or activation bits.")
         if self.activation_bits not in (None, 8):
             raise ValueError(f"activation_bits must be 8 or None, got {self.activation_bits!r}.")
         if self.activation_range is not None:
@@ -47,7 +55,9 @@ class WeightScheme:
     def bits_per_weight(self, out_features: int, in_features: int) -> float:
         """Stored bits over weights, with scales, zero points and group index."""
         groups = self.num_groups(in_features)
-        per_group = SCALE_DTYPES[self.scale_dtype].itemsize * 8 + (0 if self.symmetric else self.bits)
+        per_group = SCALE_DTYPES[self.scale_dtype].itemsize * 8 * (self.num_levels or 1)
+        if not self.symmetric and self.num_levels is None:
+            per_group += self.bits
         index = 32 * in_features if self.desc_act else 0
         return self.bits + (groups * out_features * per_group + index) / (out_features * in_features)
 

@@ -44,8 +44,11 @@ class GPTQOptions:
     desc_act           visit the columns by falling Hessian diagonal (act-order) and store `g_idx`
     static_groups      with desc_act: groups stay neighbouring columns, so nothing more is stored
     true_sequential    inside a layer, let later projections see the quantized earlier ones
-    match_exact        aim at the outputs of the uncompressed model, not at those of the weight on the inputs that the
-                       quantized layers before hand on (Li et al., "GPTAQ", 2025, solved here in closed form)
+    match_exact        how far to aim at the outputs of the uncompressed model instead of those of the weight on what
+                       the quantized layers before hand on: 0 not at all, 1 fully, which fits the calibration text best
+                       and other text less (Li et al., "GPTAQ", 2025, solved here in closed form)
+    shrinkage          share by which the correlations between inputs are taken to be smaller than they were on the
+                       calibration text, so that less is built on what may be peculiar to it
     refinements        rounds of refitting scales and coordinate descent after each weight
     damp_percent       share of the mean Hessian diagonal added to it
     batch_size         rows run at once
@@ -57,7 +60,8 @@ class GPTQOptions:
     desc_act: bool = False
     static_groups: bool = False
     true_sequential: bool = True
-    match_exact: bool = True
+    match_exact: float = 0.5
+    shrinkage: float = 0.2
     refinements: int = 2
     damp_percent: float = DAMP_PERCENT
     batch_size: int = 8
@@ -71,6 +75,10 @@ class GPTQOptions:
         if not 0 < self.damp_percent <= 1:
             raise ValueError(
                 f"damp_percent is a share of the mean diagonal, above 0 and up to 1, got {self.damp_percent}."
+            )
+        if not 0 <= self.match_exact <= 1 or not 0 <= self.shrinkage < 1:
+            raise ValueError(
+                f"match_exact and shrinkage are shares from 0 to 1, got {self.match_exact} and {self.shrinkage}."
             )
         if self.refinements < 0 or self.batch_size < 1:
             raise ValueError(f"refinements and batch_size must be positive, got {self.refinements}, {self.batch_size}.")
@@ -214,7 +222,11 @@ class _Run:
             raise ValueError(
                 f"The inputs of {name} were NaN or infinite during calibration. Check the model on this data."
             )
-        target = W if moments.cross is None else matching_weight(W, H, moments.cross_hessian(), options.damp_percent)
+        H = shrink(H, H, options.shrinkage)
+        target = W
+        if moments.cross is not None:
+            cross = shrink(moments.cross_hessian(), H, options.shrinkage)
+            target = torch.lerp(W, matching_weight(W, H, cross, options.damp_percent), options.match_exact)
         result = quantize_weight(
             target,
             H,
@@ -249,6 +261,11 @@ class _Run:
                 moments.add(token_rows(x, None if mask is None else mask.bool()))
             for name in group:
                 install(self.model, name, self._weight(name, modules[name], moments), self.schemes[name])
+
+
+def shrink(moments: Tensor, hessian: Tensor, share: float) -> Tensor:
+    """`moments` (K, K) drawn towards the diagonal of `hessian`, as if each input varied on its own."""
+    return torch.lerp(moments, torch.diag(hessian.diagonal()), share)
 
 
 def matching_weight(W: Tensor, H: Tensor, cross: Tensor, damp_percent: float) -> Tensor:

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_compress.checkpoint.bits import settle_bits, untie_packed
-from hf_compress.layers.packed_embedding import PackedEmbedding
+from hf_compress.checkpoint.bits import packed_modules, settle_bits, untie_packed
 from hf_compress.layers.packed_linear import PackedLinear
 from hf_compress.quantization.block_by_block import GPTQOptions, quantize_block_by_block
+from hf_compress.quantization.codebooks import CODEBOOKS, install_codebook
 from hf_compress.quantization.modules import choose_modules, install, matrix, scheme_for
 from hf_compress.quantization.round_to_nearest import round_to_nearest
 
@@ -28,6 +28,7 @@ def quantize(
     embedding_bits: int | None = None,
     activation_bits: int | None = None,
     skip_modules: Sequence[str] = (),
+    grid: str = "uniform",
     range_method: str = "mse",
     scale_dtype: str = "float16",
     **gptq_options,
@@ -46,6 +47,8 @@ def quantize(
         activation_bits (`int`, *optional*): 8 rounds the inputs of each packed linear layer to the token's own 8-bit
             grid as they come; with 8-bit symmetric weights and one scale a row, products are those of integers.
         skip_modules: names, or regular expressions that match whole names, of modules to leave alone.
+        grid (`str`): "uniform", or for method "rtn" a codebook: "balanced", "kmeans", "power_of_two", "multibit", and
+            at 2 bits "ternary" and "binary". Levels are stored for each group, so let groups be large (-1).
         range_method (`str`): "mse", "minmax", "percentile" or "kl".
         scale_dtype (`str`): "float16", or "float32" for weights too small or too large for it.
         gptq_options: the fields of `GPTQOptions`.
@@ -58,7 +61,12 @@ def quantize(
         raise ValueError("method='gptq' needs `calibration`: a dataset of rows with `input_ids`.")
     if method == "rtn" and (gptq_options or calibration is not None):
         raise ValueError(f"method='rtn' takes no calibration and no options {sorted(gptq_options)}; use method='gptq'.")
-    if any(isinstance(module, (PackedLinear, PackedEmbedding)) for module in model.modules()):
+    if grid not in ("uniform", *CODEBOOKS) or (grid != "uniform" and (method != "rtn" or symmetric or activation_bits)):
+        raise ValueError(
+            f"grid must be 'uniform' or, with method='rtn' and without symmetric and activation_bits, one of "
+            f"{sorted(CODEBOOKS)}; got {grid!r}."
+        )
+    if any(packed_modules(model)):
         raise ValueError("The model is quantized already. Call `model.dequantize()` first, or load the original.")
     options = GPTQOptions(**gptq_options)
     stores_g_idx = method == "gptq" and options.stores_g_idx
@@ -72,7 +80,11 @@ def quantize(
         quantize_block_by_block(model, linear, calibration, options, range_method=range_method)
     for name, scheme in schemes.items():
         module = model.get_submodule(name)
-        if not isinstance(module, PackedLinear):
+        if isinstance(module, PackedLinear):
+            continue
+        if grid != "uniform" and not isinstance(module, nn.Embedding):
+            install_codebook(model, name, scheme, grid)
+        else:
             rounded = round_to_nearest(matrix(module), scheme, range_method=range_method, name=name)
             install(model, name, rounded, scheme)
     untie_packed(model)

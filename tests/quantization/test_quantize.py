@@ -7,7 +7,7 @@ import hf_compress as hfc
 from hf_compress.calibration import InputMoments, calibration_batches, capture_stack_inputs, input_groups
 from hf_compress.layers.packed_linear import PackedLinear
 from hf_compress.quantization import block_by_block
-from hf_compress.quantization.block_by_block import matching_weight
+from hf_compress.quantization.block_by_block import matching_weight, shrink
 from tests.helpers import FAMILIES, tiny_batch, tiny_model
 
 
@@ -95,12 +95,19 @@ def test_matching_weight_solves_its_least_squares():
     torch.testing.assert_close(matching_weight(W, 2 * X @ X.T, 2 * X @ X.T, damp_percent=0.01), W)
 
 
+def test_shrinking_leaves_the_diagonal_and_draws_the_rest_to_zero():
+    H = torch.tensor([[2.0, 1.0], [1.0, 4.0]])
+    assert shrink(H, H, 0.25).tolist() == [[2.0, 0.75], [0.75, 4.0]]
+    cross = torch.tensor([[1.0, 1.0], [0.0, 2.0]])
+    assert shrink(cross, H, 0.5).tolist() == [[1.5, 0.5], [0.0, 3.0]]
+
+
 def test_matching_the_exact_model_beats_ignoring_it():
     original = tiny_model("llama", num_hidden_layers=6)
     data, batch = calibration(original, 12), tiny_batch(original, batch=4, seed=5)
     options = dict(method="gptq", calibration=data, exact_products=True, group_size=16)
-    matched = hfc.quantize(tiny_model("llama", num_hidden_layers=6), 2, match_exact=True, **options)
-    plain = hfc.quantize(tiny_model("llama", num_hidden_layers=6), 2, match_exact=False, **options)
+    matched = hfc.quantize(tiny_model("llama", num_hidden_layers=6), 2, match_exact=1.0, **options)
+    plain = hfc.quantize(tiny_model("llama", num_hidden_layers=6), 2, match_exact=0.0, **options)
     assert distance(matched, original, batch) < distance(plain, original, batch)
 
 

@@ -1,0 +1,75 @@
+"""A linear layer whose weights are indices into a few levels of their row and group."""
+
+import torch
+import torch.nn.functional as F
+from hf_compress_kernels.packing import pack_gptq, unpack_gptq, words_per_row
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_compress.layers.packed_linear import PackedModule, unpacked_linear
+from hf_compress.layers.scheme import SCALE_DTYPES, WeightScheme
+
+
+class CodebookLinear(PackedModule, nn.Linear):
+    """y = x W^T + bias, W[n, k] = levels[k // group_size, n, index[n, k]].
+
+    qweight  (K * bits / 32, N)  int32, rounded up, the indices
+    levels   (G, N, L)           float16 or float32, kept when the model is cast
+    """
+
+    KEPT = "levels"
+
+    def __init__(self, in_features: int, out_features: int, scheme: WeightScheme, *, dtype: torch.dtype,
+                 device: torch.device | str | None = None, is_conv1d: bool = False):  # fmt: skip
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.scheme, self.is_conv1d = in_features, out_features, scheme, is_conv1d
+        self.compute_dtype = dtype
+        groups, words = scheme.num_groups(in_features), words_per_row(in_features, scheme.bits)
+        levels = torch.zeros(
+            groups, out_features, scheme.num_levels, dtype=SCALE_DTYPES[scheme.scale_dtype], device=device
+        )
+        self.register_buffer("qweight", torch.zeros(words, out_features, dtype=torch.int32, device=device))
+        self.register_buffer("levels", levels)
+        self.bias = None
+
+    @classmethod
+    def like(cls, module: nn.Linear | Conv1D, scheme: WeightScheme) -> "CodebookLinear":
+        """An empty layer in place of `module`, on its device, with its very bias."""
+        is_conv1d, weight = isinstance(module, Conv1D), module.weight
+        K, N = weight.shape if is_conv1d else weight.shape[::-1]
+        layer = cls(K, N, scheme, dtype=weight.dtype, device=weight.device, is_conv1d=is_conv1d)
+        layer.bias = module.bias
+        return layer
+
+    def fill(self, index: Tensor, levels: Tensor) -> "CodebookLinear":
+        """Pack indices (N, K) into the levels (G, N, L), in place."""
+        device = self.qweight.device
+        self.qweight = pack_gptq(index.to(torch.uint8), self.scheme.bits).to(device)
+        self.levels = levels.to(device, self.levels.dtype)
+        return self
+
+    def indices(self) -> Tensor:
+        return unpack_gptq(self.qweight, self.scheme.bits, self.in_features)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight (N, K)."""
+        index = self.indices().long().unflatten(1, (len(self.levels), -1))  # (N, G, g)
+        return self.levels.transpose(0, 1).gather(2, index).flatten(1).to(dtype or self.compute_dtype)
+
+    def unpacked(self, dtype: torch.dtype | None = None) -> nn.Linear | Conv1D:
+        return unpacked_linear(self, self.dequantize(dtype), is_conv1d=self.is_conv1d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.dequantize(x.dtype), self.bias)
+
+    def check(self, name: str) -> None:
+        """Raise ValueError, naming `name`, for loaded tensors that would read outside their levels or make NaN."""
+        if not self.levels.isfinite().all():
+            raise ValueError(f"{name}.levels holds NaN or infinity: the file is damaged.")
+        if (largest := int(self.indices().max())) >= self.scheme.num_levels:
+            raise ValueError(
+                f"{name}.qweight must hold indices below {self.scheme.num_levels}, got {largest}: the file is damaged."
+            )
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.scheme}"
