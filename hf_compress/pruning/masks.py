@@ -51,8 +51,8 @@ class Blocks:
     @torch.no_grad()
     def scale_(self, factors: Tensor) -> None:
         """Multiply each block of the weight by its factor, in place; a mask works as well."""
-        if self.shape == (1, 1):
-            self.weight.mul_(factors)
+        if self.shape == (1, 1):  # the product with bytes is twice as fast as that with booleans
+            self.weight.mul_(factors.view(torch.uint8) if factors.dtype == torch.bool else factors)
         else:
             self.cut(self.weight).mul_(factors[:, None, :, None])
 
