@@ -105,6 +105,10 @@ class HfCompressQuantizer(HfQuantizer):
         for part in PARTS:
             write_part(model.config, part, rest.get(part) or {})
 
+    def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
+        """What Transformers asks of a tensor that does not fit: a sentinel does not have to."""
+        return param_name in self._sentinels(model)
+
     def is_serializable(self) -> bool:
         return True
 

@@ -20,6 +20,7 @@ from hf_compress.layers.low_rank import FACTORS, LowRank, LowRankEmbedding, LowR
 from hf_compress.record import find_name
 from hf_compress.surgery.depth import ATTRIBUTES, DEPTH_FIELDS, PER_LAYER_FIELDS, place_layers
 from hf_compress.surgery.heads import head_attributes
+from hf_compress.surgery.marks import expect_mark, marked_norm, take_mark
 from hf_compress.surgery.stand_ins import COUNTS_HEADS, HeadlessAttention, linear_class
 
 KEYS = ("shapes", "attributes", "layers", "ranks")
@@ -80,6 +81,8 @@ def prepare(model: nn.Module, part: dict[str, Any]) -> None:
         if (name := _find(model, stored)) is not None:
             _prepare_low_rank(stored, model.get_submodule(name), rank)
     retie_low_rank(model)
+    if "layers" in part:
+        expect_mark(model)
     for name, module in list(model.named_modules()):
         if type(module).__name__ in COUNTS_HEADS and module.num_attention_heads == 0:
             model.set_submodule(name, HeadlessAttention(module))
@@ -116,15 +119,18 @@ def resize(module: nn.Linear | Conv1D, out_size: int, in_size: int) -> None:
 
 
 def finish(model: nn.Module, part: dict[str, Any]) -> None:
-    """Changes `model`: low-rank modules have their tensors, and from now on say so when they are saved."""
+    """Changes `model`: its tensors are there, and from now on it says what is special of them when it is saved."""
+    if "layers" in part:
+        take_mark(model)
     for module in model.modules():
         if isinstance(module, LowRank):
             module.is_loading = False
 
 
 def sentinels(model: nn.Module, part: dict[str, Any]) -> list[str]:
-    """Low-rank modules have no tensor called `weight`, which Transformers alone would look for."""
-    return [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, LowRank)]
+    """Low-rank modules, and a marked norm, have something else where Transformers alone looks for `weight`."""
+    names = [name for name, module in model.named_modules() if isinstance(module, LowRank)]
+    return [f"{name}.weight" for name in (*names, *([marked_norm(model)[0]] if "layers" in part else ()))]
 
 
 def retie_low_rank(model: nn.Module) -> None:

@@ -50,6 +50,11 @@ def _kept_layers(parts: Anatomy, keep: list[int]) -> list[list[int]]:
         if not kept[-1]:
             raise ValueError(f"keep={keep} leaves no layer in {stack.name}; keep at least one of its layers.")
         first += len(stack.layers)
+        has_bias = any(getattr(m, "has_relative_attention_bias", False) for m in stack.layers[0].module.modules())
+        if has_bias and kept[-1][0] != 0:
+            raise ValueError(
+                f"The first layer of {stack.name} must stay first: it holds the position bias of all (as T5's does)."
+            )
     return kept
 
 

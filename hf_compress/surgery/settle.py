@@ -16,6 +16,7 @@ from torch import nn
 from hf_compress.anatomy import HEAD_DIM_NAMES, anatomy, in_features, is_projection, out_features
 from hf_compress.record import read_part, stored_name, write_part
 from hf_compress.surgery.depth import ATTRIBUTES, are_alike, place_layers
+from hf_compress.surgery.marks import mark, unmark
 
 NEURON_FIELDS = ("intermediate_size", "hidden_dim", "n_inner", "ffn_dim", "d_ff")
 STACK_NEURON_FIELDS = ("encoder_ffn_dim", "decoder_ffn_dim")
@@ -53,6 +54,7 @@ def settle(model: nn.Module, changes: dict[str, Any]) -> None:
     for (name, key), value in found.items():
         if key != "shape":
             attributes.setdefault(name, {})[key] = value
+    (mark if "layers" in structure else unmark)(model)
     write_part(config, "structure", structure | ({"shapes": shapes} if shapes else {})
                | ({"attributes": attributes} if attributes else {}))  # fmt: skip
 

@@ -7,9 +7,17 @@ import torch
 from helpers import DECODERS, FAMILIES, tiny_batch, tiny_model
 from silence import logits, silenced
 from torch import nn
+from transformers import (
+    AlbertConfig,
+    AlbertForMaskedLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from hf_compress.anatomy import anatomy
-from hf_compress.surgery import prune_heads, prune_neurons
+from hf_compress.surgery import prune_heads, prune_layers, prune_neurons
 
 GROUPED = ("llama", "qwen2", "qwen3", "gemma3_text")
 PLANS = {
@@ -173,3 +181,27 @@ def test_a_failure_half_way_leaves_the_model_as_it_was(monkeypatch):
     assert model.config.to_dict() == config
     assert torch.equal(logits(model), before)
     assert [a.num_heads for a in anatomy(model).attentions] == [4] * 4
+
+
+def test_families_that_cannot_be_cut_are_refused_with_the_reason():
+    small = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64,
+                 pad_token_id=0)  # fmt: skip
+    with pytest.raises(ValueError, match="not a model that can be read"):
+        prune_heads(Phi3ForCausalLM(Phi3Config(**small, num_key_value_heads=4)), {0: [0]})
+    with pytest.raises(ValueError, match="separate weights for each layer"):
+        prune_heads(AlbertForMaskedLM(AlbertConfig(**small, embedding_size=16)), {0: [0]})
+
+
+def test_t5_shares_its_position_bias_but_may_lose_neurons_and_later_layers():
+    config = T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    model = T5ForConditionalGeneration(config).double().eval()
+    with pytest.raises(ValueError, match="one position bias per head that all layers share"):
+        prune_heads(model, {0: [0]})
+    with pytest.raises(ValueError, match="first layer .* must stay first"):
+        prune_layers(model, [1, 2, 3])
+    with silenced(model, neurons={1: [3, 5], 2: range(48)}):
+        expected = logits(model)
+    prune_neurons(model, {1: [3, 5], 2: range(48)})
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-12)
+    prune_layers(model, [0, 2])
+    assert (model.config.num_layers, model.config.num_decoder_layers) == (1, 1)

@@ -1,12 +1,15 @@
 """A model with fewer layers computes what the same layers compute in a row, and stays a plain checkpoint."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 from helpers import DECODERS, FAMILIES, TASKS, default_task, tiny_batch, tiny_model
 from silence import logits
 from torch import nn
+from transformers import AutoModel
 
 import hf_compress  # noqa: F401  registers the loader
 from hf_compress.anatomy import anatomy
@@ -97,6 +100,29 @@ def test_heads_neurons_and_layers_compose_in_any_order():
     prune_heads(prune_neurons(prune_layers(other, [0, 2]), {1: [3, 4]}), {1: [1]})
     assert torch.equal(logits(one), logits(other))
     assert one.config.to_dict() == other.config.to_dict()
+
+
+@pytest.mark.parametrize("family, changes", [("modernbert", {}), ("gpt2", {"scale_attn_by_inverse_layer_idx": True})])
+def test_without_hf_compress_special_layers_do_not_load(family, changes, tmp_path):
+    """All their tensors fit a model of the same depth that computes something else."""
+    model = prune_layers(tiny_model(family, **changes), [1, 3])
+    model.save_pretrained(tmp_path)
+    script = f"from transformers import AutoModel; AutoModel.from_pretrained({str(tmp_path)!r})"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "hf_compress" in result.stderr
+    backbone = AutoModel.from_pretrained(tmp_path)
+    batch = tiny_batch(model)
+    with torch.no_grad():
+        expected = model.base_model(**batch).last_hidden_state
+        assert torch.equal(backbone(**batch).last_hidden_state, expected)
+    backbone.save_pretrained(tmp_path / "backbone")
+    again = TASKS[default_task(family)].from_pretrained(tmp_path / "backbone")
+    with torch.no_grad():
+        assert torch.equal(again.base_model(**batch).last_hidden_state, expected)
+    twin = prune_layers(tiny_model(family, seed=1, **changes), [1, 3])
+    twin.load_state_dict(model.state_dict())
+    assert torch.equal(logits(twin), logits(model))
 
 
 def test_a_layer_without_heads_does_not_make_the_other_layers_special():
