@@ -177,12 +177,13 @@ class Bench:
     def blocks(self, seed: int) -> None:
         for block_size, sparsity in BLOCKS:
             run = f"blocks-{block_size}-{sparsity:.0%}".rstrip("%")
+            run += "" if self.args.block_epochs == EPOCHS["blocks"] else f"-{self.args.block_epochs:g}-epochs"
             if self.is_done(run, seed):
                 continue
             start, student = time.perf_counter(), self.teacher()
             set_seed(seed)
             config = self.config(
-                hfc.DistillationConfig, epochs=EPOCHS["blocks"], seed=seed, learning_rate=1e-4, alpha=0.7,
+                hfc.DistillationConfig, epochs=self.args.block_epochs, seed=seed, learning_rate=1e-4, alpha=0.7,
                 temperature=2.0, hints="2:2,4:4,6:6",
             )  # fmt: skip
             pruning = hfc.BlockPruning(
@@ -291,6 +292,7 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", nargs="+", default=["heads", "half", "blocks", "step_cost"])
     parser.add_argument("--block_method", default="norm", help="Score by which blocks go.")
+    parser.add_argument("--block_epochs", type=float, default=EPOCHS["blocks"], help="Epochs of the block runs.")
     parser.add_argument("--max_examples", type=int, default=0, help="Use only so many of each split; all when 0.")
     parser.add_argument("--report", action="store_true", help="Compare what was saved, and run nothing.")
     args = parser.parse_args()
