@@ -1,6 +1,6 @@
 """The losses of distillation: functions of tensors, each a sum over its items; the trainer divides, once.
 
-B examples, T tokens, D hidden size, C classes or vocabulary, H heads. `mask` says which tokens are real: padding never
+B examples, T tokens, D hidden size, C classes or vocabulary, H heads. `weights` are 0 for padding, which never
 contributes. Sums are taken in float32 (float64 for float64 inputs) whatever the dtype of the inputs.
 """
 
@@ -50,21 +50,22 @@ def logit_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     return (_exact(student_logits) - _exact(teacher_logits)).square().mean(dim=-1).sum()
 
 
-def hidden_state_loss(student_states: Tensor, teacher_states: Tensor, mask: Tensor) -> Tensor:
-    """Squared distance of hidden states (B, T, D), averaged over D and summed over the real tokens of `mask` (B, T)."""
+def hidden_state_loss(student_states: Tensor, teacher_states: Tensor, weights: Tensor) -> Tensor:
+    """Squared distance of hidden states (B, T, D), averaged over D and summed over tokens by `weights` (B, T)."""
     distance = (_exact(student_states) - _exact(teacher_states)).square().mean(dim=-1)  # (B, T)
-    return (distance * mask).sum()
+    return (distance * weights).sum()
 
 
-def attention_loss(student_scores: Tensor, teacher_scores: Tensor, allowed: Tensor) -> Tensor:
+def attention_loss(student_scores: Tensor, teacher_scores: Tensor, allowed: Tensor, weights: Tensor) -> Tensor:
     """Squared distance of attention scores before softmax (B, H, T, S): TinyBERT, eq. 7.
 
-    `allowed` (B, 1, T, S) is True where a real query may attend. Each query's distance is averaged over its allowed
-    keys and the heads, and summed over the queries.
+    `allowed` (B or 1, 1, T, S) is True where a query may attend. Each query's distance is averaged over its allowed
+    keys and the heads; the sum over the queries takes them by `weights` (B, T), 0 for padding.
     """
     distance = (_exact(student_scores) - _exact(teacher_scores)).square().mean(dim=1, keepdim=True)  # (B, 1, T, S)
-    keys = allowed.sum(dim=-1).clamp(min=1)  # (B, 1, T)
-    return (distance.masked_fill(~allowed, 0.0).sum(dim=-1) / keys).sum()
+    keys = allowed.sum(dim=-1).clamp(min=1)  # (B or 1, 1, T)
+    queries = distance.masked_fill(~allowed, 0.0).sum(dim=-1) / keys  # (B, 1, T)
+    return (queries.squeeze(1) * weights).sum()
 
 
 def noisy_teacher(teacher_logits: Tensor, sigma: float, share: float, form: str = "relative") -> Tensor:

@@ -76,10 +76,10 @@ class Task:
             return None
         if (labels := inputs.get("labels")) is not None:
             counted = labels != -100
-        elif (counted := inputs.get("decoder_attention_mask", inputs.get("attention_mask"))) is not None:
-            counted = counted.bool()
         else:
-            counted = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
+            side = "decoder_" if "decoder_input_ids" in inputs else ""
+            mask = inputs.get(f"{side}attention_mask")
+            counted = torch.ones_like(inputs[f"{side}input_ids"]).bool() if mask is None else mask.bool()
         return counted[:, 1:] if self.is_shifted else counted
 
     def logits(self, outputs, inputs: dict) -> Tensor:

@@ -100,24 +100,27 @@ class TinyBertTrainer(DistillationTrainer):
     def distillation_losses(self, student: Run, teacher: Run, inputs: dict) -> dict[str, Loss]:
         if not self.is_intermediate:
             return super().distillation_losses(student, teacher, inputs)
-        args, mask = self.args, self.token_mask(student.hidden_states[0], inputs)
+        args = self.args
+        weights, unit = self.real_tokens(student.hidden_states[0], inputs)
 
         def distance(state: int, project: torch.nn.Linear) -> torch.Tensor:
             number = self.layer_map[state - 1] if state else 0
-            return hidden_state_loss(project(student.hidden_states[state].float()), teacher.hidden_states[number], mask)
+            return hidden_state_loss(
+                project(student.hidden_states[state].float()), teacher.hidden_states[number], weights
+            )
 
         states = [distance(m, self.training_state.hidden_state) for m in range(1, len(self.layer_map) + 1)]
         losses = {
-            "embedding_loss": Loss(distance(0, self.training_state.embedding), "token", args.embedding_weight),
-            "hidden_state_loss": Loss(torch.stack(states).sum(), "token", args.hidden_state_weight),
+            "embedding_loss": Loss(distance(0, self.training_state.embedding), unit, args.embedding_weight),
+            "hidden_state_loss": Loss(torch.stack(states).sum(), unit, args.hidden_state_weight),
         }
         if args.attention_weight:
             sums = []
             for m, number in enumerate(self.layer_map):
                 mine, theirs = student.attention[m], teacher.attention[number - 1]
-                allowed = mine.allowed & theirs.allowed & mask[:, None, :, None]
-                sums.append(attention_loss(mine.scores, theirs.scores, allowed))
-            losses["attention_loss"] = Loss(torch.stack(sums).sum(), "token", args.attention_weight)
+                allowed = mine.allowed & theirs.allowed
+                sums.append(attention_loss(mine.scores, theirs.scores, allowed, weights))
+            losses["attention_loss"] = Loss(torch.stack(sums).sum(), unit, args.attention_weight)
         return losses
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):

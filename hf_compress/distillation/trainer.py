@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.modeling_outputs import ModelOutput
 
+from hf_compress.anatomy import anatomy
 from hf_compress.capture import AttentionSignals, capture, require_gradients
 from hf_compress.distillation.layer_map import parse_pairs
 from hf_compress.distillation.losses import (
     Loss,
+    Unit,
     binary_soft_loss,
     hidden_state_loss,
     logit_loss,
@@ -201,20 +203,32 @@ class DistillationTrainer(LoggedTermsMixin, TrainingStateMixin):
     def hint_losses(self, student: Run, teacher: Run, inputs: dict) -> dict[str, Loss]:
         if not self.hints:
             return {}
-        sums = []
+        sums: dict[Unit, list[Tensor]] = {}
         for mine, theirs in self.hints:
             project = getattr(self.training_state, f"hint_{mine}_{theirs}")
             states, targets = student.hidden_states[mine], teacher.hidden_states[theirs]
-            sums.append(hidden_state_loss(project(states.float()), targets, self.token_mask(states, inputs)))
-        return {"hint_loss": Loss(torch.stack(sums).sum(), "token", self.args.hint_weight)}
+            weights, unit = self.real_tokens(states, inputs, is_decoder=self.is_decoder_state(mine))
+            sums.setdefault(unit, []).append(hidden_state_loss(project(states.float()), targets, weights))
+        return {
+            "decoder_hint_loss" if unit == "label" else "hint_loss": Loss(
+                torch.stack(values).sum(), unit, self.args.hint_weight
+            )
+            for unit, values in sums.items()
+        }
 
-    def token_mask(self, states: Tensor, inputs: dict) -> Tensor:
-        """Which tokens of `states` (B, T, D) are real, (B, T)."""
-        for name in ("attention_mask", "decoder_attention_mask"):
-            mask = inputs.get(name)
-            if mask is not None and mask.shape == states.shape[:2]:
-                return mask.bool()
-        return torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
+    def real_tokens(self, states: Tensor, inputs: dict, *, is_decoder: bool = False) -> tuple[Tensor, Unit]:
+        """The weight of each token of `states` (B, T, D), 0 for padding, as (B, T); and what they are counted in."""
+        if is_decoder:
+            return self.task.counted(inputs), "label"
+        if "input_ids" not in inputs:  # pixels: an example is the mean of its patches
+            return torch.full(states.shape[:2], 1 / states.shape[1], device=states.device), "example"
+        mask = inputs.get("attention_mask")
+        return torch.ones_like(states[..., 0], dtype=torch.bool) if mask is None else mask.bool(), "token"
+
+    def is_decoder_state(self, number: int) -> bool:
+        """Whether the student's hidden state `number` belongs to the decoder of an encoder-decoder."""
+        stacks = anatomy(plain_model(self.model)).stacks
+        return len(stacks) > 1 and number > len(stacks[0].layers)
 
     # Running both models
 

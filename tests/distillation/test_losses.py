@@ -89,7 +89,7 @@ def test_attention_loss_is_its_equation():
             keys = [k for k in range(T) if allowed[b, 0, q, k]]
             for h in range(H):
                 expected += sum((student[b, h, q, k] - teacher[b, h, q, k]).item() ** 2 / (H * len(keys)) for k in keys)
-    assert attention_loss(student, teacher, allowed).item() == pytest.approx(expected, rel=1e-12)
+    assert attention_loss(student, teacher, allowed, real).item() == pytest.approx(expected, rel=1e-12)
 
 
 @settings(max_examples=30, deadline=None)
@@ -101,11 +101,11 @@ def test_padding_never_matters(seed, length):
     mask[:, :length] = True
     scores = random(2, 3, 6, 6, seed=seed), random(2, 3, 6, 6, seed=seed + 1)
     allowed = (mask[:, None, :] & mask[:, :, None])[:, None]
-    hidden, attention = hidden_state_loss(student, teacher, mask), attention_loss(*scores, allowed)
+    hidden, attention = hidden_state_loss(student, teacher, mask), attention_loss(*scores, allowed, mask)
     student = student.masked_fill(~mask[..., None], 1e6)
     scores = scores[0].masked_fill(~allowed, 1e6), scores[1]
     torch.testing.assert_close(hidden_state_loss(student, teacher, mask), hidden, rtol=1e-12, atol=0)
-    torch.testing.assert_close(attention_loss(*scores, allowed), attention, rtol=1e-12, atol=0)
+    torch.testing.assert_close(attention_loss(*scores, allowed, mask), attention, rtol=1e-12, atol=0)
 
 
 def test_losses_of_half_precision_are_summed_in_float32():

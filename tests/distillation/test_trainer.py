@@ -37,6 +37,7 @@ TASKS = [
     ("gpt2", "clm", "clm", {}),
     ("llama", "clm", "clm", {}),
     ("bart", "seq2seq", "seq2seq", {}),
+    ("vit", "image", "image", {}),
 ]
 
 
@@ -304,3 +305,24 @@ def test_a_teacher_in_8_or_4_bits(tmp_path):
         trainer = DistillationTrainer(student, args, teacher_model=tmp_path / "teacher", train_dataset=rows())
         assert trainer.teacher.is_quantized
         trainer.train()
+
+
+def test_decoder_states_count_the_labels_and_encoder_states_the_input(tmp_path):
+    """Both sides of an encoder-decoder are equally long and padded unequally; against a loop over tokens."""
+    student, teacher = pair("bart")
+    data = rows(4, kind="seq2seq")
+    data = data.map(lambda r: {"labels": r["labels"][:3] + [-100] * 9})
+    args = config(tmp_path, hints="1:2,3:5", per_device_eval_batch_size=4)
+    trainer = DistillationTrainer(student, args, teacher_model=teacher, train_dataset=data, eval_dataset=data)
+    metrics = trainer.evaluate()
+    batch = {name: torch.tensor(data[name]) for name in data.column_names}
+    with torch.no_grad():
+        mine, theirs = (m(**batch, output_hidden_states=True) for m in (student, teacher))
+    real = {"hint_loss": batch["attention_mask"].bool(), "decoder_hint_loss": batch["labels"] != -100}
+    states = {
+        "hint_loss": (mine.encoder_hidden_states[1], theirs.encoder_hidden_states[2]),
+        "decoder_hint_loss": (mine.decoder_hidden_states[1], theirs.decoder_hidden_states[2]),
+    }
+    for name, (a, b) in states.items():  # projections start as the identity
+        tokens = [(a[i, t] - b[i, t]).square().mean() for i, t in real[name].nonzero().tolist()]
+        assert metrics[f"eval_{name}"] == pytest.approx(torch.stack(tokens).mean().item(), rel=1e-5)
