@@ -21,8 +21,8 @@ def documentation() -> tuple[str, str]:
     names = sorted(topics)
     split = int(len(names) * (1 - HELD_OUT_TOPICS))
     calibration = [p for name in names[:split] for p in topics[name].split("\n\n")]
-    seen = set(calibration)
-    held_out = [p for name in names[split:] for p in topics[name].split("\n\n") if p not in seen]
+    seen = {" ".join(p.split()) for p in calibration}  # the same words indented otherwise are the same
+    held_out = [p for name in names[split:] for p in topics[name].split("\n\n") if " ".join(p.split()) not in seen]
     return "\n\n".join(dict.fromkeys(calibration)), "\n\n".join(dict.fromkeys(held_out))
 
 

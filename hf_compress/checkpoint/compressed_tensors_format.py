@@ -6,13 +6,13 @@ unsigned, which is what they are here.
 """
 
 import torch
-from hf_compress_kernels.packing import pack_rows, pack_zeros
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_compress.checkpoint.bits import packed_modules
 from hf_compress.layers.packed_linear import PackedLinear
 from hf_compress.layers.scheme import WeightScheme
+from hf_compress.ops import pack_rows, pack_zeros
 
 
 def compressed_tensors(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict]:

@@ -7,12 +7,12 @@ symmetric, one float32 scale a row. No 3 bit, no groups, no zero points.
 import re
 
 import torch
-from hf_compress_kernels.packing import pack_rows
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_compress.checkpoint.bits import packed_modules
 from hf_compress.layers.packed_linear import PackedLinear
+from hf_compress.ops import pack_rows
 from hf_compress.record import stored_name
 
 

@@ -13,15 +13,16 @@ from pathlib import Path
 
 import torch
 import transformers
-from hf_compress_kernels.packing import BITS, pack_zeros
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
+import hf_compress
 from hf_compress.checkpoint.bits import packed_modules, settle_bits
 from hf_compress.layers.packed_linear import PackedLinear
-from hf_compress.layers.scheme import WeightScheme
+from hf_compress.layers.scheme import BITS, WeightScheme
+from hf_compress.ops import pack_zeros
 from hf_compress.record import QUANT_METHOD, VERSION
 
 logger = logging.getLogger(__name__)
@@ -182,11 +183,5 @@ def _gptq_config(model: PreTrainedModel, schemes: dict[str, WeightScheme], check
         "pack_dtype": "int32",
         "lm_head": False,
         "dynamic": dynamic or None,
-        "meta": {"quantizer": [f"hf_compress:{_version()}"]},
+        "meta": {"quantizer": [f"hf_compress:{hf_compress.__version__}"]},
     }
-
-
-def _version() -> str:
-    from hf_compress import __version__
-
-    return __version__

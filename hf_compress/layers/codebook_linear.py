@@ -2,12 +2,12 @@
 
 import torch
 import torch.nn.functional as F
-from hf_compress_kernels.packing import pack_gptq, unpack_gptq, words_per_row
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_compress.layers.packed_linear import PackedModule, unpacked_linear
 from hf_compress.layers.scheme import SCALE_DTYPES, WeightScheme
+from hf_compress.ops import pack_gptq, unpack_gptq, words_per_row
 
 
 class CodebookLinear(PackedModule, nn.Linear):

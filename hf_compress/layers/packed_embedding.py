@@ -2,11 +2,11 @@
 
 import torch
 import torch.nn.functional as F
-from hf_compress_kernels.packing import pack_rows, unpack_rows, words_per_row
 from torch import Tensor, nn
 
 from hf_compress.layers.packed_linear import PackedModule, ReadOnlyWeight
 from hf_compress.layers.scheme import SCALE_DTYPES, WeightScheme
+from hf_compress.ops import pack_rows, unpack_rows, words_per_row
 
 OWN = ("qweight", "scales", "zeros", "scheme", "compute_dtype", "original_class")  # what an ordinary embedding lacks
 

@@ -4,13 +4,21 @@ import logging
 
 import torch
 import torch.nn.functional as F
-from hf_compress_kernels.packing import pack_gptq, pack_zeros, unpack_gptq, unpack_zeros, words_per_row
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_compress.layers.activations import round_per_token, round_to_range
 from hf_compress.layers.scheme import SCALE_DTYPES, WeightScheme
-from hf_compress.ops import w8a8_linear, wna16_linear, wna16_pack
+from hf_compress.ops import (
+    pack_gptq,
+    pack_zeros,
+    unpack_gptq,
+    unpack_zeros,
+    w8a8_linear,
+    wna16_linear,
+    wna16_pack,
+    words_per_row,
+)
 
 logger = logging.getLogger(__name__)
 

@@ -3,9 +3,14 @@
 from dataclasses import asdict, dataclass, fields
 
 import torch
-from hf_compress_kernels.packing import BITS
 
+BITS = (2, 3, 4, 8)
 SCALE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
+
+
+def check_bits(bits: int) -> None:
+    if bits not in BITS:
+        raise ValueError(f"bits must be one of {BITS}, got {bits!r}.")
 
 
 @dataclass(frozen=True)
@@ -22,8 +27,7 @@ class WeightScheme:
     activation_range: tuple[float, float] | None = None  # calibrated; None: each token's own range, when it comes
 
     def __post_init__(self):
-        if self.bits not in BITS:
-            raise ValueError(f"bits must be one of {BITS}, got {self.bits!r}.")
+        check_bits(self.bits)
         if not isinstance(self.group_size, int) or (self.group_size < 1 and self.group_size != -1):
             raise ValueError(f"group_size must be a positive whole number or -1, got {self.group_size!r}.")
         if self.scale_dtype not in SCALE_DTYPES:

@@ -12,11 +12,10 @@ in both size and cost; the best of what is left is the optimum.
 from collections.abc import Mapping, Sequence
 
 import torch
-from hf_compress_kernels.packing import check_bits
 from torch import Tensor, nn
 
 from hf_compress.anatomy import is_projection
-from hf_compress.layers.scheme import WeightScheme
+from hf_compress.layers.scheme import WeightScheme, check_bits
 from hf_compress.quantization.modules import check_quantizable, matrix, scheme_for
 from hf_compress.quantization.round_to_nearest import round_to_nearest
 

@@ -4,7 +4,6 @@ import re
 from collections.abc import Mapping, Sequence
 
 import torch
-from hf_compress_kernels.packing import check_bits
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -12,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_compress.anatomy import anatomy, in_features
 from hf_compress.layers.packed_embedding import PackedEmbedding
 from hf_compress.layers.packed_linear import PackedLinear
-from hf_compress.layers.scheme import WeightScheme, auto_group_size
+from hf_compress.layers.scheme import WeightScheme, auto_group_size, check_bits
 from hf_compress.quantization.gptq import QuantizedWeight
 
 
