@@ -10,7 +10,7 @@ from hf_compress_kernels.gptq_kernels import gptq_block_kernel
 from hf_compress_kernels.gptq_launch import BLOCK_N
 from hf_compress_kernels.kl_kernels import kl_grad_kernel, kl_kernel
 from hf_compress_kernels.kl_launch import BLOCK_V, LOWEST
-from hf_compress_kernels.planes import choose_tile_k
+from hf_compress_kernels.planes import PackedWeight, choose_tile_k
 from hf_compress_kernels.tuning import BSR_DW_ROWS, Device, bsr_rule, rule
 from hf_compress_kernels.wna16_kernels import wna16_dequant_kernel, wna16_linear_kernel
 from hf_compress_kernels.wna16_launch import kernel_constants
@@ -51,6 +51,11 @@ def _arch_constants(constants: dict, arch: str) -> dict:
     return constants if arch.startswith("sm_") else {**constants, "USE_ASM": False, "ASM": "", "OPERANDS": ""}
 
 
+def _sizes(bits: int, group_size: int, tile_k: int, dtype: torch.dtype) -> PackedWeight:
+    """A square weight of K columns without its tensors."""
+    return PackedWeight(None, None, None, bits, group_size, K, K, tile_k, dtype)
+
+
 def _tensor(arch: str, rows: int = 128) -> str:
     """The tensor-core instruction to expect for a left operand of `rows` rows."""
     return "mma" if arch == "sm_90" and rows < WGMMA_ROWS else TENSOR_INSTRUCTION.get(arch, "mma")
@@ -59,7 +64,7 @@ def _tensor(arch: str, rows: int = 128) -> str:
 def wna16_linear(arch: str, bits: int, M: int, dtype: torch.dtype, group_size: int = 128, perm: bool = False) -> Case:
     c = rule(arch, bits, M)
     tile_k = choose_tile_k(bits, K, group_size)
-    constants = kernel_constants(bits, group_size, K, tile_k, dtype, asm=True)
+    constants = kernel_constants(_sizes(bits, group_size, tile_k, dtype), asm=True)
     decode = M <= 32
     through_float32 = bits == 8 and dtype == torch.bfloat16
     limits = {"programs": 1 if not decode else 3 if M <= 16 and not through_float32 else 2, "mma": _tensor(arch)}
@@ -90,14 +95,14 @@ def wna16_linear(arch: str, bits: int, M: int, dtype: torch.dtype, group_size: i
 
 
 def wna16_dequant(arch: str, bits: int, dtype: torch.dtype) -> Case:
-    tile_k = choose_tile_k(bits, K, 128)
+    constants = kernel_constants(_sizes(bits, 128, choose_tile_k(bits, K, 128), dtype), asm=True)
     return Case(
         name=f"wna16_dequant {bits}-bit {str(dtype)[6:]}",
         arch=arch,
         kernel=wna16_dequant_kernel,
         signature=dict(qweight_ptr="*i16", sz_ptr="*i32", perm_ptr="*i32", weight_ptr=POINTER[dtype], N="i32", K="i32",
                        first_tile="i32"),
-        constants=dict(_arch_constants(kernel_constants(bits, 128, K, tile_k, dtype, asm=True), arch), HAS_PERM=False),
+        constants=_arch_constants(dict(constants, HAS_PERM=False), arch),
         num_warps=4,
         num_stages=3,
         multiples_of_16=("N", "K"),

@@ -114,9 +114,8 @@ def test_operators_pass_opcheck(dtype):
     layer = random_layer(4, 64, 128, 32, act_order=True)
     weight = packed(layer, 4, 32, dtype, act_order=True)
     x = torch.randn(3, 128, dtype=dtype, requires_grad=True)
-    sizes = (4, 32, 64, 128, weight.tile_k)
-    opcheck(_wna16_linear, (x, weight.qweight, weight.sz, weight.perm, layer.bias.to(dtype), *sizes))
-    opcheck(_wna16_dequant, (weight.qweight, weight.sz, weight.perm, *sizes, dtype))
+    opcheck(_wna16_linear, (x, layer.bias.to(dtype), *weight[:-1]))
+    opcheck(_wna16_dequant, tuple(weight))
 
 
 def test_compiles_whole_and_recompiles_at_most_once():

@@ -72,7 +72,7 @@ def test_linear_everywhere(case):
 def test_dequantized_weight_has_the_bits_of_the_torch_formula(bits, dtype, act_order):
     layer = random_layer(bits, 96, 576, 64, act_order)
     weight = wna16_pack(*layer[:3], bits, 64, dtype, layer.g_idx if act_order else None)
-    assert torch.equal(wna16_dequant(weight), reference.wna16_dequant(*weight))
+    assert torch.equal(wna16_dequant(weight), reference.wna16_dequant(weight))
 
 
 @pytest.mark.parametrize("bits", BITS, ids="{}-bit".format)
@@ -103,7 +103,7 @@ def arguments(bits=4, N=192, K=1024, M=5):
 
 @pytest.mark.parametrize("split", [1, 2, 4, 8], ids="split-{}".format)
 def test_split_over_k_sums_in_a_fixed_order(split):
-    _, args, expected = arguments()
+    args, expected = arguments()
     config = TileConfig(8, 128, 4, 4, split_k=split)
     first = launch_linear(*args, config=config)
     assert relative_error(first, expected) < BOUNDS[torch.float16]
@@ -114,26 +114,27 @@ def test_split_over_k_sums_in_a_fixed_order(split):
     "config", [(16, 64, 4, 2, 1), (8, 128, 8, 3, 2), (64, 64, 4, 3, 1), (128, 128, 8, 3, 1)], ids=str
 )
 def test_every_tile_gives_the_product(config):
-    _, args, expected = arguments(N=128, K=256, M=20)
+    args, expected = arguments(N=128, K=256, M=20)
     assert relative_error(launch_linear(*args, config=TileConfig(*config)), expected) < BOUNDS[torch.float16]
 
 
 def test_many_rows_take_the_dequantized_path(monkeypatch):
     from hf_compress_kernels import tuning, wna16_launch
 
-    x, args, expected = arguments(M=70)
+    args, expected = arguments(M=70)
     monkeypatch.setattr(tuning, "DEQUANT_FROM_ELSEWHERE", 64)
     monkeypatch.setattr(wna16_launch, "SCRATCH_BYTES", 2 * 1024 * 64)  # one slab of 64 rows at a time
     assert relative_error(launch_linear(*args), expected) < BOUNDS[torch.float16]
 
 
 def test_strided_rows_and_single_row_views():
-    x, args, expected = arguments(M=5)
+    args, expected = arguments(M=5)
+    x, *rest = args
     wide = torch.zeros(5, 2048, dtype=torch.float16)
     wide[:, :1024] = x
-    assert torch.equal(launch_linear(wide[:, :1024], *args[1:]), launch_linear(*args))
-    assert torch.equal(launch_linear(x.t().contiguous().t(), *args[1:]), launch_linear(*args))
-    assert torch.equal(launch_linear(x[2:3], *args[1:]), launch_linear(*args)[2:3])
+    assert torch.equal(launch_linear(wide[:, :1024], *rest), launch_linear(*args))
+    assert torch.equal(launch_linear(x.t().contiguous().t(), *rest), launch_linear(*args))
+    assert torch.equal(launch_linear(x[2:3], *rest), launch_linear(*args)[2:3])
 
 
 def test_gradient_of_the_input():

@@ -127,19 +127,14 @@ def block_rows(crow: Tensor, num_blocks: int) -> Tensor:
     return torch.searchsorted(crow[1:].contiguous(), positions, right=True)
 
 
-def to_dense(values: Tensor, crow: Tensor, col: Tensor, out_features: int, in_features: int) -> Tensor:
-    """The dense (N, K) weight, zero where no block is stored. Differentiable in `values`."""
-    num_blocks, Bn, Bk = values.shape
-    rows, cols = -(-out_features // Bn), -(-in_features // Bk)
-    place = block_rows(crow, num_blocks) * cols + col[:num_blocks]
-    blocks = values.new_zeros(rows * cols, Bn, Bk).index_copy(0, place.long(), values)
-    dense = blocks.unflatten(0, (rows, cols)).transpose(1, 2).reshape(rows * Bn, cols * Bk)
-    return dense[:out_features, :in_features]
-
-
 def bsr_to_dense(weight: BlockSparseWeight) -> Tensor:
     """The dense (out_features, in_features) weight, zero where no block is stored. Differentiable in `values`."""
-    return to_dense(weight.values, weight.crow, weight.col, weight.out_features, weight.in_features)
+    values, (N, K) = weight.values, (weight.out_features, weight.in_features)
+    num_blocks, Bn, Bk = values.shape
+    rows, cols = -(-N // Bn), -(-K // Bk)
+    place = block_rows(weight.crow, num_blocks) * cols + weight.col[:num_blocks]
+    blocks = values.new_zeros(rows * cols, Bn, Bk).index_copy(0, place.long(), values)
+    return blocks.unflatten(0, (rows, cols)).transpose(1, 2).reshape(rows * Bn, cols * Bk)[:N, :K]
 
 
 def gather_blocks(dense: Tensor, crow: Tensor, col: Tensor, num_blocks: int, block_size: Tuple[int, int]) -> Tensor:

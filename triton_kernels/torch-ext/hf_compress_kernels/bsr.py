@@ -7,48 +7,50 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._ops import add_op_namespace_prefix
-from .blocks import BlockSparseWeight, gather_blocks, to_dense
+from .blocks import BlockSparseWeight, bsr_to_dense, gather_blocks
 from .dispatch import INTERPRET, check_same_device, float_accumulator, on_device, require_triton, run_on_cpu
 
 
 @torch.library.custom_op(add_op_namespace_prefix("bsr_linear"), mutates_args=(), device_types="cuda")
 def _bsr_linear(
     x: Tensor,
+    bias: Optional[Tensor],
     values: Tensor,
     crow: Tensor,
     col: Tensor,
     crow_t: Tensor,
     col_t: Tensor,
     perm_t: Tensor,
-    bias: Optional[Tensor],
     out_features: int,
     in_features: int,
 ) -> Tensor:
     require_triton("bsr_linear")
     from .bsr_launch import launch_linear
 
+    weight = BlockSparseWeight(values, crow, col, crow_t, col_t, perm_t, out_features, in_features)
     with on_device(x):
-        return launch_linear(x, values, crow, col, crow_t, col_t, perm_t, bias, out_features, in_features)
+        return launch_linear(x, weight, bias)
 
 
-def _linear_reference(x, values, crow, col, crow_t, col_t, perm_t, bias, out_features, in_features) -> Tensor:
+def _linear_reference(x: Tensor, weight: BlockSparseWeight, bias: Optional[Tensor]) -> Tensor:
     compute = float_accumulator(x.dtype)
-    weight = to_dense(values, crow, col, out_features, in_features).to(compute)
-    return F.linear(x.to(compute), weight, None if bias is None else bias.to(compute)).to(x.dtype)
+    bias = None if bias is None else bias.to(compute)
+    return F.linear(x.to(compute), bsr_to_dense(weight).to(compute), bias).to(x.dtype)
 
 
 @_bsr_linear.register_kernel("cpu")
-def _(*args) -> Tensor:
+def _(x, bias, *sparse) -> Tensor:
+    weight = BlockSparseWeight(*sparse)
     if INTERPRET:
         from .bsr_launch import launch_linear
 
-        return launch_linear(*args)
-    return run_on_cpu("bsr_linear", _linear_reference, *args)
+        return launch_linear(x, weight, bias)
+    return run_on_cpu("bsr_linear", _linear_reference, x, weight, bias)
 
 
 @_bsr_linear.register_fake
-def _(x, values, crow, col, crow_t, col_t, perm_t, bias, out_features, in_features) -> Tensor:
-    return x.new_empty(x.shape[0], out_features)
+def _(x, bias, *sparse) -> Tensor:
+    return x.new_empty(x.shape[0], BlockSparseWeight(*sparse).out_features)
 
 
 @torch.library.custom_op(add_op_namespace_prefix("bsr_linear_dx"), mutates_args=(), device_types="cuda")
@@ -67,27 +69,27 @@ def _bsr_linear_dx(
     from .bsr_launch import launch_dx
 
     with on_device(grad):
-        return launch_dx(grad, values, crow, col, crow_t, col_t, perm_t, out_features, in_features)
+        return launch_dx(grad, BlockSparseWeight(values, crow, col, crow_t, col_t, perm_t, out_features, in_features))
 
 
-def _dx_reference(grad, values, crow, col, crow_t, col_t, perm_t, out_features, in_features) -> Tensor:
+def _dx_reference(grad: Tensor, weight: BlockSparseWeight) -> Tensor:
     compute = float_accumulator(grad.dtype)
-    weight = to_dense(values, crow, col, out_features, in_features).to(compute)
-    return (grad.to(compute) @ weight).to(grad.dtype)
+    return (grad.to(compute) @ bsr_to_dense(weight).to(compute)).to(grad.dtype)
 
 
 @_bsr_linear_dx.register_kernel("cpu")
-def _(*args) -> Tensor:
+def _(grad, *sparse) -> Tensor:
+    weight = BlockSparseWeight(*sparse)
     if INTERPRET:
         from .bsr_launch import launch_dx
 
-        return launch_dx(*args)
-    return run_on_cpu("bsr_linear_dx", _dx_reference, *args)
+        return launch_dx(grad, weight)
+    return run_on_cpu("bsr_linear_dx", _dx_reference, grad, weight)
 
 
 @_bsr_linear_dx.register_fake
-def _(grad, values, crow, col, crow_t, col_t, perm_t, out_features, in_features) -> Tensor:
-    return grad.new_empty(grad.shape[0], in_features)
+def _(grad, *sparse) -> Tensor:
+    return grad.new_empty(grad.shape[0], BlockSparseWeight(*sparse).in_features)
 
 
 @torch.library.custom_op(add_op_namespace_prefix("bsr_linear_dw"), mutates_args=(), device_types="cuda")
@@ -120,22 +122,22 @@ def _(grad, x, values, crow, col) -> Tensor:
 
 
 def _save_for_backward(ctx, inputs, output) -> None:
-    x, values, crow, col, crow_t, col_t, perm_t, _, out_features, in_features = inputs
-    ctx.save_for_backward(x, values, crow, col, crow_t, col_t, perm_t)
+    x, _, *index, out_features, in_features = inputs
+    ctx.save_for_backward(x, *index)
     ctx.sizes = (out_features, in_features)
 
 
 def _linear_backward(ctx, grad: Tensor):
-    x, values, crow, col, crow_t, col_t, perm_t = ctx.saved_tensors
+    x, values, *index = ctx.saved_tensors
     grad = grad.contiguous()
-    grad_x = grad_values = grad_bias = None
+    grad_x = grad_bias = grad_values = None
     if ctx.needs_input_grad[0]:
-        grad_x = _bsr_linear_dx(grad, values, crow, col, crow_t, col_t, perm_t, *ctx.sizes)
+        grad_x = _bsr_linear_dx(grad, values, *index, *ctx.sizes)
     if ctx.needs_input_grad[1]:
-        grad_values = _bsr_linear_dw(grad, x, values, crow, col)
-    if ctx.needs_input_grad[7]:
         grad_bias = grad.sum(0)
-    return grad_x, grad_values, None, None, None, None, None, grad_bias, None, None
+    if ctx.needs_input_grad[2]:
+        grad_values = _bsr_linear_dw(grad, x, values, *index[:2])
+    return (grad_x, grad_bias, grad_values, *[None] * 7)
 
 
 _bsr_linear.register_autograd(_linear_backward, setup_context=_save_for_backward)
@@ -158,6 +160,5 @@ def bsr_linear(x: Tensor, weight: BlockSparseWeight, bias: Optional[Tensor] = No
     if bias is not None and (bias.shape != (N,) or bias.dtype != x.dtype):
         raise ValueError(f"bias must be ({N},) in {x.dtype}, got {tuple(bias.shape)} in {bias.dtype}.")
     check_same_device(x=x, values=weight.values, crow=weight.crow, bias=bias)
-    *tensors, _, _ = weight
-    y = _bsr_linear(x.reshape(-1, K), *tensors, bias, N, K)
+    y = _bsr_linear(x.reshape(-1, K), bias, *weight)
     return y.reshape(*x.shape[:-1], N)

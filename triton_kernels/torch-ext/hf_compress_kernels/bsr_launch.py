@@ -8,53 +8,32 @@ import triton
 from torch import Tensor
 
 from . import tuning
-from .blocks import block_rows, gather_blocks, to_dense
+from .blocks import BlockSparseWeight, block_rows, bsr_to_dense, gather_blocks
 from .bsr_kernels import bsr_dw_kernel, bsr_linear_kernel
 from .dispatch import INTERPRET
 
 GROUP_M = 8
 
 
-def _runs_dense(x: Tensor, values: Tensor, out_features: int, in_features: int) -> bool:
+def _runs_dense(dtype: torch.dtype, values: Tensor, out_features: int, in_features: int) -> bool:
     """Whether dense is faster, or the kernels do not know the dtype."""
     if INTERPRET:
         return False
     density = values.numel() / (out_features * in_features)
     side = min(values.shape[1:])
-    return x.dtype == torch.float64 or density > tuning.bsr_break_even(tuning.device_for(x), side)
+    return dtype == torch.float64 or density > tuning.bsr_break_even(tuning.device_for(values), side)
 
 
-def launch_linear(
-    x: Tensor,
-    values: Tensor,
-    crow: Tensor,
-    col: Tensor,
-    crow_t: Tensor,
-    col_t: Tensor,
-    perm_t: Tensor,
-    bias: Optional[Tensor],
-    out_features: int,
-    in_features: int,
-) -> Tensor:
-    if _runs_dense(x, values, out_features, in_features):
-        return F.linear(x, to_dense(values, crow, col, out_features, in_features), bias)
-    return _launch(x, values, crow, col, None, bias, out_features)
+def launch_linear(x: Tensor, weight: BlockSparseWeight, bias: Optional[Tensor]) -> Tensor:
+    if _runs_dense(x.dtype, weight.values, weight.out_features, weight.in_features):
+        return F.linear(x, bsr_to_dense(weight), bias)
+    return _launch(x, weight.values, weight.crow, weight.col, None, bias, weight.out_features)
 
 
-def launch_dx(
-    grad: Tensor,
-    values: Tensor,
-    crow: Tensor,
-    col: Tensor,
-    crow_t: Tensor,
-    col_t: Tensor,
-    perm_t: Tensor,
-    out_features: int,
-    in_features: int,
-) -> Tensor:
-    if _runs_dense(grad, values, out_features, in_features):
-        return grad @ to_dense(values, crow, col, out_features, in_features)
-    return _launch(grad, values, crow_t, col_t, perm_t, None, in_features)
+def launch_dx(grad: Tensor, weight: BlockSparseWeight) -> Tensor:
+    if _runs_dense(grad.dtype, weight.values, weight.out_features, weight.in_features):
+        return grad @ bsr_to_dense(weight)
+    return _launch(grad, weight.values, weight.crow_t, weight.col_t, weight.perm_t, None, weight.in_features)
 
 
 def _launch(
@@ -109,7 +88,7 @@ def launch_dw(grad: Tensor, x: Tensor, values: Tensor, crow: Tensor, col: Tensor
     (M, K), N = x.shape, grad.shape[1]
     if M == 0 or num_blocks == 0:
         return torch.zeros_like(values)
-    if _runs_dense(x, values, N, K):
+    if _runs_dense(x.dtype, values, N, K):
         return gather_blocks(grad.t() @ x, crow, col, num_blocks, (BN, BK))
     config = tuning.bsr_rule(tuning.device_for(x), M, BN, BK)
     grad = grad.contiguous()

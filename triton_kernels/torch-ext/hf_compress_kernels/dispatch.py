@@ -30,8 +30,9 @@ def on_device(tensor: Tensor) -> "torch.cuda.device_of":
 def register_cpu_engine(op_name: str, engine: Callable[..., Optional[Tensor]]) -> None:
     """Let `engine` run operator `op_name` on CPU tensors, e.g. "wna16_linear".
 
-    The engine gets the operator's own arguments, in order, and returns a new tensor, or None for a call it leaves to
-    the reference. A later registration under the same name replaces the earlier one.
+    The engine gets what the reference gets, e.g. (x, weight: PackedWeight, bias) for "wna16_linear" and
+    (x, weight: BlockSparseWeight, bias) for "bsr_linear", x always a matrix. It returns a new tensor, or None for a
+    call that it leaves to the reference. A later registration under the same name replaces the earlier one.
     """
     _cpu_engines[op_name] = engine
 

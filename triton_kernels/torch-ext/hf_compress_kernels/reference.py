@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .dispatch import float_accumulator
 from .packing import unpack_rows
-from .planes import unpack_planes, unpack_sz
+from .planes import TILE_N, PackedWeight, unpack_planes, unpack_sz
 
 ROWS_AT_ONCE = 1024  # output features dequantized together, to bound memory
 
@@ -23,43 +23,23 @@ def _dequantize(ints: Tensor, scales: Tensor, zeros: Tensor, perm: Optional[Tens
     return torch.empty_like(weight).index_copy_(1, perm.long(), weight)
 
 
-def wna16_dequant(
-    qweight: Tensor,
-    sz: Tensor,
-    perm: Optional[Tensor],
-    bits: int,
-    group_size: int,
-    out_features: int,
-    in_features: int,
-    tile_k: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    ints = unpack_planes(qweight, bits, tile_k, out_features, in_features)
-    scales, zeros = unpack_sz(sz, bits, dtype, out_features)
-    return _dequantize(ints, scales, zeros, perm, group_size)
+def wna16_dequant(weight: PackedWeight) -> Tensor:
+    ints = unpack_planes(weight.qweight, weight.bits, weight.tile_k, weight.out_features, weight.in_features)
+    scales, zeros = unpack_sz(weight.sz, weight.bits, weight.dtype, weight.out_features)
+    return _dequantize(ints, scales, zeros, weight.perm, weight.group_size)
 
 
-def wna16_linear(
-    x: Tensor,
-    qweight: Tensor,
-    sz: Tensor,
-    perm: Optional[Tensor],
-    bias: Optional[Tensor],
-    bits: int,
-    group_size: int,
-    out_features: int,
-    in_features: int,
-    tile_k: int,
-) -> Tensor:
+def wna16_linear(x: Tensor, weight: PackedWeight, bias: Optional[Tensor]) -> Tensor:
     compute = float_accumulator(x.dtype)
-    scales, zeros = unpack_sz(sz, bits, x.dtype, out_features)
-    y = torch.empty(x.shape[0], out_features, dtype=x.dtype, device=x.device)
-    tiles = ROWS_AT_ONCE // 64
-    for start in range(0, qweight.shape[0], tiles):
-        n = slice(start * 64, min((start + tiles) * 64, out_features))
-        ints = unpack_planes(qweight[start : start + tiles], bits, tile_k, n.stop - n.start, in_features)
-        weight = _dequantize(ints, scales[:, n].to(compute), zeros[:, n].to(compute), perm, group_size)
-        y[:, n] = F.linear(x.to(compute), weight, None if bias is None else bias[n].to(compute)).to(x.dtype)
+    N, K = weight.out_features, weight.in_features
+    scales, zeros = unpack_sz(weight.sz, weight.bits, x.dtype, N)
+    y = torch.empty(x.shape[0], N, dtype=x.dtype, device=x.device)
+    tiles = ROWS_AT_ONCE // TILE_N
+    for start in range(0, weight.qweight.shape[0], tiles):
+        n = slice(start * TILE_N, min((start + tiles) * TILE_N, N))
+        ints = unpack_planes(weight.qweight[start : start + tiles], weight.bits, weight.tile_k, n.stop - n.start, K)
+        dense = _dequantize(ints, scales[:, n].to(compute), zeros[:, n].to(compute), weight.perm, weight.group_size)
+        y[:, n] = F.linear(x.to(compute), dense, None if bias is None else bias[n].to(compute)).to(x.dtype)
     return y
 
 

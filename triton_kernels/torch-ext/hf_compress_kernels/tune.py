@@ -51,7 +51,7 @@ def time_on_gpu(config: TileConfig, bits: int, group_size: int, M: int, N: int, 
     x = torch.randn(M, K, dtype=torch.float16, device="cuda")
     cache = torch.cuda.get_device_properties(x.device).L2_cache_size
     copies = [packed.qweight.clone() for _ in range(min(20, 1 + 4 * cache // (packed.qweight.numel() * 2)))]
-    run = lambda q: launch_linear(x, q, packed.sz, None, None, *packed[3:8], config=config)  # noqa: E731
+    run = lambda q: launch_linear(x, packed._replace(qweight=q), None, config)  # noqa: E731
     run(copies[0])
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -89,9 +89,7 @@ def tune_linear(
     """
     if device is None:
         if not torch.cuda.is_available():
-            raise RuntimeError(
-                "Tuning measures on a GPU, and there is none. Without a table the built-in rules apply."
-            )
+            raise RuntimeError("Tuning measures on a GPU, and there is none. Without a table the built-in rules apply.")
         free, _ = torch.cuda.mem_get_info()
         if free < FREE_BYTES:
             raise RuntimeError(

@@ -24,68 +24,73 @@ def _wna16_dequant(
     tile_k: int,
     dtype: torch.dtype,
 ) -> Tensor:
+    weight = PackedWeight(qweight, sz, perm, bits, group_size, out_features, in_features, tile_k, dtype)
     if not is_half(dtype):
-        return reference.wna16_dequant(qweight, sz, perm, bits, group_size, out_features, in_features, tile_k, dtype)
+        return reference.wna16_dequant(weight)
     require_triton("wna16_dequant")
     from .wna16_launch import launch_dequant
 
     with on_device(qweight):
-        return launch_dequant(qweight, sz, perm, bits, group_size, out_features, in_features, tile_k, dtype)
+        return launch_dequant(weight)
 
 
 @_wna16_dequant.register_kernel("cpu")
 def _(*args) -> Tensor:
-    if INTERPRET and is_half(args[-1]):
+    weight = PackedWeight(*args)
+    if INTERPRET and is_half(weight.dtype):
         from .wna16_launch import launch_dequant
 
-        return launch_dequant(*args)
-    return run_on_cpu("wna16_dequant", reference.wna16_dequant, *args)
+        return launch_dequant(weight)
+    return run_on_cpu("wna16_dequant", reference.wna16_dequant, weight)
 
 
 @_wna16_dequant.register_fake
-def _(qweight, sz, perm, bits, group_size, out_features, in_features, tile_k, dtype) -> Tensor:
-    return qweight.new_empty(out_features, in_features, dtype=dtype)
+def _(*args) -> Tensor:
+    weight = PackedWeight(*args)
+    return weight.qweight.new_empty(weight.out_features, weight.in_features, dtype=weight.dtype)
 
 
 @torch.library.custom_op(add_op_namespace_prefix("wna16_linear"), mutates_args=(), device_types="cuda")
 def _wna16_linear(
     x: Tensor,
+    bias: Optional[Tensor],
     qweight: Tensor,
     sz: Tensor,
     perm: Optional[Tensor],
-    bias: Optional[Tensor],
     bits: int,
     group_size: int,
     out_features: int,
     in_features: int,
     tile_k: int,
 ) -> Tensor:
+    weight = PackedWeight(qweight, sz, perm, bits, group_size, out_features, in_features, tile_k, x.dtype)
     if not is_half(x.dtype):
-        return reference.wna16_linear(x, qweight, sz, perm, bias, bits, group_size, out_features, in_features, tile_k)
+        return reference.wna16_linear(x, weight, bias)
     require_triton("wna16_linear")
     from .wna16_launch import launch_linear
 
     with on_device(x):
-        return launch_linear(x, qweight, sz, perm, bias, bits, group_size, out_features, in_features, tile_k)
+        return launch_linear(x, weight, bias)
 
 
 @_wna16_linear.register_kernel("cpu")
-def _(*args) -> Tensor:
-    if INTERPRET and is_half(args[0].dtype):
+def _(x, bias, *packed) -> Tensor:
+    weight = PackedWeight(*packed, x.dtype)
+    if INTERPRET and is_half(x.dtype):
         from .wna16_launch import launch_linear
 
-        return launch_linear(*args)
-    return run_on_cpu("wna16_linear", reference.wna16_linear, *args)
+        return launch_linear(x, weight, bias)
+    return run_on_cpu("wna16_linear", reference.wna16_linear, x, weight, bias)
 
 
 @_wna16_linear.register_fake
-def _(x, qweight, sz, perm, bias, bits, group_size, out_features, in_features, tile_k) -> Tensor:
-    return x.new_empty(x.shape[0], out_features)
+def _(x, bias, *packed) -> Tensor:
+    return x.new_empty(x.shape[0], PackedWeight(*packed, x.dtype).out_features)
 
 
 def _save_for_backward(ctx, inputs, output) -> None:
-    _, qweight, sz, perm, _, *sizes = inputs
-    if ctx.needs_input_grad[2]:
+    _, _, qweight, sz, perm, *sizes = inputs
+    if ctx.needs_input_grad[3]:
         raise NotImplementedError("wna16_linear has no gradient for scales and zero points: packed weights are frozen.")
     ctx.save_for_backward(qweight, sz, perm)
     ctx.sizes = sizes
@@ -96,9 +101,9 @@ def _linear_backward(ctx, grad: Tensor):
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         grad_x = grad @ _wna16_dequant(qweight, sz, perm, *ctx.sizes, grad.dtype)
-    if ctx.needs_input_grad[4]:
+    if ctx.needs_input_grad[1]:
         grad_bias = grad.sum(0)
-    return (grad_x, None, None, None, grad_bias, *[None] * 5)
+    return (grad_x, grad_bias, *[None] * 8)
 
 
 _wna16_linear.register_autograd(_linear_backward, setup_context=_save_for_backward)
@@ -124,8 +129,8 @@ def wna16_linear(x: Tensor, weight: PackedWeight, bias: Optional[Tensor] = None)
     if bias is not None and (bias.shape != (N,) or bias.dtype != x.dtype):
         raise ValueError(f"bias must be ({N},) in {x.dtype}, got {tuple(bias.shape)} in {bias.dtype}.")
     check_same_device(x=x, qweight=weight.qweight, sz=weight.sz, perm=weight.perm, bias=bias)
-    args = (weight.bits, weight.group_size, N, K, weight.tile_k)
-    y = _wna16_linear(x.reshape(-1, K), weight.qweight, weight.sz, weight.perm, bias, *args)
+    *packed, _ = weight
+    y = _wna16_linear(x.reshape(-1, K), bias, *packed)
     return y.reshape(*x.shape[:-1], N)
 
 

@@ -13,7 +13,7 @@ from triton.runtime.errors import OutOfResources
 from . import tuning
 from .dispatch import INTERPRET
 from .magic import decoder
-from .planes import TILE_N
+from .planes import TILE_N, PackedWeight
 from .tuning import TileConfig
 from .wna16_kernels import wna16_dequant_kernel, wna16_linear_kernel
 
@@ -23,16 +23,16 @@ SCRATCH_BYTES = 512 * 2**20  # most that a dequantized weight may take at once
 GATHER_IN_KERNEL_UP_TO = 16  # rows of x; beyond, one index_select is cheaper than gathering in every program
 
 
-def kernel_constants(bits: int, group_size: int, in_features: int, tile_k: int, dtype: torch.dtype, asm: bool) -> dict:
-    """The compile-time arguments that follow from the weight and the dtype of x."""
-    bf16 = dtype == torch.bfloat16
-    whole_row = group_size >= in_features
-    padded_k = -(-in_features // tile_k) * tile_k
+def kernel_constants(weight: PackedWeight, asm: bool) -> dict:
+    """The compile-time arguments that follow from the weight; only its sizes and dtype are looked at."""
+    bits, tile_k, K = weight.bits, weight.tile_k, weight.in_features
+    bf16 = weight.dtype == torch.bfloat16
+    whole_row = weight.group_size >= K
     code = _decoder(bits, bf16) if asm else ("", "")
     return dict(
         BITS=bits,
-        GROUP_SIZE=padded_k if whole_row else group_size,
-        PIECE=tile_k if whole_row else math.gcd(group_size, tile_k),
+        GROUP_SIZE=triton.cdiv(K, tile_k) * tile_k if whole_row else weight.group_size,
+        PIECE=tile_k if whole_row else math.gcd(weight.group_size, tile_k),
         TILE_K=tile_k,
         BF16=bf16,
         USE_ASM=asm,
@@ -49,46 +49,35 @@ def _decoder(bits: int, bf16: bool) -> Tuple[str, str]:
 
 
 def launch_linear(
-    x: Tensor,
-    qweight: Tensor,
-    sz: Tensor,
-    perm: Optional[Tensor],
-    bias: Optional[Tensor],
-    bits: int,
-    group_size: int,
-    out_features: int,
-    in_features: int,
-    tile_k: int,
-    config: Optional[TileConfig] = None,
+    x: Tensor, weight: PackedWeight, bias: Optional[Tensor], config: Optional[TileConfig] = None
 ) -> Tensor:
     M = x.shape[0]
     if M == 0:
-        return x.new_empty(0, out_features)
+        return x.new_empty(0, weight.out_features)
     device = tuning.device_for(x)
-    weight = (qweight, sz, perm, bits, group_size, out_features, in_features, tile_k)
     if config is None:
         if M >= tuning.dequant_from(device):
-            return _multiply_dequantized(x, bias, *weight)
-        config = tuning.linear_config(device, bits, group_size, M, out_features, in_features)
-    if perm is not None and M > GATHER_IN_KERNEL_UP_TO:
-        x, perm = x.index_select(1, perm), None
+            return _multiply_dequantized(x, weight, bias)
+        sizes = (weight.bits, weight.group_size, M, weight.out_features, weight.in_features)
+        config = tuning.linear_config(device, *sizes)
+    if weight.perm is not None and M > GATHER_IN_KERNEL_UP_TO:
+        x, weight = x.index_select(1, weight.perm), weight._replace(perm=None)
     elif x.stride(1) != 1:
         x = x.contiguous()
     try:
-        return _launch(x, bias, qweight, sz, perm, *weight[3:], config)
+        return _launch(x, weight, bias, config)
     except OutOfResources as error:
         logger.warning("wna16_linear %s on %s: %s. Using %s.", config, device.arch, error, tuning.CONSERVATIVE)
-        return _launch(x, bias, qweight, sz, perm, *weight[3:], tuning.CONSERVATIVE)
+        return _launch(x, weight, bias, tuning.CONSERVATIVE)
 
 
-def _launch(x, bias, qweight, sz, perm, bits, group_size, N, K, tile_k, config: TileConfig) -> Tensor:
-    M = x.shape[0]
+def _launch(x: Tensor, weight: PackedWeight, bias: Optional[Tensor], config: TileConfig) -> Tensor:
+    M, N, K = x.shape[0], weight.out_features, weight.in_features
+    perm, dtype = weight.perm, x.dtype
     device = tuning.device_for(x)
-    dtype = x.dtype
     if INTERPRET:  # bfloat16 arithmetic is wrong there, and the cast to it truncates: torch rounds the result
         x, bias = x.float(), None if bias is None else bias.float()
-    num_kt = triton.cdiv(K, tile_k)
-    split = tuning.split_k(config, device, M, N, num_kt)
+    split = tuning.split_k(config, device, M, N, triton.cdiv(K, weight.tile_k))
     tiles = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
     if split > 1:
@@ -98,9 +87,9 @@ def _launch(x, bias, qweight, sz, perm, bits, group_size, N, K, tile_k, config: 
         partial = ticket = y
     wna16_linear_kernel[(tiles, split)](
         x,
-        qweight,
-        sz,
-        qweight if perm is None else perm,
+        weight.qweight,
+        weight.sz,
+        weight.qweight if perm is None else perm,
         y if bias is None else bias,
         y,
         partial,
@@ -110,13 +99,13 @@ def _launch(x, bias, qweight, sz, perm, bits, group_size, N, K, tile_k, config: 
         K,
         x.stride(0) if M > 1 else K,
         N,
-        **kernel_constants(bits, group_size, K, tile_k, dtype, device.uses_asm),
+        **kernel_constants(weight, device.uses_asm),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         SPLIT_K=split,
         HAS_PERM=perm is not None,
         HAS_BIAS=bias is not None,
-        EVEN_K=K % tile_k == 0,
+        EVEN_K=K % weight.tile_k == 0,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
@@ -138,46 +127,36 @@ def _tickets(device: torch.device, tiles: int) -> Tensor:
     return buffer
 
 
-def launch_dequant(
-    qweight: Tensor,
-    sz: Tensor,
-    perm: Optional[Tensor],
-    bits: int,
-    group_size: int,
-    out_features: int,
-    in_features: int,
-    tile_k: int,
-    dtype: torch.dtype,
-    rows: Optional[Tuple[int, int]] = None,
-) -> Tensor:
+def launch_dequant(weight: PackedWeight, rows: Optional[Tuple[int, int]] = None) -> Tensor:
     """The weight in full, or its `rows` (start, stop), both multiples of 64 or the end."""
-    start, stop = rows or (0, out_features)
-    use_asm = tuning.device_for(qweight).uses_asm
-    weight = torch.empty(stop - start, in_features, dtype=torch.float32 if INTERPRET else dtype, device=qweight.device)
-    grid = (triton.cdiv(stop - start, TILE_N), triton.cdiv(in_features, tile_k))
-    wna16_dequant_kernel[grid](
-        qweight,
-        sz,
-        qweight if perm is None else perm,
-        weight,
-        out_features,
-        in_features,
+    N, K = weight.out_features, weight.in_features
+    start, stop = rows or (0, N)
+    device = weight.qweight.device
+    dense = torch.empty(stop - start, K, dtype=torch.float32 if INTERPRET else weight.dtype, device=device)
+    wna16_dequant_kernel[(triton.cdiv(stop - start, TILE_N), triton.cdiv(K, weight.tile_k))](
+        weight.qweight,
+        weight.sz,
+        weight.qweight if weight.perm is None else weight.perm,
+        dense,
+        N,
+        K,
         start // TILE_N,
-        **kernel_constants(bits, group_size, in_features, tile_k, dtype, use_asm),
-        HAS_PERM=perm is not None,
+        **kernel_constants(weight, tuning.device_for(weight.qweight).uses_asm),
+        HAS_PERM=weight.perm is not None,
         num_warps=4,
     )
-    return weight.to(dtype)
+    return dense.to(weight.dtype)
 
 
-def _multiply_dequantized(x: Tensor, bias: Optional[Tensor], *weight) -> Tensor:
+def _multiply_dequantized(x: Tensor, weight: PackedWeight, bias: Optional[Tensor]) -> Tensor:
     """Dequantize into scratch and call the vendor's product, by slabs of rows when the scratch would be large."""
-    qweight, sz, perm, bits, group_size, N, K, tile_k = weight
+    N, K = weight.out_features, weight.in_features
     slab = max(TILE_N, SCRATCH_BYTES // (2 * K) // TILE_N * TILE_N)
+    if slab >= N:
+        return torch.nn.functional.linear(x, launch_dequant(weight), bias)
     y = torch.empty(x.shape[0], N, dtype=x.dtype, device=x.device)
     for start in range(0, N, slab):
-        rows = (start, min(start + slab, N))
-        dense = launch_dequant(*weight, x.dtype, rows)
-        part = None if bias is None else bias[slice(*rows)]
-        y[:, slice(*rows)] = torch.nn.functional.linear(x, dense, part)
+        rows = slice(start, min(start + slab, N))
+        dense = launch_dequant(weight, (rows.start, rows.stop))
+        y[:, rows] = torch.nn.functional.linear(x, dense, None if bias is None else bias[rows])
     return y
