@@ -1,0 +1,46 @@
+"""The pruning benchmark runs from end to end on a tiny model, and goes on where it stopped."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import tiny_model
+from transformers import BertTokenizerFast
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+WORDS = ["good", "bad", "a", "film", "very", "not", "the", "plot"]
+
+
+def write_model_and_data(folder):
+    model = tiny_model("bert", num_hidden_layers=6, intermediate_size=64, max_position_embeddings=64)
+    model.save_pretrained(folder / "model")
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder / "model")
+    (folder / "data").mkdir()
+    for split in ("train", "validation", "test"):
+        with (folder / "data" / f"{split}.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["text", "label"])
+            writer.writerows([[f"a very {word} film", int(word == "good")] for word in ("good", "bad") * 8])
+
+
+@pytest.mark.long
+def test_every_run_is_recorded_once(tmp_path):
+    write_model_and_data(tmp_path)
+    command = [sys.executable, str(SCRIPTS / "benchmark_pruning.py"), "--data", str(tmp_path / "data"), "--output",
+               str(tmp_path / "out"), "--model", str(tmp_path / "model"), "--seeds", "0", "--max_examples", "8"]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    for _ in range(2):
+        subprocess.run(command, check=True, env=environment, capture_output=True, text=True)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    runs = {line["run"]: line for line in lines}
+    assert len(runs) == len(lines) == 12
+    assert runs["heads-50"]["parameters"] < runs["heads-40"]["parameters"] < runs["teacher"]["parameters"]
+    assert runs["half-alone"]["parameters"] == runs["half-distilled"]["parameters"]
+    assert runs["blocks-16-75"]["sparsity"] == 0.75
+    assert runs["blocks-16-75"]["stored_bytes"] < 0.5 * runs["blocks-16-75"]["matrix_bytes"]
+    assert runs["step-cost"]["ratios"]["plain"] == 1.0
