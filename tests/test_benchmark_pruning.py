@@ -31,8 +31,10 @@ def write_model_and_data(folder):
 @pytest.mark.long
 def test_every_run_is_recorded_once(tmp_path):
     write_model_and_data(tmp_path)
-    command = [sys.executable, str(SCRIPTS / "benchmark_pruning.py"), "--data", str(tmp_path / "data"), "--output",
-               str(tmp_path / "out"), "--model", str(tmp_path / "model"), "--seeds", "0", "--max_examples", "8"]  # fmt: skip
+    command = [
+        sys.executable, str(SCRIPTS / "benchmark_pruning.py"), "--data", str(tmp_path / "data"), "--seeds", "0",
+        "--model", str(tmp_path / "model"), "--output", str(tmp_path / "out"), "--max_examples", "8",
+    ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     for _ in range(2):
         subprocess.run(command, check=True, env=environment, capture_output=True, text=True)
