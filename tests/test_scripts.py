@@ -1,0 +1,80 @@
+"""The scripts run from end to end on a tiny model, as the documents say."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import tiny_model
+from transformers import AutoModelForSequenceClassification, BertTokenizerFast
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*command):
+    result = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.fixture
+def tiny_folder(tmp_path):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "the", "was", "not", *"abcdefghij"]
+    (tmp_path / "vocab.txt").write_text("\n".join([*words, *(f"word{i}" for i in range(64 - len(words)))]))
+    folder = tmp_path / "model"
+    BertTokenizerFast(str(tmp_path / "vocab.txt"), model_max_length=64).save_pretrained(folder)
+    tiny_model("bert").save_pretrained(folder)
+    return folder
+
+
+def test_demo_on_own_model_and_texts(tiny_folder, tmp_path):
+    lines = [f"the film was {'good' if i % 2 else 'bad'} {'abcdefghij'[i % 10]},{i % 2}" for i in range(60)]
+    (tmp_path / "reviews.csv").write_text("\n".join(["text,label", *lines]))
+    output = tmp_path / "run"
+    command = [
+        "scripts/demo.py",
+        "--teacher",
+        tiny_folder,
+        "--dataset",
+        tmp_path / "reviews.csv",
+        "--output_dir",
+        output,
+        "--teacher_epochs",
+        "1",
+        "--student_epochs",
+        "1",
+        "--batch_size",
+        "8",
+        "--max_length",
+        "16",
+    ]
+    printed = run(*command)
+    assert "distilled" in printed and "without teacher" in printed and "fine-tuning" in printed
+    report = json.loads((output / "report.json").read_text())
+    assert [entry["name"] for entry in report["entries"]] == ["teacher", "distilled", "without teacher"]
+    assert (output / "report.png").stat().st_size > 5000
+    student = AutoModelForSequenceClassification.from_pretrained(output / "distilled" / "seed-0")
+    assert student.config.num_hidden_layers == 2
+    card = (output / "distilled" / "seed-0" / "README.md").read_text()
+    assert "TinyBERT" in card and str(tmp_path) not in card
+    assert "from an earlier run" in run(*command)
+
+
+def test_benchmark_of_a_distillation_step(tmp_path):
+    run(
+        "scripts/benchmark_distillation_step.py",
+        "--model",
+        "tiny",
+        "--steps",
+        "2",
+        "--batch_size",
+        "2",
+        "--length",
+        "16",
+        "--output",
+        tmp_path / "figures.json",
+    )
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert {"soft targets", "TinyBERT, inner layers"} <= figures.keys()
+    assert all(value["time"] > 0 and value["memory"] > 0 for value in figures.values())
