@@ -11,13 +11,14 @@ from hf_compress.checkpoint.compressed_tensors_format import compressed_tensors
 from hf_compress.checkpoint.gemma_format import gemma_tensors
 from hf_compress.checkpoint.gptq_format import gptq_tensors
 
-FORMATS = ("compressed-tensors", "gemma", "gptq", "gptq_v2", "plain")
+FORMATS = ("compressed-tensors", "gemma", "gptq", "plain")
 
 
 def export(model: PreTrainedModel, folder: str | Path, *, format: str) -> Path:
     """Write `model` into `folder` in a format of the ecosystem. `model` stays as it is.
 
-    gptq, gptq_v2       GPTQ checkpoint (zero points minus one, or as they are), read by GPTQModel, vLLM and others
+    gptq                read by GPTQModel, vLLM and others: zero points minus one (v1) where all weights are symmetric,
+                        else as they are (v2), since readers refuse asymmetric v1 files that others wrote
     compressed-tensors  pack-quantized, read by vLLM and Transformers with compressed-tensors
     gemma               Transformers' own format: no plugin needed; 2, 4 and 8 bit, symmetric, one scale per row
     plain               dequantized weights that any loader reads
@@ -32,8 +33,8 @@ def export(model: PreTrainedModel, folder: str | Path, *, format: str) -> Path:
         if getattr(plain, "hf_quantizer", None) is not None:
             plain = plain.dequantize()
         plain.save_pretrained(folder)
-    elif format in ("gptq", "gptq_v2"):
-        state, settings = gptq_tensors(model, format)
+    elif format == "gptq":
+        state, settings = gptq_tensors(model)
         save_as(model, folder, state, settings)
         (folder / "quantize_config.json").write_text(json.dumps(settings, indent=2))
     elif format == "compressed-tensors":

@@ -130,12 +130,18 @@ def _settle(name: str, module: PackedLinear, offset: int, settings: dict) -> Non
     module.prepare()
 
 
-def gptq_tensors(model: PreTrainedModel, checkpoint_format: str = "gptq") -> tuple[dict[str, Tensor], dict]:
+def gptq_tensors(model: PreTrainedModel, checkpoint_format: str | None = None) -> tuple[dict[str, Tensor], dict]:
     """State dict and `quantization_config` of `model` in GPTQ's format.
+
+    checkpoint_format: "gptq" (v1) or "gptq_v2"; by default v1 where every weight is symmetric. An asymmetric zero point
+    of 0 wraps in v1, so GPTQModel reads asymmetric v1 files only if it wrote them itself.
 
     Raises ValueError, naming the module, for what the format cannot express.
     """
     state, schemes = model.state_dict(), {}
+    if checkpoint_format is None:
+        is_symmetric = all(module.scheme.symmetric for _, module in packed_modules(model))
+        checkpoint_format = "gptq" if is_symmetric else "gptq_v2"
     for name, module in packed_modules(model):
         scheme = module.scheme
         if not isinstance(module, PackedLinear) or scheme.activation_bits is not None:
