@@ -15,11 +15,12 @@ from safetensors import safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_compress.anatomy import Attention, FeedForward, anatomy, in_features, is_projection, out_features
-from hf_compress.layers.low_rank import FACTORS, LowRank, LowRankEmbedding, LowRankLinear, make_low_rank
+from hf_compress.anatomy import anatomy, in_features, is_projection, out_features
+from hf_compress.checkpoint.factors import prepare_low_rank, retie_low_rank
+from hf_compress.checkpoint.fit import check_fit
+from hf_compress.layers.low_rank import LowRank
 from hf_compress.record import find_name
 from hf_compress.surgery.depth import ATTRIBUTES, DEPTH_FIELDS, PER_LAYER_FIELDS, place_layers
-from hf_compress.surgery.heads import head_attributes
 from hf_compress.surgery.marks import expect_mark, marked_norm, take_mark
 from hf_compress.surgery.stand_ins import COUNTS_HEADS, HeadlessAttention, linear_class
 
@@ -76,11 +77,12 @@ def prepare(model: nn.Module, part: dict[str, Any]) -> None:
                 raise ValueError(f"structure: {stored!r}, a {type(module).__name__}, has no attribute {attribute!r}.")
             setattr(module, attribute, value)
     if "shapes" in part or "attributes" in part:
-        _check_fit(model)
+        check_fit(model)
     for stored, rank in _entries(part, "ranks"):
         if (name := _find(model, stored)) is not None:
-            _prepare_low_rank(stored, model.get_submodule(name), rank)
-    retie_low_rank(model)
+            prepare_low_rank(stored, model.get_submodule(name), rank)
+    if "ranks" in part:
+        retie_low_rank(model)
     if "layers" in part:
         expect_mark(model)
     for name, module in list(model.named_modules()):
@@ -133,44 +135,6 @@ def sentinels(model: nn.Module, part: dict[str, Any]) -> list[str]:
     return [f"{name}.weight" for name in (*names, *([marked_norm(model)[0]] if "layers" in part else ()))]
 
 
-def retie_low_rank(model: nn.Module) -> None:
-    """Changes `model`: pairs of tied weights that are low-rank now are tied by both factors, also when loading."""
-    if not hasattr(model, "all_tied_weights_keys"):
-        return
-    low_rank = {name for name, module in model.named_modules() if isinstance(module, LowRank)}
-    model.all_tied_weights_keys = _factor_pairs(model.all_tied_weights_keys, low_rank)
-    for prefix, part in model.named_modules():
-        if isinstance(getattr(part, "_tied_weights_keys", None), dict):
-            inside = {name[len(prefix) :].lstrip(".") for name in low_rank if name.startswith(prefix)}
-            part._tied_weights_keys = _factor_pairs(part._tied_weights_keys, inside)
-    model.tie_weights(recompute_mapping=False)
-
-
-def _factor_pairs(pairs: dict[str, str], low_rank: set[str]) -> dict[str, str]:
-    found = {}
-    for target, source in pairs.items():
-        names = (target.removesuffix(".weight"), source.removesuffix(".weight"))
-        if set(names) <= low_rank:
-            found.update({f"{names[0]}.{factor}": f"{names[1]}.{factor}" for factor in FACTORS})
-        else:
-            found[target] = source
-    return found
-
-
-def _prepare_low_rank(stored: str, module: nn.Module, rank: int) -> None:
-    if not isinstance(module, (nn.Linear, nn.Embedding)) or "weight" not in module._parameters:
-        raise ValueError(f"structure: {stored!r} is a {type(module).__name__}, which has no low-rank form.")
-    rows, columns = module.weight.shape
-    if rank > min(rows, columns):
-        raise ValueError(f"structure: {stored!r} has the rank {rank}, beyond its shape {[rows, columns]}.")
-    like = {"device": module.weight.device, "dtype": module.weight.dtype}
-    factors = [nn.Parameter(torch.empty(size, rank, **like)) for size in (rows, columns)]
-    make_low_rank(module, *factors)
-    module.is_loading = True
-    # a subclass may have buffers that only its initialisation fills, e.g. Gemma's scale
-    module._is_hf_initialized = type(module) in (LowRankEmbedding, LowRankLinear)
-
-
 def check_tensors(model: nn.Module, part: dict[str, Any], files: list[str]) -> None:
     """Compare recorded shapes with the headers of the files. Raises ValueError where they contradict each other."""
     modules = {
@@ -196,57 +160,6 @@ def _find(model: nn.Module, stored: str) -> str | None:
     if name is None and type(model).__name__ in architectures:
         raise ValueError(f"structure: {type(model).__name__} has no module {stored!r}; the record is of another model.")
     return name
-
-
-def _check_fit(model: nn.Module) -> None:
-    parts = anatomy(model)
-    for stack in parts.stacks:
-        for layer in stack.layers:
-            for attention in layer.attentions:
-                _check_attention(attention, num_layers=len(stack.layers))
-            _check_feed_forward(layer.name, layer.feed_forward)
-            widths = {in_features(layer.attention.query), out_features(layer.feed_forward.output)}
-            widths |= {out_features(attention.output) for attention in layer.attentions}
-            if widths != {parts.hidden_size}:
-                raise ValueError(
-                    f"structure: {layer.name} works on widths {sorted(widths)}, the model on {parts.hidden_size}."
-                )
-
-
-def _check_attention(attention: Attention, *, num_layers: int) -> None:
-    head_dim, heads, groups = attention.head_dim, attention.num_heads, attention.num_key_value_heads
-    rows = [out_features(m) for m in (attention.query, attention.key, attention.value, *attention.positional)]
-    queries, pairs = heads * head_dim, groups * head_dim
-    expected = [queries + 2 * pairs] * 3 if attention.is_fused else [queries, pairs, pairs]
-    expected += [queries] * len(attention.positional)
-    is_grouped = hasattr(attention.module, "num_key_value_groups")
-    groups_fit = (heads % groups == 0 if groups else heads == 0) if is_grouped else heads == groups
-    if rows != expected or in_features(attention.output) != queries or not groups_fit:
-        raise ValueError(
-            f"structure: the projections of {attention.name} do not fit each other: query, key, value (and positions) "
-            f"have {rows} rows, the output {in_features(attention.output)} columns, one head {head_dim}."
-        )
-    wanted = {**head_attributes(heads, groups, head_dim), "layer_idx": range(num_layers)}
-    for name, value in wanted.items():
-        actual = getattr(attention.module, name, value)
-        if isinstance(value, range) and actual is not value:
-            if actual not in value and actual is not None:
-                raise ValueError(
-                    f"structure: {name}={actual} of {attention.name} is not one of its {len(value)} layers."
-                )
-        elif actual != value:
-            raise ValueError(
-                f"structure: {name}={actual} of {attention.name} contradicts its weights, which say {value}."
-            )
-
-
-def _check_feed_forward(name: str, part: FeedForward) -> None:
-    neurons = in_features(part.output)
-    rows = [out_features(m) for m in part.inputs]
-    if any(n != (2 * neurons if part.is_fused else neurons) for n in rows):
-        raise ValueError(
-            f"structure: the feed-forward of {name} does not fit: {rows} rows lead in, {neurons} columns out."
-        )
 
 
 def _entries(part: dict[str, Any], key: str) -> list[tuple[str, Any]]:

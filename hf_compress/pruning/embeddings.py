@@ -3,7 +3,7 @@
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_compress.checkpoint.structure import retie_low_rank
+from hf_compress.checkpoint.factors import retie_low_rank
 from hf_compress.layers.low_rank import factors, low_rank_class, make_low_rank
 from hf_compress.record import read_part, stored_name, write_part
 

@@ -135,6 +135,19 @@ def test_the_stock_trainer_trains_it_and_zeros_stay_away(tmp_path):
     assert torch.equal(logits(checkpoint), logits(model.eval()))
 
 
+def test_lora_on_top_comes_back_and_is_not_merged_into_a_copy(tmp_path):
+    peft = pytest.importorskip("peft")
+    hfc.to_block_sparse(block_pruned("bert"), 16).save_pretrained(tmp_path / "model")
+    config = peft.LoraConfig(r=2, target_modules=["query", "value"], init_lora_weights=False)
+    model = peft.get_peft_model(TASKS["classification"].from_pretrained(tmp_path / "model"), config).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = TASKS["classification"].from_pretrained(tmp_path / "model")
+    again = peft.PeftModel.from_pretrained(loaded, tmp_path / "adapter").eval()
+    assert torch.equal(logits(again), logits(model))
+    with pytest.raises(RuntimeError, match="read-only"):
+        again.merge_and_unload()
+
+
 def test_autocast_runs_it_in_the_lower_precision():
     module = nn.Linear(32, 32)
     layer = BlockSparseLinear.from_dense(module, torch.tensor([[True, False], [True, True]]), (16, 16))
