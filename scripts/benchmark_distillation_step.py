@@ -8,6 +8,7 @@ entropy, optimiser step. All take turns step by step in one process, so that the
 import json
 import queue
 import random
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -32,6 +33,7 @@ class BenchmarkArguments:
 
 
 WARM_UP = 2
+SCRATCH = tempfile.mkdtemp()  # both libraries make folders, even when nothing is saved
 
 
 def main():
@@ -133,7 +135,7 @@ def loader(args: BenchmarkArguments, steps: int):
 def bare(args, steps: int, end_of_step: Callable):
     student, teacher = models(args)
     student.train()
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, fused=True)
     for batch in loader(args, steps):
         labels = batch.pop("labels")
         with torch.no_grad():
@@ -151,7 +153,7 @@ def with_trainer(kind, config, args, steps: int, end_of_step: Callable, **option
 
     student, teacher = models(args)
     settings = config(
-        "unused",
+        SCRATCH,
         use_cpu=True,
         max_steps=steps,
         per_device_train_batch_size=args.batch_size,
@@ -204,7 +206,7 @@ def text_brewer(args, steps: int, end_of_step: Callable):
         }
 
     settings = TrainingConfig(
-        ckpt_frequency=1, ckpt_epoch_frequency=10**6, log_dir=None, output_dir="unused", device="cpu"
+        ckpt_frequency=1, ckpt_epoch_frequency=10**6, log_dir=SCRATCH, output_dir=SCRATCH, device="cpu"
     )
     distiller = GeneralDistiller(
         settings, DistillationConfig(temperature=1, intermediate_matches=matches), teacher, student, adapt, adapt
@@ -216,7 +218,8 @@ def text_brewer(args, steps: int, end_of_step: Callable):
             end_of_step()
 
     with distiller:
-        distiller.train(Optimizer(student.parameters(), lr=1e-5), loader(args, steps), num_epochs=1, callback=None)
+        optimizer = Optimizer(student.parameters(), lr=1e-5, fused=True)
+        distiller.train(optimizer, loader(args, steps), num_epochs=1, callback=None)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,8 @@ import hf_compress as hfc
 from hf_compress.data import label_names, load_texts, tokenize
 from hf_compress.report.card import Stage, model_card
 
+LEARNING_RATE = 1e-4
+
 
 @dataclass
 class DemoArguments:
@@ -35,7 +37,7 @@ class DemoArguments:
     output_dir: str = field(default="runs/demo", metadata={"help": "Where everything is written."})
     num_layers: int = field(default=0, metadata={"help": "Layers of the student; half of the teacher's when 0."})
     max_length: int = field(default=64, metadata={"help": "Texts are cut after this many tokens."})
-    teacher_epochs: float = field(default=2.0, metadata={"help": "Epochs of fine-tuning the teacher."})
+    teacher_epochs: float = field(default=5.0, metadata={"help": "Epochs of fine-tuning the teacher."})
     student_epochs: float = field(default=5.0, metadata={"help": "Epochs for each student, both phases together."})
     batch_size: int = field(default=32, metadata={"help": "Examples in a training step."})
     seeds: int = field(default=1, metadata={"help": "Students trained from as many seeds, for mean and spread."})
@@ -74,7 +76,7 @@ def main():
         set_seed(0)
         trainer = Trainer(
             untrained(source, label_names(texts)),
-            training_args(TrainingArguments, args, args.teacher_epochs, 5e-5),
+            training_args(TrainingArguments, args, args.teacher_epochs, LEARNING_RATE),
             **common,
         )
         trainer.train()
@@ -91,12 +93,21 @@ def main():
             folder = output / name.replace(" ", "-") / f"seed-{seed}"
             if name == "distilled":
                 config = training_args(
-                    hfc.TinyBertConfig, args, args.student_epochs, 1e-4, seed=seed, intermediate_share=0.6
+                    hfc.TinyBertConfig,
+                    args,
+                    args.student_epochs,
+                    LEARNING_RATE,
+                    seed=seed,
+                    intermediate_share=0.3,
+                    alpha=0.7,
+                    temperature=2.0,
                 )
                 trainer = hfc.TinyBertTrainer(student, config, teacher_model=teacher, **common)
             else:
                 trainer = Trainer(
-                    student, training_args(TrainingArguments, args, args.student_epochs, 1e-4, seed=seed), **common
+                    student,
+                    training_args(TrainingArguments, args, args.student_epochs, LEARNING_RATE, seed=seed),
+                    **common,
                 )
             trainer.train()
             save(trainer.model, tokenizer, folder, {"seed": seed})

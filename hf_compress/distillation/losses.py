@@ -52,7 +52,7 @@ def logit_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
 def hidden_state_loss(student_states: Tensor, teacher_states: Tensor, weights: Tensor) -> Tensor:
     """Squared distance of hidden states (B, T, D), averaged over D and summed over tokens by `weights` (B, T)."""
-    distance = (_exact(student_states) - _exact(teacher_states)).square().mean(dim=-1)  # (B, T)
+    distance = F.mse_loss(_exact(student_states), _exact(teacher_states), reduction="none").mean(dim=-1)  # (B, T)
     return (distance * weights).sum()
 
 
@@ -62,7 +62,8 @@ def attention_loss(student_scores: Tensor, teacher_scores: Tensor, allowed: Tens
     `allowed` (B or 1, 1, T, S) is True where a query may attend. Each query's distance is averaged over its allowed
     keys and the heads; the sum over the queries takes them by `weights` (B, T), 0 for padding.
     """
-    distance = (_exact(student_scores) - _exact(teacher_scores)).square().mean(dim=1, keepdim=True)  # (B, 1, T, S)
+    distance = F.mse_loss(_exact(student_scores), _exact(teacher_scores), reduction="none")
+    distance = distance.mean(dim=1, keepdim=True)  # (B, 1, T, S)
     keys = allowed.sum(dim=-1).clamp(min=1)  # (B or 1, 1, T)
     queries = distance.masked_fill(~allowed, 0.0).sum(dim=-1) / keys  # (B, 1, T)
     return (queries.squeeze(1) * weights).sum()
