@@ -27,10 +27,11 @@ test: $(INSTALLED)  ## the test suite; test-long runs the widest cases too
 test-long: $(INSTALLED)  ## everything that needs no GPU
 	$(BIN)/python -m pytest -n 2 -m 'not gpu' $(ARGS)
 
-check: $(INSTALLED)  ## lint, format, import direction
+check: $(INSTALLED)  ## lint, format, import direction, compiled kernels
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest tests/test_project.py
+	$(BIN)/python scripts/static_gate.py
 
 style: $(INSTALLED)  ## format and fix
 	$(BIN)/ruff check --fix .
