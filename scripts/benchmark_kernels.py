@@ -101,7 +101,7 @@ def summary(name: str, times_us: list[float], baseline_us: float | None, **numbe
         "low_us": round(ordered[0], 2),
         "high_us": round(ordered[-1], 2),
     }
-    return row | ({"ratio": round(baseline_us / median, 2)} if baseline_us else {}) | numbers
+    return row | ({"ratio": float(f"{baseline_us / median:.3g}")} if baseline_us else {}) | numbers
 
 
 def benchmark_linear(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Iterator[dict]:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_compress.ops import kl_from_logits
+
 Unit = Literal["example", "token", "label"]
 
 
@@ -31,9 +33,7 @@ def soft_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float
     Logits are (..., C). T^2 keeps the gradient's size when the temperature changes. Hinton et al., 2015,
     https://arxiv.org/abs/1503.02531
     """
-    log_student = F.log_softmax(_exact(student_logits) / temperature, dim=-1)
-    log_teacher = F.log_softmax(_exact(teacher_logits) / temperature, dim=-1)
-    return temperature**2 * F.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
+    return kl_from_logits(student_logits, teacher_logits, temperature=temperature).sum()
 
 
 def binary_soft_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
