@@ -98,7 +98,7 @@ def main():
                     args.student_epochs,
                     LEARNING_RATE,
                     seed=seed,
-                    intermediate_share=0.3,
+                    intermediate_share=0.4,
                     alpha=0.7,
                     temperature=2.0,
                 )

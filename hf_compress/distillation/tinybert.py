@@ -5,7 +5,9 @@ Jiao et al., 2020, https://arxiv.org/abs/1909.10351
     first phase:   MSE(E_s W_e, E_t) + sum over layers m of MSE(H_s[m] W_h, H_t[g(m)]) + MSE(A_s[m], A_t[g(m)])
     second phase:  (1 - alpha) * task loss + alpha * soft loss
 
-A are the attention scores before softmax, W_e and W_h learned. Unlike the released code, padding never counts.
+A are the attention scores before softmax; W_e and W_h are learned where the widths differ, and left out where they are
+equal: the student then stays in the space that its copied head reads. Unlike the released code, ours never counts
+padding.
 """
 
 from dataclasses import dataclass, field

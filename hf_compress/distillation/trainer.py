@@ -292,13 +292,10 @@ class DistillationTrainer(LoggedTermsMixin, TrainingStateMixin):
         self._signature_columns += [name for name in theirs if name not in self._signature_columns]
 
 
-def projection(student: nn.Module, teacher: nn.Module) -> nn.Linear:
-    """A learned map from the student's width to the teacher's; the identity at first when they are equal."""
+def projection(student: nn.Module, teacher: nn.Module) -> nn.Module:
+    """A learned map from the student's width to the teacher's; nothing to learn where they are equal."""
     mine, theirs = plain_model(student).config.hidden_size, plain_model(teacher).config.hidden_size
-    linear = nn.Linear(mine, theirs, bias=False)
-    if mine == theirs:
-        nn.init.eye_(linear.weight)
-    return linear
+    return nn.Identity() if mine == theirs else nn.Linear(mine, theirs, bias=False)
 
 
 def _accepted(model: nn.Module, inputs: dict) -> dict:

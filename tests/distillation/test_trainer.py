@@ -126,7 +126,8 @@ def test_padding_changes_no_gradient(tmp_path):
 
 def test_what_trainer_takes_still_works(tmp_path):
     """Metrics, early stopping on one of our terms, label smoothing, bf16, checkpointing, best model."""
-    student, teacher = pair(num_labels=3)
+    _, teacher = pair(num_labels=3)
+    student = make_student(teacher, num_hidden_layers=2, hidden_size=16)  # narrower: learns through a projection
     args = config(tmp_path, max_steps=6, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2,
                   label_smoothing_factor=0.1, bf16=True, gradient_checkpointing=True, load_best_model_at_end=True,
                   gradient_checkpointing_kwargs={"use_reentrant": False}, metric_for_best_model="eval_soft_loss",
@@ -323,6 +324,6 @@ def test_decoder_states_count_the_labels_and_encoder_states_the_input(tmp_path):
         "hint_loss": (mine.encoder_hidden_states[1], theirs.encoder_hidden_states[2]),
         "decoder_hint_loss": (mine.decoder_hidden_states[1], theirs.decoder_hidden_states[2]),
     }
-    for name, (a, b) in states.items():  # projections start as the identity
+    for name, (a, b) in states.items():  # of equal widths: no projection
         tokens = [(a[i, t] - b[i, t]).square().mean() for i, t in real[name].nonzero().tolist()]
         assert metrics[f"eval_{name}"] == pytest.approx(torch.stack(tokens).mean().item(), rel=1e-5)
