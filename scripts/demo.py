@@ -165,6 +165,7 @@ def training_args(kind, args: DemoArguments, epochs: float, learning_rate: float
         logging_steps=50,
         save_strategy="no",
         report_to="none",
+        disable_tqdm=False,
         bf16=has_fast_bf16(),
         use_cpu=not torch.cuda.is_available(),
         **options,
