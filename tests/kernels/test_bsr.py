@@ -3,8 +3,6 @@
 import pytest
 import torch
 from hf_compress_kernels import bsr_from_dense, bsr_linear, bsr_to_dense, bsr_weight
-from hf_compress_kernels.bsr import _bsr_linear, _bsr_linear_dw, _bsr_linear_dx
-from torch.library import opcheck
 
 from tests.kernels.oracle import BOUNDS, plain_only, relative_error
 
@@ -103,29 +101,6 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(
         lambda d: bsr_linear(x.detach(), bsr_from_dense(d, block_mask, (16, 16))), (dense,), fast_mode=True
     )
-
-
-@plain_only
-def test_operators_pass_opcheck():
-    weight, _, _ = sparse_layer((16, 16))
-    values = weight.values.clone().requires_grad_()
-    x, grad = torch.randn(3, 200, requires_grad=True), torch.randn(3, 160)
-    opcheck(_bsr_linear, (x, torch.randn(160), *weight._replace(values=values)))
-    opcheck(_bsr_linear_dx, (grad, *weight))
-    opcheck(_bsr_linear_dw, (grad, x.detach(), *weight[:3]))
-
-
-@plain_only
-def test_compiles_whole_with_gradients():
-    weight, _, _ = sparse_layer((16, 16))
-    torch._dynamo.reset()
-    compiled = torch.compile(bsr_linear, fullgraph=True, dynamic=True, backend="aot_eager")
-    for M in (1, 5, 64):
-        x = torch.randn(M, 200, requires_grad=True)
-        compiled(x, weight).sum().backward()
-        compiled_grad, x.grad = x.grad, None
-        bsr_linear(x, weight).sum().backward()
-        torch.testing.assert_close(compiled_grad, x.grad)
 
 
 class TestBadIndex:

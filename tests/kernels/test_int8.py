@@ -3,8 +3,6 @@
 import pytest
 import torch
 from hf_compress_kernels import pack_rows, packed_embedding, register_cpu_engine, unregister_cpu_engine, w8a8_linear
-from hf_compress_kernels.int8 import _packed_embedding, _w8a8_linear
-from torch.library import opcheck
 
 from tests.kernels.oracle import relative_error
 
@@ -39,13 +37,6 @@ def test_embedding_rows_are_the_dequantized_rows(bits, groups):
     ids = torch.tensor([[0, 8, 3], [3, 3, 1]])
     rows = (table.unflatten(1, (groups, -1)) - zero[..., None]) * scale[..., None]
     assert torch.equal(packed_embedding(ids, pack_rows(table, bits), scale, zero, bits, 48), rows.flatten(1)[ids])
-
-
-def test_operators_pass_opcheck():
-    qweight, scale = quantized_weight()
-    opcheck(_w8a8_linear, (torch.randn(3, 40), qweight, scale, None))
-    table = torch.randint(0, 16, (9, 48), dtype=torch.uint8)
-    opcheck(_packed_embedding, (torch.tensor([1, 2]), pack_rows(table, 4), torch.ones(9, 1), torch.ones(9, 1), 4, 48))
 
 
 def test_engine_replaces_the_reference_and_may_decline():

@@ -11,8 +11,6 @@ from hf_compress_kernels import (
     wna16_pack,
     wna16_unpack,
 )
-from hf_compress_kernels.wna16 import _wna16_dequant, _wna16_linear
-from torch.library import opcheck
 
 from tests.kernels.oracle import BOUNDS, random_layer, relative_error
 from tests.kernels.test_packing import read_bit_stream
@@ -107,32 +105,6 @@ def test_scales_are_frozen():
     weight = weight._replace(sz=weight.sz.clone().requires_grad_())
     with pytest.raises(NotImplementedError, match="packed weights are frozen"):
         wna16_linear(torch.randn(2, 64), weight)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])
-def test_operators_pass_opcheck(dtype):
-    layer = random_layer(4, 64, 128, 32, act_order=True)
-    weight = packed(layer, 4, 32, dtype, act_order=True)
-    x = torch.randn(3, 128, dtype=dtype, requires_grad=True)
-    opcheck(_wna16_linear, (x, layer.bias.to(dtype), *weight[:-1]))
-    opcheck(_wna16_dequant, tuple(weight))
-
-
-def test_compiles_whole_and_recompiles_at_most_once():
-    layer = random_layer(4, 64, 128, 32)
-    weight = packed(layer, 4, 32, torch.float32)
-    graphs = []
-
-    def count(graph, example_inputs):
-        graphs.append(graph)
-        return graph
-
-    torch._dynamo.reset()
-    compiled = torch.compile(wna16_linear, fullgraph=True, dynamic=True, backend=count)
-    for M in (1, 5, 64):
-        x = torch.randn(M, 128)
-        torch.testing.assert_close(compiled(x, weight), wna16_linear(x, weight))
-    assert len(graphs) <= 2
 
 
 class TestBadInput:
