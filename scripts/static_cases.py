@@ -67,11 +67,11 @@ def wna16_linear(arch: str, bits: int, M: int, dtype: torch.dtype, group_size: i
     constants = kernel_constants(_sizes(bits, group_size, tile_k, dtype), asm=True)
     decode = M <= 32
     through_float32 = bits == 8 and dtype == torch.bfloat16
-    limits = {"programs": 1 if not decode else 3 if M <= 16 and not through_float32 else 2, "mma": _tensor(arch)}
+    limits = {"programs": 1 if not decode else 3 if M <= 16 and bits in (2, 4) else 2, "mma": _tensor(arch)}
     if decode:
         if arch in ("sm_80", "sm_90") and not perm:
             limits["loads"] = 0
-        limits["buffers"] = c.num_stages - 1
+        limits["buffers"] = c.num_stages - 1 if (arch, bits, M) == ("sm_80", 3, 32) else 3
         if arch in ("sm_80", "sm_90") and group_size == 128 and not perm:
             limit = PER_WEIGHT[bits, M][arch == "sm_90"]
             if dtype == torch.bfloat16:

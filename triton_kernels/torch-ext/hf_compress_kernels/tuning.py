@@ -85,18 +85,18 @@ def bucket(M: int) -> int:
 def rule(arch: str, bits: int, M: int) -> TileConfig:
     """The configuration of the fused low-bit product when no table has one.
 
-    Settled with the static gate: no spills, asynchronous copies, three programs to a multiprocessor while decoding.
+    Settled with the static gate: no spills, asynchronous copies, three buffers and at least two programs to a
+    multiprocessor while decoding; two buffers where three would leave one program.
     """
     if arch.startswith("gfx"):  # the smallest matrix instruction has 16 rows, and shared memory ends at 64 KB
         return TileConfig(16 if M <= 16 else 32 if M <= 32 else 64, 128, 4 if M <= 32 else 8, 2)
     wide = bits in (2, 3)  # tiles of 256 columns
-    if M <= 8:
-        # At 3 bit a plane of 8 rows has two bytes for a thread, too few for an asynchronous copy.
-        return TileConfig(16 if bits == 3 else 8, 128, 4, 3 if bits in (3, 8) else 4)
-    if M <= 16:
-        return TileConfig(16, 128, 4, 3 if bits in (3, 8) else 4)
+    small = arch in ("sm_86", "sm_89") and (bits in (3, 8) or bits == 2 and M > 16)
+    small = small or (arch == "sm_80" and bits == 3 and M > 16)
     if M <= 32:
-        return TileConfig(32, 128, 4, 4 if bits == 4 else 3)
+        # At 3 bit a plane of 8 rows has two bytes for a thread, too few for an asynchronous copy.
+        block_m = 32 if M > 16 else 16 if M > 8 or bits == 3 else 8
+        return TileConfig(block_m, 128, 4, 3 if small else 4)
     if wide:
         return TileConfig(64, 128, 8, 3)
     if M <= 64:
