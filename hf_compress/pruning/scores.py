@@ -68,6 +68,26 @@ class Movement(Score):
         return buffer
 
 
+class Taylor(Score):
+    """The sum over steps of (w . dL/dw)^2, w being a block: what the loss would change, to first order, without it.
+
+    Molchanov et al. 2019, https://arxiv.org/abs/1906.10771, eq. 8, by optimizer steps. A block held at zero scores 0.
+    """
+
+    is_gathered = True
+    forgets = True
+
+    def buffer(self, matrix):
+        return torch.zeros(matrix.grid)
+
+    def gather(self, number, matrix, buffer):
+        if matrix.gradient is not None:
+            buffer += matrix.sum(matrix.weight.float() * matrix.gradient.float()) ** 2
+
+    def scores(self, number, matrix, buffer):
+        return buffer
+
+
 class _FromInputs(Score):
     """Base: a score gathered from what goes into the matrices, by hooks that see training passes only."""
 

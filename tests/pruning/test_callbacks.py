@@ -12,6 +12,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import hf_compress as hfc
 from hf_compress.anatomy import anatomy
 from hf_compress.pruning.importance.gates import mean_absolute_gradients
+from hf_compress.pruning.masks import Blocks
+from hf_compress.pruning.scores import Taylor
 from hf_compress.training_state import TrainingStateMixin
 
 
@@ -50,6 +52,7 @@ CALLBACKS = {
     "distribution": lambda: hfc.WeightPruning(0.6, scope="class-distribution", **QUICK),
     "blocks": lambda: hfc.BlockPruning(0.7, block_size=8, group_lasso=0.1, **QUICK),
     "block-movement": lambda: hfc.BlockPruning(0.7, block_size=8, method="movement", **QUICK),
+    "block-taylor": lambda: hfc.BlockPruning(0.7, block_size=8, method="taylor", **QUICK),
     "two-slopes": lambda: hfc.BlockPruning(0.7, block_size=4, schedule="two-slopes", **QUICK),
     "dsd": lambda: hfc.WeightPruning(0.6, begin=0.0, end=0.5, num_updates=2, regrow=0.75),
     "layers": lambda: hfc.LayerPruning(0.5),
@@ -145,6 +148,22 @@ def test_movement_scores_are_accumulated_products(tmp_path):
     lowest = scores.double().sort().values[: len(scores) // 2]
     masks = torch.cat([mask.flatten() for mask in callback.masks.values()])
     assert scores[~masks].max() <= lowest[-1] + 1e-12 and int((~masks).sum()) == len(scores) // 2
+
+
+def test_taylor_scores_are_squared_products_of_blocks():
+    """Two steps on a 4 x 6 matrix with blocks of 2 x 3, one weight at a time in float64."""
+    linear = torch.nn.Linear(6, 4, bias=False)
+    matrix, score, expected = Blocks("map", linear, (2, 3)), Taylor(), torch.zeros(2, 2, dtype=torch.float64)
+    buffer = score.buffer(matrix)
+    for seed in range(2):
+        linear.weight.grad = torch.randn(4, 6, generator=torch.Generator().manual_seed(seed))
+        score.gather(0, matrix, buffer)
+        products = linear.weight.detach().double() * linear.weight.grad.double()
+        for row in range(2):
+            for column in range(2):
+                block = products[2 * row : 2 * row + 2, 3 * column : 3 * column + 3]
+                expected[row, column] += sum(block.flatten().tolist()) ** 2
+    torch.testing.assert_close(score.scores(0, matrix, buffer).double(), expected, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -293,7 +312,7 @@ def test_what_does_not_fit_the_model_is_said_before_training(make, message, tmp_
         (lambda: hfc.WeightPruning(0.5, regrow=0.3), "regrow must lie between the end of pruning"),
         (lambda: hfc.WeightPruning(0.5, method="movement", schedule="two-slopes"), "is a threshold on magnitudes"),
         (lambda: hfc.BlockPruning(0.5, block_size=0), "block_size must be at least 1"),
-        (lambda: hfc.BlockPruning(0.5, method="magic"), "method must be one of max, norm, movement"),
+        (lambda: hfc.BlockPruning(0.5, method="magic"), "method must be one of max, norm, movement, taylor"),
         (lambda: hfc.BlockPruning(0.5, group_lasso=-1.0), "group_lasso is the strength of a penalty"),
         (lambda: hfc.LayerPruning(1.0), "drop_rate is a probability"),
         (lambda: hfc.LayerPruning(share=1.0), "share of layers that go must lie between 0 and 1"),
