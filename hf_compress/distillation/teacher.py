@@ -6,10 +6,19 @@ import transformers
 from torch import nn
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
+from hf_compress.distillation.cache_files import is_cache
+from hf_compress.distillation.cached_teacher import CachedTeacher
 from hf_compress.distillation.tasks import LANGUAGE_MODELS, auto_class_name, plain_model
 
 HEADS = ["classifier", "score", "qa_outputs", "lm_head", "cls", "pooler", "pre_classifier"]  # stay in full precision
 VOCABULARY_PADDING = 256  # a vocabulary grown to a multiple of at most this is padding, not other words
+
+
+def open_teacher(teacher: nn.Module | str | Path, student: nn.Module, bits: int | None = None) -> nn.Module:
+    """A model as it is, a cache by its folder, and what else has a name or folder loaded for the task of `student`."""
+    if isinstance(teacher, nn.Module):
+        return teacher
+    return CachedTeacher(teacher) if is_cache(teacher) else load_teacher(teacher, student, bits)
 
 
 def load_teacher(name: str | Path, student: nn.Module, bits: int | None = None) -> PreTrainedModel:

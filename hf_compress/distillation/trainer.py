@@ -8,14 +8,17 @@ Hinton et al., 2015, https://arxiv.org/abs/1503.02531; hints: Romero et al., 201
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.modeling_outputs import ModelOutput
 
 from hf_compress.anatomy import anatomy
 from hf_compress.capture import AttentionSignals, capture, require_gradients
+from hf_compress.distillation.cached_teacher import CachedTeacher, complete
 from hf_compress.distillation.layer_map import parse_pairs
 from hf_compress.distillation.losses import (
     Loss,
@@ -27,7 +30,7 @@ from hf_compress.distillation.losses import (
     soft_loss,
 )
 from hf_compress.distillation.tasks import Task, plain_model, problem_of
-from hf_compress.distillation.teacher import check_data, check_match, frozen, load_teacher
+from hf_compress.distillation.teacher import check_data, check_match, frozen, open_teacher
 from hf_compress.distillation.terms import LoggedTermsMixin
 from hf_compress.training_state import TrainingState, TrainingStateMixin
 
@@ -94,8 +97,8 @@ class DistillationTrainer(LoggedTermsMixin, TrainingStateMixin):
     """A `Trainer` whose model learns from a teacher as well as from labels.
 
     Args:
-        teacher_model (`PreTrainedModel`, `str` or `Path`): the teacher, or its name or folder. It is never changed but
-            for being frozen, and never saved.
+        teacher_model (`PreTrainedModel`, `str` or `Path`): the teacher, or its name or folder; or a cache of its
+            outputs (`CachedTeacher`, or its folder). It is never changed but for being frozen, and never saved.
 
     All other arguments are those of `Trainer`. Each loss is logged under its own name, in training and evaluation.
     Raises ValueError, before any step, for a teacher and a student that cannot be matched.
@@ -117,8 +120,7 @@ class DistillationTrainer(LoggedTermsMixin, TrainingStateMixin):
             raise ValueError(f"{type(self).__name__} computes its own loss: leave compute_loss_func out.")
         super().__init__(model, args, **kwargs)
         student = plain_model(self.model)
-        if not isinstance(teacher_model, nn.Module):
-            teacher_model = load_teacher(teacher_model, student, args.teacher_bits)
+        teacher_model = open_teacher(teacher_model, student, args.teacher_bits)
         check_match(student, teacher_model, self.processing_class)
         self.task = Task.of(self.model)
         if self.label_smoother is not None and (self.task.kind == "spans" or problem_of(student) != "one_label"):
@@ -131,6 +133,8 @@ class DistillationTrainer(LoggedTermsMixin, TrainingStateMixin):
         if not getattr(teacher_model, "is_quantized", False) and not hasattr(teacher_model, "hf_device_map"):
             self.teacher.to(args.device)
         self.check_layers()
+        if isinstance(self.teacher, CachedTeacher):
+            self._check_cache(self.teacher)
         if args.torch_compile and any(self.student_signals().values()):
             raise ValueError(
                 f"{type(self).__name__} reads inner layers of the student, which torch_compile hides. Set "
@@ -233,12 +237,40 @@ class DistillationTrainer(LoggedTermsMixin, TrainingStateMixin):
     # Running both models
 
     def run_teacher(self, inputs: dict) -> Run:
+        if isinstance(self.teacher, CachedTeacher):
+            outputs, hidden_states = self.teacher.look_up(inputs, self.teacher_signals().get("hidden_states", ()))
+            return Run(outputs, torch.empty(0), hidden_states, {})
         inputs = _accepted(self.teacher, {k: v for k, v in inputs.items() if k not in self._label_columns})
         if getattr(getattr(plain_model(self.teacher), "config", None), "use_cache", False):
             inputs["use_cache"] = False
         with torch.no_grad(), self.accelerator.autocast(), capture(self.teacher, **self.teacher_signals()) as signals:
             outputs = self.teacher(**inputs)
         return Run(outputs, torch.empty(0), signals.hidden_states, signals.attention)
+
+    def teacher_logits(self, outputs: ModelOutput, student_logits: Tensor, inputs: dict) -> Tensor:
+        """The teacher's logits that count, (items, C), like the student's."""
+        if "top_logits" not in outputs:
+            return self.task.logits(outputs, inputs)
+        parts = [self.task.logits({"logits": outputs[n]}, inputs) for n in ("top_logits", "top_indices", "rest")]
+        return complete(*parts, student_logits.detach(), classes=self.teacher.manifest["classes"])
+
+    def _check_cache(self, teacher: CachedTeacher) -> None:
+        """Raise ValueError when the cache lacks signals that the losses need, or examples of the data."""
+        teacher.check_signals(self.teacher_signals(), type(self).__name__)
+        teacher.check_tokenizer(self.processing_class)
+        evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"evaluation set": self.eval_dataset}
+        for what, data in {"training set": self.train_dataset, **evaluated}.items():
+            if hasattr(data, "__len__"):
+                columns = getattr(data, "column_names", None) is not None
+                collate = self.data_collator if columns else self._get_collator_with_removed_columns(self.data_collator)
+                batches = DataLoader(
+                    self._remove_unused_columns(data) if columns else data,
+                    batch_size=64, collate_fn=collate, generator=torch.Generator(),
+                )  # fmt: skip
+                student = plain_model(self.model)
+                teacher.check_examples(
+                    batches, partial(self._with_decoder_inputs, student), what=what, quiet=self.args.disable_tqdm
+                )
 
     @property
     def _label_columns(self) -> set[str]:
@@ -248,10 +280,6 @@ class DistillationTrainer(LoggedTermsMixin, TrainingStateMixin):
         student = self.accelerator.unwrap_model(model, keep_fp32_wrapper=True, keep_torch_compile=False)
         inputs = self._with_decoder_inputs(student, inputs)
         teacher = self.run_teacher(inputs)
-        teacher.logits = self.task.logits(teacher.outputs, inputs)
-        if model.training and self.args.teacher_noise:
-            noise = (self.args.teacher_noise, self.args.teacher_noise_share, self.args.teacher_noise_form)
-            teacher.logits = noisy_teacher(teacher.logits, *noise)
         student_inputs = _accepted(student, inputs)
 
         def add_losses(module, args, outputs):
@@ -260,6 +288,10 @@ class DistillationTrainer(LoggedTermsMixin, TrainingStateMixin):
             Inside the forward, so that DDP sees just the parameters that the loss depends on.
             """
             run = Run(outputs, self.task.logits(outputs, inputs), signals.hidden_states, signals.attention)
+            teacher.logits = self.teacher_logits(teacher.outputs, run.logits, inputs)
+            if model.training and self.args.teacher_noise:
+                noise = (self.args.teacher_noise, self.args.teacher_noise_share, self.args.teacher_noise_form)
+                teacher.logits = noisy_teacher(teacher.logits, *noise)
             if model.training:
                 require_gradients([*run.hidden_states.values(), *(a.query for a in run.attention.values())])
             losses = self.distillation_losses(run, teacher, inputs)
@@ -288,7 +320,8 @@ class DistillationTrainer(LoggedTermsMixin, TrainingStateMixin):
     def _set_signature_columns_if_needed(self) -> None:
         """Keep the columns that the teacher reads, too."""
         super()._set_signature_columns_if_needed()
-        theirs = inspect.signature(plain_model(self.teacher).forward).parameters
+        is_cached = isinstance(self.teacher, CachedTeacher)
+        theirs = self.teacher.columns if is_cached else inspect.signature(plain_model(self.teacher).forward).parameters
         self._signature_columns += [name for name in theirs if name not in self._signature_columns]
 
 

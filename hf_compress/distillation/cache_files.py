@@ -1,0 +1,146 @@
+"""The files of a teacher cache: shards of tensors, each written beside and renamed, and a manifest that names them.
+
+`teacher_cache.json` says whose outputs these are, what is stored, and the length and SHA-256 of every shard. While a
+run is writing, each finished shard has a note of its own beside it; the notes become part of the manifest at the end,
+and tell a run that goes on what is there.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "teacher_cache.json"
+VERSION = 1
+VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "_attn_implementation")
+
+
+def is_cache(path) -> bool:
+    """Whether `path` is a folder that holds a teacher cache, finished or not."""
+    return isinstance(path, str | os.PathLike) and (Path(path) / MANIFEST).is_file()
+
+
+def read_manifest(folder: Path) -> dict:
+    file = folder / MANIFEST
+    if not file.is_file():
+        raise ValueError(
+            f"There is no teacher cache at {folder}: {MANIFEST} is missing. Write one with hfc.cache_teacher(teacher, "
+            "dataset, path)."
+        )
+    try:
+        manifest = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be read ({error}). Delete the folder and write the cache again.") from error
+    if manifest.get("version") != VERSION:
+        raise ValueError(
+            f"{file} has version {manifest.get('version')}, but this hf_compress reads version {VERSION}. Write the "
+            "cache again with hfc.cache_teacher."
+        )
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: dict) -> None:
+    _write(folder / MANIFEST, json.dumps({"version": VERSION, **manifest}, indent=2).encode())
+
+
+def write_shard(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Write one shard, named by its content, and the note that it is whole."""
+    data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+    digest = hashlib.sha256(data).hexdigest()
+    entry = {"size_bytes": len(data), "sha256": digest, "examples": len(tensors["keys"])}
+    name = f"shard-{digest[:16]}.safetensors"
+    _write(folder / name, data)
+    _write(folder / f"{name}.json", json.dumps(entry).encode())
+
+
+def read_notes(folder: Path) -> dict[str, dict]:
+    """The shards that were written since the manifest: name -> entry."""
+    notes = sorted(folder.glob("shard-*.safetensors.json"))
+    return {note.name.removesuffix(".json"): json.loads(note.read_text()) for note in notes}
+
+
+def remove_notes(folder: Path) -> None:
+    for note in folder.glob("shard-*.safetensors.json"):
+        note.unlink()
+
+
+def _write(file: Path, data: bytes) -> None:
+    beside = file.with_name(f".{file.name}.{os.getpid()}")
+    with beside.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    beside.replace(file)
+
+
+def find_faults(folder: Path, shards: dict[str, dict]) -> dict[str, str]:
+    """What is wrong with the shards, by length and hash: name -> fault, in words."""
+
+    def fault(name: str) -> str | None:
+        file, entry = folder / name, shards[name]
+        if not file.is_file():
+            return "is missing"
+        if (size := file.stat().st_size) != entry["size_bytes"]:
+            return f"has {size} bytes where the manifest says {entry['size_bytes']}"
+        with file.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        if digest != entry["sha256"]:
+            return f"was altered: its SHA-256 is {digest[:16]}... where the manifest says {entry['sha256'][:16]}..."
+        return None
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        faults = dict(zip(shards, pool.map(fault, shards), strict=True))
+    return {name: fault for name, fault in faults.items() if fault is not None}
+
+
+def teacher_fingerprint(teacher: nn.Module) -> str:
+    """SHA-256 over what decides a teacher's outputs: its config and every tensor of its state."""
+    digest = hashlib.sha256()
+    config = getattr(teacher, "config", None)
+    if isinstance(config, PretrainedConfig):
+        digest.update(json.dumps(plain_config(config), sort_keys=True, default=str).encode())
+    for name, tensor in sorted(teacher.state_dict().items()):
+        if not isinstance(tensor, Tensor):  # a note of the quantizer's
+            digest.update(f"{name} {tensor}".encode())
+            continue
+        if tensor.is_meta:
+            raise ValueError(
+                f"The teacher's {name} has no weights in memory (it is offloaded to disk), so the cache cannot be told "
+                "from another teacher's. Load the teacher without offloading to disk."
+            )
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        digest.update(whole.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def plain_config(config: PretrainedConfig) -> dict:
+    """The config as JSON holds it, without what changes from one load to the next."""
+    return {name: value for name, value in config.to_dict().items() if name not in VOLATILE}
+
+
+def tokenizer_fingerprint(tokenizer) -> str | None:
+    """SHA-256 over the tokens and their numbers; None for what is no tokenizer. Other rules give other numbers."""
+    if not hasattr(tokenizer, "get_vocab"):
+        return None
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+
+
+def check_settings(folder: Path, found: dict, expected: dict, names: Iterable[str]) -> None:
+    """Raise ValueError where a cache in `folder` was written with other settings than are asked for now."""
+    for name in names:
+        if found[name] != expected[name]:
+            raise ValueError(
+                f"The cache in {folder} belongs to another {name}: it has {found[name]!r}, now it is "
+                f"{expected[name]!r}. Choose another folder, or delete this one."
+            )
