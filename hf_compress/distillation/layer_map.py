@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from hf_compress.anatomy import anatomy
+from hf_compress.distillation.tasks import plain_model
 
 
 def uniform(num_student_layers: int, num_teacher_layers: int) -> list[int]:
@@ -33,8 +34,21 @@ def num_hidden_states(model: nn.Module) -> int:
     return sum(len(stack.layers) + 1 for stack in anatomy(model).stacks)
 
 
-def make_layer_map(layers: str, student: nn.Module, teacher: nn.Module) -> list[int]:
-    """Read `layers`: a name of `NAMED` or numbers such as `2,4,6`. Raises ValueError for a map that points nowhere."""
+def check_one_stack(student: nn.Module, teacher: nn.Module, method: str) -> None:
+    """Raise ValueError for an encoder-decoder, whose layers `method` cannot map."""
+    for model in (student, teacher):
+        if len(anatomy(model).stacks) > 1:
+            raise ValueError(
+                f"{method} maps the layers of one stack, but {type(plain_model(model)).__name__} has an encoder and a "
+                "decoder. Use DistillationTrainer, with hints for inner layers."
+            )
+
+
+def make_layer_map(layers: str, student: nn.Module, teacher: nn.Module, *, without_last: bool = False) -> list[int]:
+    """Read `layers`: a name of `NAMED` or numbers such as `2,4,6`. Raises ValueError for a map that points nowhere.
+
+    `without_last` leaves the student's last layer out of the map, as PKD does.
+    """
     num_student, num_teacher = num_layers(student), num_layers(teacher)
     if layers in NAMED:
         if num_student > num_teacher:
@@ -42,15 +56,16 @@ def make_layer_map(layers: str, student: nn.Module, teacher: nn.Module) -> list[
                 f"The layer map `{layers}` needs a student no deeper than its teacher: it has {num_student} layers, "
                 f"the teacher {num_teacher}. Name the teacher's layers one by one, as in `1,1,2,2`."
             )
-        return NAMED[layers](num_student, num_teacher)
+        return NAMED[layers](num_student, num_teacher)[: num_student - without_last]
     try:
         layer_map = [int(number) for number in layers.split(",")]
     except ValueError:
         raise ValueError(f"A layer map is one of {sorted(NAMED)} or numbers such as `2,4,6`, got {layers!r}.") from None
-    if len(layer_map) != num_student:
+    if len(layer_map) != num_student - without_last:
+        but_the_last = f" but the last: {num_student - 1} numbers" if without_last else ""
         raise ValueError(
             f"The layer map {layer_map} names {len(layer_map)} teacher layers, but the student has {num_student} "
-            "layers: name one for each."
+            f"layers: name one for each{but_the_last}."
         )
     _check_range(layer_map, num_teacher, "layer map", "teacher")
     return layer_map

@@ -5,25 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import tiny_model
-from torch import nn
 from transformers import EarlyStoppingCallback
 
 from distillation.data import rows
+from distillation.training import assert_gradient_is_the_same_however_cut, config, padded, pair
 from hf_compress.distillation.students import make_student
 from hf_compress.distillation.tinybert import TinyBertConfig, TinyBertTrainer
-from hf_compress.distillation.trainer import DistillationConfig, DistillationTrainer
-
-
-def config(folder, kind=DistillationConfig, **options):
-    defaults = dict(use_cpu=True, max_steps=3, per_device_train_batch_size=4, logging_steps=1, report_to="none",
-                    save_strategy="no", disable_tqdm=True, learning_rate=1e-3)  # fmt: skip
-    return kind(str(folder), **{**defaults, **options})
-
-
-def pair(family="bert", task=None, **changes):
-    teacher = tiny_model(family, task, seed=3, **changes)
-    return make_student(teacher, num_hidden_layers=1 if family == "bart" else 2), teacher
-
+from hf_compress.distillation.trainer import DistillationTrainer
 
 TASKS = [
     ("bert", "classification", "classification", {}),
@@ -64,49 +52,20 @@ def test_every_task_trains_evaluates_and_predicts(family, task, kind, changes, t
         assert torch.equal(parameter, before[name]) and not parameter.requires_grad
 
 
-def gradient(kind, accumulation, folder, **options):
-    """The gradient of one optimiser step over 8 examples, cut into micro-batches."""
-    family, task = ("llama", "clm") if kind == "clm" else ("bert", "tokens" if kind == "tokens" else "classification")
-    teacher = tiny_model(family, task, seed=3, num_labels=3)
-    student = make_student(teacher, num_hidden_layers=2, hidden_size=16)
-    for module in [m for m in student.modules() if isinstance(m, nn.Dropout)]:
-        module.p = 0.0
-    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout"):
-        for module in student.modules():
-            if hasattr(module, name):
-                setattr(module, name, 0.0)
-    trainer_class = TinyBertTrainer if "intermediate_share" in options else DistillationTrainer
-    args = config(folder, trainer_class.config_class, max_steps=1, per_device_train_batch_size=8 // accumulation,
-                  gradient_accumulation_steps=accumulation, optim="sgd", learning_rate=1.0, max_grad_norm=0.0, seed=5,
-                  **options)  # fmt: skip
-    trainer = trainer_class(student, args, teacher_model=teacher, train_dataset=rows(8, kind=kind, labels=3))
-    projections = dict(trainer.training_state.named_parameters())
-    named = {**dict(student.named_parameters()), **{f"projection.{n}": p for n, p in projections.items()}}
-    before = {n: p.detach().clone() for n, p in named.items()}
-    torch.manual_seed(0)
-    trainer.train()
-    return torch.cat([(p.detach() - before[n]).flatten().double() for n, p in named.items()])
-
-
 @pytest.mark.parametrize("accumulation", [4, 8])
 @pytest.mark.parametrize(
-    ("kind", "options"),
+    ("kind", "trainer_class", "options"),
     [
-        ("classification", dict(hints="1:2")),
-        ("tokens", dict(hints="1:2")),
-        ("clm", dict(hints="2:4")),
-        ("classification", dict(intermediate_share=1.0)),
-        ("classification", dict(intermediate_share=0.0)),
+        ("classification", DistillationTrainer, dict(hints="1:2")),
+        ("tokens", DistillationTrainer, dict(hints="1:2")),
+        ("clm", DistillationTrainer, dict(hints="2:4")),
+        ("classification", TinyBertTrainer, dict(intermediate_share=1.0)),
+        ("classification", TinyBertTrainer, dict(intermediate_share=0.0)),
     ],
     ids=["sequence", "tokens", "causal", "tinybert-intermediate", "tinybert-prediction"],
 )
-def test_gradients_do_not_depend_on_how_the_batch_is_cut(kind, options, accumulation, tmp_path):
-    torch.manual_seed(7)
-    whole = gradient(kind, 1, tmp_path, **options)
-    torch.manual_seed(7)
-    cut = gradient(kind, accumulation, tmp_path, **options)
-    assert whole.norm() > 0
-    assert (whole - cut).norm() / whole.norm() < 1e-5
+def test_gradients_do_not_depend_on_how_the_batch_is_cut(kind, trainer_class, options, accumulation, tmp_path):
+    assert_gradient_is_the_same_however_cut(tmp_path, trainer_class, kind, accumulation, **options)
 
 
 def test_padding_changes_no_gradient(tmp_path):
@@ -116,7 +75,7 @@ def test_padding_changes_no_gradient(tmp_path):
         student, teacher = pair()
         data = rows(4)
         if length > 12:
-            data = data.map(lambda r: {n: r[n] + [0] * 8 for n in ("input_ids", "attention_mask")})
+            data = padded(data)
         args = config(tmp_path, TinyBertConfig, intermediate_share=1.0, max_steps=1)
         trainer = TinyBertTrainer(student, args, teacher_model=teacher, train_dataset=data, eval_dataset=data)
         losses.append(trainer.evaluate())
