@@ -2,5 +2,8 @@
 
 METHODS = {  # name on the command line -> (module, config, trainer)
     "soft-targets": ("hf_compress.distillation.trainer", "DistillationConfig", "DistillationTrainer"),
+    "pkd": ("hf_compress.distillation.pkd", "PKDConfig", "PKDTrainer"),
+    "minilm": ("hf_compress.distillation.minilm", "MiniLMConfig", "MiniLMTrainer"),
+    "distilbert": ("hf_compress.distillation.distilbert", "DistilBertConfig", "DistilBertTrainer"),
     "tinybert": ("hf_compress.distillation.tinybert", "TinyBertConfig", "TinyBertTrainer"),
 }

@@ -38,7 +38,7 @@ def soft_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float
 
 def binary_soft_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """`soft_loss` of examples with several labels: each of the C logits is a yes or no of its own, averaged over C."""
-    student, teacher = _exact(student_logits) / temperature, _exact(teacher_logits) / temperature
+    student, teacher = exact(student_logits) / temperature, exact(teacher_logits) / temperature
     p = teacher.sigmoid()
     yes = p * (F.logsigmoid(teacher) - F.logsigmoid(student))
     no = (1 - p) * (F.logsigmoid(-teacher) - F.logsigmoid(-student))
@@ -47,12 +47,12 @@ def binary_soft_loss(student_logits: Tensor, teacher_logits: Tensor, temperature
 
 def logit_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """Squared distance of the logits (..., C), averaged over C. Ba and Caruana, 2014, https://arxiv.org/abs/1312.6184"""
-    return (_exact(student_logits) - _exact(teacher_logits)).square().mean(dim=-1).sum()
+    return (exact(student_logits) - exact(teacher_logits)).square().mean(dim=-1).sum()
 
 
 def hidden_state_loss(student_states: Tensor, teacher_states: Tensor, weights: Tensor) -> Tensor:
     """Squared distance of hidden states (B, T, D), averaged over D and summed over tokens by `weights` (B, T)."""
-    distance = F.mse_loss(_exact(student_states), _exact(teacher_states), reduction="none").mean(dim=-1)  # (B, T)
+    distance = F.mse_loss(exact(student_states), exact(teacher_states), reduction="none").mean(dim=-1)  # (B, T)
     return (distance * weights).sum()
 
 
@@ -62,7 +62,7 @@ def attention_loss(student_scores: Tensor, teacher_scores: Tensor, allowed: Tens
     `allowed` (B or 1, 1, T, S) is True where a query may attend. Each query's distance is averaged over its allowed
     keys and the heads; the sum over the queries takes them by `weights` (B, T), 0 for padding.
     """
-    distance = F.mse_loss(_exact(student_scores), _exact(teacher_scores), reduction="none")
+    distance = F.mse_loss(exact(student_scores), exact(teacher_scores), reduction="none")
     distance = distance.mean(dim=1, keepdim=True)  # (B, 1, T, S)
     keys = allowed.sum(dim=-1).clamp(min=1)  # (B or 1, 1, T)
     queries = distance.masked_fill(~allowed, 0.0).sum(dim=-1) / keys  # (B, 1, T)
@@ -79,5 +79,6 @@ def noisy_teacher(teacher_logits: Tensor, sigma: float, share: float, form: str 
     return teacher_logits * (1 + noise) if form == "relative" else teacher_logits + noise
 
 
-def _exact(tensor: Tensor) -> Tensor:
+def exact(tensor: Tensor) -> Tensor:
+    """`tensor` in float32 where it is less precise, so that sums over it are taken in float32."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
