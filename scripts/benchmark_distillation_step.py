@@ -2,7 +2,10 @@
 entropy, optimiser step. All take turns step by step in one process, so that their ratios hold on a noisy machine.
 
     python scripts/benchmark_distillation_step.py              the real model, batch 16, length 128
+    python scripts/benchmark_distillation_step.py --methods pkd minilm distilbert tinybert
     python scripts/benchmark_distillation_step.py --model tiny --steps 3
+
+Methods of two phases are measured in the first, on inner layers.
 """
 
 import json
@@ -13,19 +16,29 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, HfArgumentParser, TrainerCallback
 
 import hf_compress as hfc
+from hf_compress.distillation import METHODS
+from hf_compress.distillation.phases import TwoPhaseConfig
 from hf_compress.measure import device_name, versions
 from hf_compress.timing import Spread, peak_allocated_bytes
+
+TEXT_BREWER = "textbrewer"  # its train() with the same inner losses as TinyBERT
 
 
 @dataclass
 class BenchmarkArguments:
     model: str = field(default="all-MiniLM-L6-v2", metadata={"help": "`tiny`, a folder or a Hub name of the teacher."})
+    methods: list[str] = field(
+        default_factory=lambda: ["soft-targets", "tinybert", TEXT_BREWER],
+        metadata={"help": f"What to measure: of {', '.join(METHODS)}, and {TEXT_BREWER}."},
+    )
     batch_size: int = field(default=16, metadata={"help": "Examples in a step."})
     length: int = field(default=128, metadata={"help": "Tokens in an example."})
     steps: int = field(default=20, metadata={"help": "Measured steps of each; two more warm up."})
@@ -38,13 +51,16 @@ SCRATCH = tempfile.mkdtemp()  # both libraries make folders, even when nothing i
 
 def main():
     args = HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses()[0]
-    runs = {"bare parts": bare, "soft targets": soft_targets, "TinyBERT, inner layers": tinybert}
-    try:
-        import textbrewer  # noqa: F401
+    if unknown := set(args.methods) - {*METHODS, TEXT_BREWER}:
+        raise ValueError(f"There is no method {sorted(unknown)}: choose of {[*METHODS, TEXT_BREWER]}.")
+    runs = {"bare parts": bare, **{name: partial(ours, name) for name in args.methods if name in METHODS}}
+    if TEXT_BREWER in args.methods:
+        try:
+            import textbrewer  # noqa: F401
 
-        runs["TextBrewer, train()"] = text_brewer
-    except ImportError:
-        print("TextBrewer is not installed: left out (pip install textbrewer==0.2.1.post1 tensorboard)")
+            runs[TEXT_BREWER] = text_brewer
+        except ImportError:
+            print("TextBrewer is not installed: left out (pip install textbrewer==0.2.1.post1 tensorboard)")
     memory = {}
     for name, run in runs.items():
         print("memory:", name, flush=True)
@@ -146,11 +162,13 @@ def bare(args, steps: int, end_of_step: Callable):
         end_of_step()
 
 
-def with_trainer(kind, config, args, steps: int, end_of_step: Callable, **options):
+def ours(method: str, args, steps: int, end_of_step: Callable):
     class EndOfStep(TrainerCallback):
         def on_step_end(self, *args, **kwargs):
             end_of_step()
 
+    module, config, trainer = METHODS[method]
+    config, trainer = getattr(import_module(module), config), getattr(import_module(module), trainer)
     student, teacher = models(args)
     settings = config(
         SCRATCH,
@@ -162,20 +180,10 @@ def with_trainer(kind, config, args, steps: int, end_of_step: Callable, **option
         save_strategy="no",
         logging_strategy="no",
         disable_tqdm=True,
-        **options,
+        **({"intermediate_share": 1.0} if issubclass(config, TwoPhaseConfig) else {}),
     )
-    trainer = kind(
-        student, settings, teacher_model=teacher, train_dataset=examples(args, steps), callbacks=[EndOfStep()]
-    )
-    trainer.train()
-
-
-def soft_targets(args, steps: int, end_of_step: Callable):
-    with_trainer(hfc.DistillationTrainer, hfc.DistillationConfig, args, steps, end_of_step)
-
-
-def tinybert(args, steps: int, end_of_step: Callable):
-    with_trainer(hfc.TinyBertTrainer, hfc.TinyBertConfig, args, steps, end_of_step, intermediate_share=1.0)
+    callbacks = [EndOfStep()]
+    trainer(student, settings, teacher_model=teacher, train_dataset=examples(args, steps), callbacks=callbacks).train()
 
 
 def text_brewer(args, steps: int, end_of_step: Callable):
