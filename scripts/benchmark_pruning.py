@@ -39,11 +39,12 @@ RECOVERY_SENTENCES = 2500
 SCORING_SENTENCES = 256
 EPOCHS = {"teacher": 3, "half": 3, "blocks": 3, "curves": 1}
 BLOCKS = [(16, 0.75), (32, 0.75), (16, 0.9), (32, 0.9)]
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 CURVES = {  # what goes -> shares of it, each with one epoch of distillation
-    "heads": (0.25, 0.5, 0.75),
-    "neurons": (0.25, 0.5, 0.75),
-    "layers": (1 / 3, 1 / 2, 2 / 3),
-    "weights": (0.5, 0.75, 0.9),
+    "heads": (1 / 3, 2 / 3),
+    "neurons": (0.5, 0.75),
+    "layers": (1 / 2, 2 / 3),
+    "weights": (0.75, 0.9),
 }
 
 
@@ -71,7 +72,7 @@ class Bench:
         train = self.data["train"] if train is None else train
         return {"train_dataset": train, "processing_class": self.tokenizer, "data_collator": self.collator}
 
-    def teacher(self):
+    def teacher(self, **config):
         folder = self.output / "teacher"
         if not (folder / "config.json").exists():
             set_seed(0)
@@ -80,7 +81,7 @@ class Bench:
             Trainer(model, args, **self.data_arguments()).train()
             model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
-        return AutoModelForSequenceClassification.from_pretrained(folder)
+        return AutoModelForSequenceClassification.from_pretrained(folder, **config)
 
     def sentences(self, number: int, seed: int):
         return self.data["train"].shuffle(seed=seed).select(range(min(number, len(self.data["train"]))))
@@ -189,14 +190,14 @@ class Bench:
             run += "" if self.args.block_epochs == EPOCHS["blocks"] else f"-{self.args.block_epochs:g}-epochs"
             if self.is_done(run, seed):
                 continue
-            start, student = time.perf_counter(), self.teacher()
+            start, student = time.perf_counter(), self.teacher(**NO_DROPOUT)
             set_seed(seed)
             config = self.config(
-                hfc.DistillationConfig, epochs=self.args.block_epochs, seed=seed, learning_rate=1e-4, alpha=0.7,
+                hfc.DistillationConfig, epochs=self.args.block_epochs, seed=seed, learning_rate=3e-4, alpha=0.7,
                 temperature=2.0, hints="2:2,4:4,6:6",
             )  # fmt: skip
             pruning = hfc.BlockPruning(
-                sparsity, block_size=block_size, method=self.args.block_method, begin=0.02, end=0.6, num_updates=40
+                sparsity, block_size=block_size, method=self.args.block_method, begin=0.02, end=0.35, num_updates=40
             )
             trainer = hfc.DistillationTrainer(
                 student, config, teacher_model=self.teacher(), callbacks=[pruning], **self.data_arguments()
@@ -229,7 +230,7 @@ class Bench:
                 run = f"{what}-{share:.0%}".rstrip("%")
                 if self.is_done(run, seed):
                     continue
-                start, student = time.perf_counter(), self.teacher()
+                start, student = time.perf_counter(), self.teacher(**NO_DROPOUT)
                 callbacks = []
                 if what == "layers":
                     hfc.prune_layers(student, every_other(len(hfc.anatomy(student).layers), share))
@@ -276,7 +277,7 @@ def main():
     parser.add_argument("--model", default=None, help="A folder or a name, in place of the package's model.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", nargs="+", default=["heads", "half", "blocks", "curves"])
-    parser.add_argument("--block_method", default="norm", help="Score by which blocks go.")
+    parser.add_argument("--block_method", default="taylor", help="Score by which blocks go.")
     parser.add_argument("--block_epochs", type=float, default=EPOCHS["blocks"], help="Epochs of the block runs.")
     parser.add_argument("--max_examples", type=int, default=0, help="Use only so many of each split; all when 0.")
     parser.add_argument("--report", action="store_true", help="Compare what was saved, and run nothing.")

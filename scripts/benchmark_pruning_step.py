@@ -34,8 +34,8 @@ CALLBACKS = {  # each updates its masks before or after the steps that are timed
     "neurons": lambda: hfc.NeuronPruning(0.5, begin=0.0, end=1.0, num_updates=1),
     "weights, magnitude": lambda: hfc.WeightPruning(0.5, schedule="one-shot", begin=0.0),
     "weights, movement": lambda: hfc.WeightPruning(0.5, method="movement", begin=0.0, end=1.0, num_updates=1),
-    "blocks": lambda: hfc.BlockPruning(0.75, schedule="one-shot", begin=0.0),
-    "blocks, movement": lambda: hfc.BlockPruning(0.75, method="movement", begin=0.0, end=1.0, num_updates=1),
+    "blocks, magnitude": lambda: hfc.BlockPruning(0.75, method="max", schedule="one-shot", begin=0.0),
+    "blocks, taylor": lambda: hfc.BlockPruning(0.75, begin=0.0, end=1.0, num_updates=1),
 }
 
 

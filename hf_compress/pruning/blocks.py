@@ -25,8 +25,9 @@ class BlockPruning(Pruning):
 
     Args:
         block_size: side of a block; it must divide all shapes.
-        method: `max` (a block's largest magnitude), `norm` (its L2 norm), `movement` (its summed movement score) or
-            `taylor` (what the loss changes without it, squared and summed over the steps since the last update).
+        method: `taylor` (what the loss changes without a block, squared and summed over the steps since the last
+            update), `movement` (its summed movement score), `max` (its largest magnitude) or `norm` (its L2 norm).
+            Magnitudes are not comparable across matrices: use them with another scope than `class-blind`.
         scope: what the share is one of: `class-blind` (all), `class-uniform` (each matrix), `row`, or `bank`, all in
             blocks.
         bank_size: with scope `bank`, the blocks of a row of blocks among which the same number stays.
@@ -43,7 +44,7 @@ class BlockPruning(Pruning):
         sparsity: float = 0.75,
         *,
         block_size: int = 16,
-        method: str = "max",
+        method: str = "taylor",
         scope: str = "class-blind",
         bank_size: int | None = None,
         group_lasso: float = 0.0,
@@ -80,7 +81,7 @@ class BlockPruning(Pruning):
 class BlockPruningConfig(PruningConfig):
     sparsity: float = field(default=0.75, metadata={"help": "Share of the blocks that go, at least 0 and below 1."})
     block_size: int = field(default=16, metadata={"help": "Side of a block, usually 4 to 64."})
-    method: str = field(default="max", metadata={"help": f"Score by which blocks go: {', '.join(METHODS)}."})
+    method: str = field(default="taylor", metadata={"help": f"Score by which blocks go: {', '.join(METHODS)}."})
     scope: str = field(
         default="class-blind", metadata={"help": "The share is one of: class-blind, class-uniform, row, bank."}
     )
