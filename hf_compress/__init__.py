@@ -76,6 +76,7 @@ _HOMES = {  # public name -> module that defines it
     "to_block_sparse": "hf_compress.pruning.block_sparse",
     "merge_neurons": "hf_compress.surgery.merging",
     "prune": "hf_compress.pruning.budget",
+    "Recipe": "hf_compress.recipe.recipe",
 }
 
 __all__ = sorted(_HOMES)

@@ -38,6 +38,25 @@ def load_texts(source: str, *, text_column: str | None = None, label_column: str
     return _with_all_splits(splits)
 
 
+def load_plain_texts(source: str, *, text_column: str | None = None) -> DatasetDict:
+    """Splits train, validation and test with the column `text`, for language models: labels are not needed.
+
+    Args:
+        source: a text (one text a line), CSV or JSON file; a folder with train, validation and test files; or a name
+            on the Hub.
+        text_column: name of the column, where it cannot be guessed.
+
+    Raises ValueError for a source, split or column that is not there.
+    """
+    splits = _open(source)
+    if "train" not in splits:
+        raise ValueError(f"{source} has the splits {sorted(splits)}, but a train split is needed.")
+    name = _choose(text_column, TEXT_COLUMNS, splits["train"].column_names, source)
+    splits = DatasetDict({split: data.select_columns([name]) for split, data in splits.items()})
+    splits = splits.rename_columns({name: "text"} if name != "text" else {})
+    return _with_all_splits(splits.filter(lambda row: bool(row["text"])), stratify_by=None)
+
+
 def tokenize(splits: DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: int) -> DatasetDict:
     """Texts as token ids, cut at `max_length`, with the column `labels`."""
     encoded = splits.map(
@@ -63,16 +82,16 @@ def _bbc_news() -> DatasetDict:
 
 def _open(source: str) -> DatasetDict:
     path = Path(source)
-    kinds = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
+    kinds = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text"}
     if path.is_file():
         if path.suffix not in kinds:
-            raise ValueError(f"{source} must be a CSV, TSV or JSON file, got {path.suffix or 'no ending'}.")
+            raise ValueError(f"{source} must be a CSV, TSV, JSON or text file, got {path.suffix or 'no ending'}.")
         options = {"sep": "\t"} if path.suffix == ".tsv" else {}
         return load_dataset(kinds[path.suffix], data_files={"train": str(path)}, **options)
     if path.is_dir():
         if (path / "dataset_dict.json").is_file():
             return DatasetDict.load_from_disk(source)
-        files = {p.stem: str(p) for p in sorted(path.iterdir()) if p.suffix in (".csv", ".json", ".jsonl")}
+        files = {p.stem: str(p) for p in sorted(path.iterdir()) if p.suffix in (".csv", ".json", ".jsonl", ".txt")}
         files = {"validation" if name in ("valid", "dev") else name: file for name, file in files.items()}
         if "train" not in files:
             raise ValueError(
@@ -93,7 +112,9 @@ def _choose(name: str | None, usual: tuple[str, ...], columns: list[str], source
         name = next((c for c in usual if c in columns), None)
     if name not in columns:
         wanted = f"the column {name!r}" if name else f"a column named one of {list(usual)}"
-        raise ValueError(f"{source} needs {wanted}; it has {columns}. Name the columns for text and label.")
+        raise ValueError(
+            f"{source} needs {wanted}; it has {columns}. Name the columns with text_column and label_column."
+        )
     return name
 
 
@@ -109,12 +130,12 @@ def _with_class_labels(splits: DatasetDict, source: str) -> DatasetDict:
     return splits.cast_column("label", feature)
 
 
-def _with_all_splits(splits: DatasetDict) -> DatasetDict:
-    """Cut what is missing from the train split, stratified by label, the same at every call."""
+def _with_all_splits(splits: DatasetDict, stratify_by: str | None = "label") -> DatasetDict:
+    """Cut what is missing from the train split, stratified by a column, the same at every call."""
     splits = DatasetDict(splits)
     size = len(splits["train"])
     for name in [name for name in ("validation", "test") if name not in splits]:
         share = round(size * HELD_OUT_SHARES[name])
-        parts = splits["train"].train_test_split(share, seed=0, stratify_by_column="label")
+        parts = splits["train"].train_test_split(share, seed=0, stratify_by_column=stratify_by)
         splits["train"], splits[name] = parts["train"], parts["test"]
     return splits

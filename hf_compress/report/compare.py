@@ -38,7 +38,7 @@ Named = tuple[str, Source | Sequence[Source]]
 def compare(
     models: Mapping[str, Source | Sequence[Source]] | Sequence[str | Path | Named],
     *,
-    eval_dataset: Sequence[Mapping] | None = None,
+    eval_dataset: Sequence[Mapping] | Mapping[str, Sequence[Mapping]] | None = None,
     processing_class: PreTrainedTokenizerBase | None = None,
     data_collator: Callable | None = None,
     metric: Metric = accuracy,
@@ -58,7 +58,8 @@ def compare(
 
     models            name -> model, folder or Hub name; a list of these under one name are seeds of one thing. Pairs
                       (name, model), or plain folders and Hub names, which name themselves, do as well
-    eval_dataset      rows as `Trainer` takes them: tokenized, with a label column; None compares cost alone
+    eval_dataset      rows as `Trainer` takes them: tokenized, with a label column; None compares cost alone. Where
+                      tokenizers differ, name -> rows: the same examples in the same order, as each model reads them
     processing_class  the tokenizer that pads; the reference's own, where that is a folder or Hub name
     data_collator     makes a batch of rows; `DataCollatorWithPadding` of the tokenizer by default
     metric            metric(outputs, batch) -> (B,): a score for each example, higher is better; `batch` holds "labels"
@@ -79,10 +80,13 @@ def compare(
     if eval_dataset is not None:
         if metric is accuracy:
             check_labels(firsts, reference)
-        main_input = firsts[reference].main_input_name
-        rows = usable_rows(eval_dataset, firsts[reference], metric)
-        collator = data_collator or padding_collator(rows, processing_class, entries[reference][0], main_input)
+        own_rows = _rows_by_name(eval_dataset, entries)
         for name, sources in entries.items():
+            rows = usable_rows(own_rows[name], firsts[name], metric)
+            pads_by = name if isinstance(eval_dataset, Mapping) else reference
+            collator = data_collator or padding_collator(
+                rows, processing_class, entries[pads_by][0], firsts[name].main_input_name
+            )
             others = (load_model(source, dtype=dtype, device=device) for source in sources[1:])
             logger.info("evaluating %s on %d examples", name, len(rows))
             scores[name] = torch.stack(
@@ -122,7 +126,7 @@ def compare(
         entries=tuple(results),
         metric=metric_name or getattr(metric, "__name__", "quality"),
         dataset=dataset_name,
-        num_examples=0 if eval_dataset is None else len(eval_dataset),
+        num_examples=0 if eval_dataset is None else len(own_rows[reference]),
         command=without_secrets(command or shlex.join(["python", *sys.argv])),
     )
 
@@ -140,6 +144,18 @@ def named_entries(models: Mapping | Sequence) -> dict[str, list[Source]]:
         if not entries[name]:
             raise ValueError(f"{name!r} holds no model: give at least one seed.")
     return entries
+
+
+def _rows_by_name(eval_dataset: Sequence | Mapping, entries: Mapping[str, list[Source]]) -> dict[str, Sequence]:
+    """name -> its rows. Raises ValueError unless every model has as many."""
+    if not isinstance(eval_dataset, Mapping):
+        return dict.fromkeys(entries, eval_dataset)
+    if missing := sorted(set(entries) - set(eval_dataset)):
+        raise ValueError(f"eval_dataset has rows for {sorted(eval_dataset)}, but none for {missing}.")
+    lengths = {name: len(eval_dataset[name]) for name in entries}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"every model must answer the same examples, but their numbers differ: {lengths}.")
+    return {name: eval_dataset[name] for name in entries}
 
 
 def _pair(item: str | Path | Named) -> Named:

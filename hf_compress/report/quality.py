@@ -25,6 +25,14 @@ def accuracy(outputs: object, batch: Mapping[str, Tensor]) -> Tensor:
     return logits.argmax(-1) == labels
 
 
+def token_log_likelihood(outputs: object, batch: Mapping[str, Tensor]) -> Tensor:
+    """Mean log-probability of each text's tokens given those before, (B,); its negative is the log of perplexity."""
+    tokens, logits = batch["input_ids"][:, 1:], outputs.logits[:, :-1].float()
+    real = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))[:, 1:].double()  # (B, T - 1)
+    chosen = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]  # (B, T - 1)
+    return (chosen * real).sum(1) / real.sum(1).clamp(min=1)
+
+
 @torch.inference_mode()
 def example_scores(
     model: PreTrainedModel, rows: Sequence[Mapping], collator: Callable, *, metric: Metric, batch_size: int

@@ -1,0 +1,1 @@
+"""What `hf-compress <verb>` runs."""

@@ -1,0 +1,110 @@
+"""`hf-compress <verb> ...`: chooses the verb, and says in a sentence what went wrong.
+
+Exit codes: 0, 2 for what the user can mend (options, files, data, rights), 1 for what failed.
+"""
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+VERBS = {  # verb -> (module, what it does)
+    "run": ("hf_compress.commands.run", "run a recipe: a file, or one that comes with the package"),
+    "distill": ("hf_compress.commands.stage", "train a student to follow its teacher"),
+    "prune": ("hf_compress.commands.stage", "cut heads, neurons, layers, tokens, blocks or weights"),
+    "quantize": ("hf_compress.commands.stage", "store weights in 2, 3, 4 or 8 bits"),
+    "evaluate": ("hf_compress.commands.compare", "measure one model: quality, size, speed"),
+    "compare": ("hf_compress.commands.compare", "measure several models side by side"),
+    "convert": ("hf_compress.commands.convert", "write a model in another format"),
+    "tune": ("hf_compress.commands.tune", "run a recipe with several values of some options"),
+}
+USAGE = "hf-compress VERB [options]\n\n{verbs}\n\n`hf-compress VERB --help` tells more of each."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = [word for word in arguments if word != "--debug"]
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    try:
+        return _run(arguments)
+    except SystemExit as stop:  # of --help
+        return int(stop.code or 0)
+    except KeyboardInterrupt:
+        return _fail("Interrupted. Run the same command again to go on.", 130)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        sys.stderr.close()
+        return 0
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        return _fail(_sentence(error), 2 if _is_the_users(error) else 1)
+
+
+def _run(arguments: list[str]) -> int:
+    verb = arguments[0] if arguments else "--help"
+    if verb in ("-h", "--help", "help"):
+        sys.stdout.write(usage() + "\n")
+        return 0
+    if verb == "--version":
+        from hf_compress import __version__
+
+        sys.stdout.write(f"hf_compress {__version__}\n")
+        return 0
+    verb = {"distil": "distill"}.get(verb, verb)
+    if verb not in VERBS:
+        from hf_compress.recipe.options import unknown
+
+        raise unknown(verb, VERBS, "The verb")
+    run: Callable[[str, list[str]], int] = import_module(VERBS[verb][0]).run
+    return run(verb, arguments[1:])
+
+
+def usage() -> str:
+    return USAGE.format(verbs="\n".join(f"  {verb:10}{text}" for verb, (_, text) in VERBS.items()))
+
+
+def _is_the_users(error: Exception) -> bool:
+    """What is wrong with the request. The package's doors raise ValueError and TypeError for nothing else."""
+    if isinstance(error, (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)):
+        return True
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is not None:
+        return status in (401, 403)
+    from hf_compress.recipe.options import RecipeError
+
+    if isinstance(error, RecipeError):
+        return True
+    return isinstance(error, (ValueError, TypeError)) and _raised_by_us(error)
+
+
+def _raised_by_us(error: Exception) -> bool:
+    """Whether a line of this package raised it, and not one deep inside a library."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame is not None and frame.tb_frame.f_globals.get("__name__", "").startswith("hf_compress")
+
+
+def _sentence(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    if isinstance(error, (KeyError, AttributeError, AssertionError, RuntimeError)) or not str(error).strip():
+        text = f"{type(error).__name__}: {text}"
+    return " ".join(text.split())
+
+
+def _fail(text: str, code: int) -> int:
+    if int(os.environ.get("RANK", 0)) == 0:
+        sys.stderr.write(f"hf-compress: {text}\n")
+    return code
+
+
+def entry_point() -> None:
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    entry_point()

@@ -1,0 +1,107 @@
+"""Command lines made from dataclasses of options: all of them are taken, and those that matter are shown."""
+
+import argparse
+import difflib
+import inspect
+import re
+from collections.abc import Sequence
+from dataclasses import Field
+from typing import Any, NoReturn, get_type_hints
+
+from transformers import TrainingArguments
+
+from hf_compress.recipe.options import RecipeError, describe, option_fields
+
+USUAL = (  # options of TrainingArguments that `--help` shows; `--help-all` shows every one
+    "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm", "bf16", "seed", "use_cpu",
+    "save_steps", "report_to",
+)  # fmt: skip
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes `--some_option` and `--some-option` alike, abbreviates nothing, and names the nearest of unknown ones."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        width = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+        super().__init__(*args, **{**width, "allow_abbrev": False, **kwargs})
+
+    def parse_all(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """The options that were given. Raises RecipeError for others."""
+        known, rest = self.parse_known_args([_with_underscores(word) for word in arguments])
+        if rest:
+            names = [name for action in self._actions for name in action.option_strings]
+            word = rest[0].partition("=")[0]
+            nearest = difflib.get_close_matches(word, names, n=1, cutoff=0.5) if word.startswith("-") else []
+            hint = f"Did you mean {nearest[0]}?" if nearest else f"See {self.prog} --help."
+            raise RecipeError(f"{word} is not known. {hint}")
+        return known
+
+    def error(self, message: str) -> NoReturn:
+        raise RecipeError(f"{message}. See {self.prog} --help.")
+
+
+def _with_underscores(word: str) -> str:
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}"
+
+
+def add_options(parser: Parser, kind: type, title: str, *, help_all: bool = False, hide: Sequence[str] = ()) -> None:
+    """Add an option for each field of a dataclass. Values stay texts: `build` gives them their types."""
+    own, inherited = parser.add_argument_group(title), None
+    hints, words = get_type_hints(kind), _documented(kind)
+    training = set(option_fields(TrainingArguments)) if issubclass(kind, TrainingArguments) else set()
+    for name, field in option_fields(kind).items():
+        if name in hide or any(f"--{name}" in action.option_strings for action in parser._actions):
+            continue
+        group, shown = own, True
+        if name in training and not _is_own(kind, name):
+            inherited = inherited or parser.add_argument_group("training (options of TrainingArguments)")
+            group, shown = inherited, help_all or name in USUAL
+        text = _help(field, hints[name], words.get(name)) if shown else argparse.SUPPRESS
+        group.add_argument(
+            f"--{name}", dest=name, default=argparse.SUPPRESS, help=text, metavar=_metavar(hints[name]),
+            **({"nargs": "?", "const": "true"} if hints[name] is bool else {}),
+        )  # fmt: skip
+
+
+def _is_own(kind: type, name: str) -> bool:
+    """Whether a method's config, and not TrainingArguments, says what `name` means."""
+    return any(
+        name in base.__dict__.get("__annotations__", {})
+        for base in kind.__mro__
+        if not issubclass(TrainingArguments, base)
+    )
+
+
+def _help(field: Field, hint: Any, documented: str | None) -> str:
+    text = field.metadata.get("help") or documented or describe(hint).capitalize() + "."
+    text = " ".join(text.split())
+    default = field.default if not callable(field.default) else None
+    if default is not None and not isinstance(default, type(Field)) and "MISSING" not in repr(default):
+        text += f" Default: {getattr(default, 'value', default)}."
+    return text.replace("%", "%%")
+
+
+def _metavar(hint: Any) -> str:
+    names = {bool: "true|false", int: "N", float: "X"}
+    return names.get(hint, "VALUE")
+
+
+def _documented(kind: type) -> dict[str, str]:
+    """Fields described in a docstring as a column of names and a column of text."""
+    found: dict[str, str] = {}
+    for base in kind.__mro__:
+        lines = inspect.cleandoc(base.__dict__.get("__doc__") or "").splitlines()
+        name = None
+        for line in lines:
+            if match := re.match(r"([a-z]\w*) {2,}(\S.*)", line):
+                name = match[1]
+                found.setdefault(name, match[2])
+            elif name and re.match(r" {2,}\S", line):
+                found[name] += " " + line.strip()
+            else:
+                name = None
+    return found

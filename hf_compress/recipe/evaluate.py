@@ -1,0 +1,101 @@
+"""Compares what a recipe has made with what it began with, on the test texts."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from hf_compress.recipe.data import CLASSIFICATION, RecipeData, load_tokenizer
+from hf_compress.recipe.options import RecipeError, unknown
+from hf_compress.report.compare import compare
+from hf_compress.report.quality import accuracy, token_log_likelihood
+from hf_compress.report.result import Report
+
+
+@dataclass
+class EvaluateOptions:
+    """Quality, size and speed of the model now, beside those of other stages."""
+
+    models: str | None = field(
+        default=None,
+        metadata={"help": "Stages to compare the model with, with commas, the reference first; `input` is the model "
+                          "that the recipe began with. By default the last fine-tuned one, else `input`."},
+    )  # fmt: skip
+    split: str = field(default="test", metadata={"help": "test, validation or train."})
+    sequence_length: int | None = field(
+        default=None, metadata={"help": "Tokens of the texts that speed is measured on; the data's max_length."}
+    )
+    batch_size: int = field(default=32, metadata={"help": "Of the evaluation; speed is always measured at 1 and 32."})
+    latency_rounds: int = field(default=50, metadata={"help": "How often the latency of each model is taken."})
+    throughput_rounds: int = field(default=10, metadata={"help": "How often the throughput of each model is taken."})
+    float32: bool = field(default=True, metadata={"help": "Run models in float32, whatever they were stored in."})
+
+    def __post_init__(self):
+        if self.split not in ("test", "validation", "train"):
+            raise ValueError(f"split must be test, validation or train, got {self.split!r}.")
+        if min(self.batch_size, self.latency_rounds, self.throughput_rounds) < 1:
+            raise ValueError("batch_size, latency_rounds and throughput_rounds must be at least 1.")
+
+    def names(self) -> list[str]:
+        return [name.strip() for name in self.models.split(",")] if self.models else []
+
+
+Sources = str | Path | Sequence[str | Path]
+
+
+def evaluate(options: EvaluateOptions, models: Mapping[str, Sources], data: RecipeData, command: str) -> Report:
+    """Compare `models`, the reference first; a list holds the seeds of one thing.
+
+    Each model is read with the tokenizer beside it, since vocabularies may have been cut.
+    """
+    rows = {}
+    for name, sources in models.items():
+        source = sources if isinstance(sources, (str, Path)) else sources[0]
+        config = AutoConfig.from_pretrained(source)
+        data.check_labels(config, name)
+        tokenizer = load_tokenizer(source)
+        rows[name] = data.tokenized(tokenizer, config)[options.split]
+    return compare(
+        models,
+        eval_dataset=rows,
+        data_collator=None if data.task == CLASSIFICATION else data.collator(tokenizer),
+        metric=accuracy if data.task == CLASSIFICATION else token_log_likelihood,
+        dataset_name=f"{data.name}, {options.split}",
+        batch_size=options.batch_size,
+        sequence_length=options.sequence_length or data.options.max_length,
+        latency_rounds=options.latency_rounds,
+        throughput_rounds=options.throughput_rounds,
+        dtype=torch.float32 if options.float32 else None,
+        command=command,
+    )
+
+
+def main_figures(report: Report) -> dict[str, Any]:
+    """The main figures of each model, plain, for the record of a stage."""
+    return {
+        entry.name: {
+            "quality": entry.quality,
+            "stored_bytes": entry.measurement.stored_bytes,
+            "byte_rate": entry.byte_rate,
+            "throughput_speed_up": entry.throughput_speed_up.value,
+            "latency_speed_up": entry.latency_speed_up.value,
+        }
+        for entry in report.entries
+    }
+
+
+def chosen_models(
+    options: EvaluateOptions, stages: Mapping[str, str | Path], current: str, reference: str
+) -> dict[str, str | Path]:
+    """name -> folder of the models to compare, the current one last. Raises RecipeError for unknown stages."""
+    names = options.names() or [reference]
+    for name in names:
+        if name not in stages:
+            raise unknown(name, stages, "evaluate: the stage")
+    chosen = {name: stages[name] for name in [*names, current]}
+    if not chosen:
+        raise RecipeError("evaluate has no model to look at.")
+    return chosen

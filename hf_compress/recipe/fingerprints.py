@@ -1,0 +1,68 @@
+"""What a stage's result depends on, as short texts that change when it does."""
+
+import hashlib
+import json
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.utils import validate_repo_id
+from transformers.utils.hub import cached_file
+
+from hf_compress.recipe.options import RecipeError
+
+LENGTH = 16  # characters; of different results among a thousand, two are mistaken with probability 1e-14
+# what changes where, how often and how loudly, but not what comes out
+WITHOUT_EFFECT = {
+    "disable_tqdm", "log_level", "log_level_replica", "log_on_each_node", "logging_dir", "logging_first_step",
+    "logging_nan_inf_filter", "logging_steps", "logging_strategy", "output_dir", "overwrite_output_dir", "report_to",
+    "run_name", "save_strategy", "save_steps", "save_total_limit", "dataloader_num_workers", "dataloader_pin_memory",
+    "dataloader_persistent_workers", "dataloader_prefetch_factor", "project", "skip_memory_metrics", "resume_dir",
+}  # fmt: skip
+
+
+def digest(value: Any) -> str:
+    """Of anything made of plain values; the same in every process."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:LENGTH]
+
+
+def settings(options: Any) -> dict[str, Any]:
+    """The fields of an options dataclass that differ from what it would have by itself, as plain values."""
+    if not is_dataclass(options):
+        raise TypeError(f"expected a dataclass of options, got {type(options).__name__}.")
+    changed = {}
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if field.name not in WITHOUT_EFFECT and field.init and value != field.default:
+            changed[field.name] = value.value if isinstance(value, Enum) else value
+    return changed
+
+
+def model_fingerprint(source: str | Path) -> str:
+    """Of the files of a folder, or the commit of a name on the Hub. Raises RecipeError for what is neither."""
+    folder = Path(source)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise RecipeError(f"{source} holds no model: there is no config.json in it.")
+        files = sorted(p for p in folder.iterdir() if p.is_file() and p.name != "README.md")
+        return digest({file.name: file_digest(file) for file in files})
+    try:
+        validate_repo_id(str(source))
+        config = cached_file(str(source), "config.json")
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise RecipeError(f"There is no model {str(source)!r}: it is no folder here, and {reason}") from error
+    return Path(config).parent.name  # snapshots are called by their commit
+
+
+def file_digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(stream)
+
+
+def _digest(stream) -> str:  # Python 3.10
+    content = hashlib.sha256()
+    while piece := stream.read(1 << 20):
+        content.update(piece)
+    return content.hexdigest()

@@ -1,0 +1,215 @@
+"""Methods that change a model without training it, as dataclasses of options with `apply`."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_compress.anatomy import anatomy
+from hf_compress.pruning.budget import prune
+from hf_compress.pruning.embeddings import factorise_embeddings
+from hf_compress.pruning.importance import every_other, head_importance, neuron_importance
+from hf_compress.pruning.one_shot import prune_weights
+from hf_compress.quantization.allocation import allocate_bits
+from hf_compress.quantization.block_by_block import GPTQOptions
+from hf_compress.quantization.quantize import quantize
+from hf_compress.quantization.sensitivity import hessian_sensitivity
+from hf_compress.surgery import prune_heads, prune_layers, prune_neurons
+from hf_compress.surgery.tokenizer import used_tokens
+from hf_compress.surgery.vocabulary import prune_vocabulary
+
+SENSITIVITY_BATCH = 8
+HEAD_BITS = 8  # of poolers and heads, where the bits of the layers are mixed
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The training data, as one-shot methods use it."""
+
+    texts: Iterable[str]
+    rows: Any  # a tokenized `datasets.Dataset`
+    collator: Any
+    seed: int
+
+    def some(self, number: int) -> Any:
+        return self.rows.shuffle(seed=self.seed).select(range(min(number, len(self.rows))))
+
+    def loader(self, number: int, batch_size: int) -> DataLoader:
+        return DataLoader(self.some(number), batch_size=batch_size, collate_fn=self.collator)
+
+
+@dataclass
+class StructureOptions:
+    """Cut a share of the layers, heads and neurons at once, those that matter least."""
+
+    layers: float = field(default=0.0, metadata={"help": "Share of the layers that goes, evenly spread, 0 to 1."})
+    heads: float = field(default=0.0, metadata={"help": "Share of each layer's heads that goes, 0 to below 1."})
+    neurons: float = field(default=0.0, metadata={"help": "Share of each layer's neurons that goes, 0 to below 1."})
+    scoring_examples: int = field(default=256, metadata={"help": "Training examples that importance is measured on."})
+    scoring_batch_size: int = field(default=32, metadata={"help": "Examples that are scored at once."})
+
+    def __post_init__(self):
+        for name in ("layers", "heads", "neurons"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is the share that goes, at least 0 and below 1, got {getattr(self, name)}.")
+        if not (self.layers or self.heads or self.neurons):
+            raise ValueError("give a share of layers, heads or neurons that goes.")
+
+    def apply(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: Samples):
+        parts = anatomy(model)
+        if self.layers and len(parts.stacks) > 1:
+            raise ValueError("layers: a model with encoder and decoder is cut with the method `layers`, which trains.")
+        keep = every_other(len(parts.layers), self.layers) if self.layers else range(len(parts.layers))
+        scores = {}
+        for kind, measured in (("heads", head_importance), ("neurons", neuron_importance)):
+            if getattr(self, kind):
+                scores[kind] = measured(model, samples.loader(self.scoring_examples, self.scoring_batch_size))
+        if self.layers:
+            prune_layers(model, keep)
+        for kind, cut in (("heads", prune_heads), ("neurons", prune_neurons)):
+            if kind in scores:
+                cut(model, self._least(scores[kind], keep, getattr(self, kind)))
+        return model, tokenizer
+
+    @staticmethod
+    def _least(scores, keep: Iterable[int], share: float) -> dict[int, list[int]]:
+        gone = {}
+        for new, old in enumerate(keep):
+            known = scores[old][~scores[old].isnan()]
+            gone[new] = known.argsort(stable=True)[: int(share * len(known))].tolist()
+        return gone
+
+
+@dataclass
+class VocabularyOptions:
+    """Cut the tokens that the training texts do not need; other words are spelled in smaller pieces."""
+
+    min_count: int = field(default=1, metadata={"help": "Keep tokens that occur at least so often in the data."})
+
+    def apply(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: Samples):
+        keep = used_tokens(tokenizer, samples.texts, min_count=self.min_count)
+        return model, prune_vocabulary(model, tokenizer, keep=keep)
+
+
+@dataclass
+class EmbeddingOptions:
+    """Write the table of tokens as a product of two thin matrices."""
+
+    rank: int = field(metadata={"help": "Width between the two matrices."})
+
+    def apply(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: Samples):
+        return factorise_embeddings(model, self.rank), tokenizer
+
+
+@dataclass
+class BudgetOptions:
+    """Cut heads, neurons and layers, those first that are worth least for what they cost."""
+
+    target: float = field(metadata={"help": "Share of the metric that is left, between 0 and 1."})
+    metric: Literal["parameters", "multiply_adds", "latency"] = field(
+        default="parameters", metadata={"help": "parameters, multiply_adds or latency."}
+    )
+    sequence_length: int = field(default=128, metadata={"help": "Tokens of the example that costs are counted on."})
+    scoring_examples: int = field(default=256, metadata={"help": "Training examples that importance is measured on."})
+    scoring_batch_size: int = field(default=32, metadata={"help": "Examples that are scored at once."})
+
+    def apply(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: Samples):
+        loader = samples.loader(self.scoring_examples, self.scoring_batch_size)
+        prune(model, loader, target=self.target, metric=self.metric, sequence_length=self.sequence_length)
+        return model, tokenizer
+
+
+@dataclass
+class WeightsOptions:
+    """Set single weights to zero without training; such a model is masked, not smaller."""
+
+    sparsity: float = field(default=0.5, metadata={"help": "Share of the weights that go, at least 0 and below 1."})
+    score: str = field(default="wanda", metadata={"help": "magnitude, wanda, obd or obs."})
+    bank_size: int | None = field(default=None, metadata={"help": "Decide among so many weights of a row; 4 for 2:4."})
+    calibration_examples: int = field(default=128, metadata={"help": "Training examples that are run to score."})
+
+    def apply(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: Samples):
+        calibration = None if self.score == "magnitude" else samples.some(self.calibration_examples)
+        prune_weights(model, self.sparsity, method=self.score, calibration=calibration, bank_size=self.bank_size)
+        return model, tokenizer
+
+
+@dataclass(frozen=True)
+class RoundOptions:
+    """Round the weights of all linear maps within the layers to few bits."""
+
+    bits: int = field(default=8, metadata={"help": "2, 3, 4 or 8 bits for each weight."})
+    average_bits: float | None = field(
+        default=None, metadata={"help": "In place of bits: a mean, the sensitive modules at more, e.g. 3.5."}
+    )
+    group_size: int | str = field(
+        default="auto", metadata={"help": "Weights that share a scale: auto, -1 for the whole row, or 32, 64, 128."}
+    )
+    symmetric: bool = field(default=False, metadata={"help": "Fix the zero point at mid-range."})
+    embedding_bits: int | None = field(default=None, metadata={"help": "Bits of the embedding tables; none: float."})
+    activation_bits: int | None = field(default=None, metadata={"help": "8 rounds the inputs of each layer as well."})
+    heads_too: bool = field(default=False, metadata={"help": "Pack the pooler and the head of the task as well."})
+    skip_modules: str | None = field(default=None, metadata={"help": "Regular expressions of names, with commas."})
+    range_method: str = field(default="mse", metadata={"help": "mse, minmax, percentile or kl."})
+    scale_dtype: str = field(default="float16", metadata={"help": "float16 or float32."})
+    sensitivity_examples: int = field(default=64, metadata={"help": "Examples of the Hessian for average_bits."})
+    sensitivity_method: str = field(default="trace", metadata={"help": "trace or eigenvalue, for average_bits."})
+
+    method = "rtn"
+
+    def apply(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: Samples):
+        options = {field.name: getattr(self, field.name) for field in fields(RoundOptions)}
+        for name in ("bits", "average_bits", "skip_modules", "heads_too", "sensitivity_examples", "sensitivity_method"):
+            options.pop(name)
+        skip = self.skip_modules.split(",") if self.skip_modules else []
+        quantize(
+            model, self.module_bits(model, samples), method=self.method, skip_modules=skip, **options,
+            **self.extra(samples),
+        )  # fmt: skip
+        return model, tokenizer
+
+    def module_bits(self, model: PreTrainedModel, samples: Samples) -> int | dict[str, int]:
+        if self.average_bits is None:
+            return linear_maps(model, self.bits) if self.heads_too else self.bits
+        loader = samples.loader(self.sensitivity_examples, SENSITIVITY_BATCH)
+        sensitivity = hessian_sensitivity(model, loader, method=self.sensitivity_method)
+        bits = allocate_bits(
+            model, sensitivity, average_bits=self.average_bits, group_size=self.group_size, symmetric=self.symmetric
+        )
+        return {**linear_maps(model, HEAD_BITS), **bits} if self.heads_too else bits
+
+    def extra(self, samples: Samples) -> dict[str, Any]:
+        return {}
+
+
+def linear_maps(model: PreTrainedModel, bits: int) -> dict[str, int]:
+    """Every linear map that is not tied to a table, heads included."""
+    tied = {key.removesuffix(".weight") for key in model.all_tied_weights_keys}
+    kinds = ("Linear", "Conv1D")
+    return {n: bits for n, m in model.named_modules() if type(m).__name__ in kinds and n not in tied}
+
+
+@dataclass(frozen=True)
+class GPTQStageOptions(RoundOptions, GPTQOptions):
+    """GPTQ: round column by column, the columns still to come make up for the error (Frantar et al., 2023)."""
+
+    bits: int = field(default=4, metadata={"help": "2, 3, 4 or 8 bits for each weight."})
+    calibration_examples: int = field(default=128, metadata={"help": "Training rows that the Hessians are made of."})
+
+    method = "gptq"
+
+    def extra(self, samples: Samples) -> dict[str, Any]:
+        gptq = {field.name: getattr(self, field.name) for field in fields(GPTQOptions)}
+        return {**gptq, "calibration": samples.some(self.calibration_examples)}
+
+
+PRUNE = {
+    "structure": StructureOptions,
+    "vocabulary": VocabularyOptions,
+    "embeddings": EmbeddingOptions,
+    "budget": BudgetOptions,
+    "weights-at-once": WeightsOptions,
+}
+QUANTIZE = {"rtn": RoundOptions, "gptq": GPTQStageOptions}

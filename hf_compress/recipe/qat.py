@@ -1,0 +1,64 @@
+"""Quantization-aware training inside another training: prepare, train, pack."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_compress.quantization.qat import QuantizationAware, fake_modules, pack_qat, prepare_qat
+
+CALLBACK_OPTIONS = ("refresh_steps", "start_bits", "lowering_ratio")
+
+
+@dataclass
+class QATOptions:
+    """Train with weights and activations rounded as they will be stored; part of a `together:` stage."""
+
+    bits: int = field(default=8, metadata={"help": "2, 3, 4 or 8 bits for each weight."})
+    num_groups: int | None = field(default=None, metadata={"help": "Q-BERT's groups; none: one scale for each row."})
+    group_size: int = field(default=-1, metadata={"help": "Columns of a row that share a scale; -1 for all."})
+    symmetric: bool = field(default=False, metadata={"help": "Fix the zero point at mid-range."})
+    activation_bits: int | None = field(default=8, metadata={"help": "8 rounds the inputs of each layer, none not."})
+    dynamic_activations: bool = field(default=False, metadata={"help": "Each token's own range of activations."})
+    embedding_bits: int | None = field(default=8, metadata={"help": "Bits of the embedding tables; none: float."})
+    learned_steps: bool = field(default=False, metadata={"help": "Learn the scales with the weights (LSQ)."})
+    range_method: str = field(default="mse", metadata={"help": "mse, minmax, percentile or kl."})
+    refresh_steps: int = field(default=100, metadata={"help": "Steps between two searches of the weight ranges."})
+    start_bits: int | None = field(default=None, metadata={"help": "Begin with so many bits and go down."})
+    lowering_ratio: float = field(default=0.3, metadata={"help": "Share of the training that lowering takes."})
+
+    def __post_init__(self):
+        self.callback()  # checks the values
+
+    def _preparation(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in CALLBACK_OPTIONS}
+
+    def prepare(self, model: PreTrainedModel) -> PreTrainedModel:
+        return prepare_qat(model, **self._preparation())
+
+    def callback(self) -> QuantizationAware:
+        return QuantizationAware(**{name: getattr(self, name) for name in CALLBACK_OPTIONS})
+
+    def finish(self, model: PreTrainedModel, pruning: list[Any]) -> PreTrainedModel:
+        """Let each pruning callback cut `model`, then pack what is left, in place. Grids of cut weights are new."""
+        if pruning:
+            ranges = _unwrap(model)
+            for callback in pruning:
+                callback.finish(model)
+            self.prepare(model)
+            for name, module in fake_modules(model):
+                if name in ranges:
+                    object.__setattr__(module, "input_quantizer", ranges[name])
+        return pack_qat(model)
+
+
+def _unwrap(model: nn.Module) -> dict[str, Any]:
+    """Give fake-quantized modules their own class back. Returns what was learned of their inputs."""
+    ranges = {}
+    for name, module in list(fake_modules(model)):
+        ranges[name] = module.input_quantizer
+        module.__class__ = module.original_class
+        for attribute in ("weight_quantizer", "input_quantizer", "original_class"):
+            del module.__dict__[attribute]
+    return ranges

@@ -1,0 +1,282 @@
+"""A recipe: stages in a chain, each kept by the fingerprint of what went in, so that only what changed runs again."""
+
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import AutoConfig
+
+from hf_compress import __version__
+from hf_compress.recipe.data import CLASSIFICATION, LANGUAGE_MODEL, TASKS, DataOptions, RecipeData
+from hf_compress.recipe.evaluate import chosen_models, evaluate, main_figures
+from hf_compress.recipe.fingerprints import digest, model_fingerprint, settings
+from hf_compress.recipe.options import RecipeError, build, read_yaml, unknown
+from hf_compress.recipe.stages import Stage, StudentOptions, read_stages
+from hf_compress.recipe.store import Store
+from hf_compress.recipe.training import Work, change_model
+
+logger = logging.getLogger(__name__)
+
+KEYS = ("name", "description", "model", "task", "seed", "data", "stages")
+INPUT = "input"  # what stages call the model that a recipe begins with
+REPORT_FILES = ("report.json", "report.md", "report.csv", "report.html", "report.png")
+
+
+@dataclass(frozen=True)
+class Made:
+    """What has been made so far: the model, where it is, and the fingerprint of all that led to it."""
+
+    name: str
+    source: str | Path
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class RecipeResult:
+    """Where a recipe's results are. `stages` holds the record of each, in order."""
+
+    output: Path
+    model: Path | str
+    stages: tuple[dict[str, Any], ...]
+
+
+class Recipe:
+    """Stages that make a smaller model out of a model and texts.
+
+    Args:
+        stages: a list of single-entry mappings, kind -> options: `[{"fine-tune": {...}}, {"quantize": {"bits": 8}}]`.
+            Kinds are fine-tune, distil, prune, quantize, evaluate, publish, and together, whose value is a list.
+        model: a folder or Hub name, where the recipe begins.
+        data: a file, folder or Hub name, or a mapping with `source`, `text_column`, `label_column`, `max_length`.
+        task: `sequence-classification` or `causal-lm`; told by the model's config when not given.
+        seed: of every stage that draws.
+
+    Raises RecipeError, a ValueError, naming the stage and the nearest name that is known, before anything runs.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Mapping[str, Any]],
+        *,
+        model: str | Path | None = None,
+        data: str | Mapping[str, Any] | None = None,
+        task: str | None = None,
+        seed: int = 0,
+        name: str = "recipe",
+        description: str = "",
+    ):
+        if task is not None and task not in TASKS:
+            raise unknown(task, TASKS, "The task")
+        self.stages = read_stages(stages)
+        self.model, self.task, self.name, self.description = model, task, name, description
+        self.data = {"source": data} if isinstance(data, (str, Path)) else dict(data or {})
+        self.seed, self.written = build(_Seed, {"seed": seed}, "The recipe").seed, stages
+
+    @classmethod
+    def from_yaml(cls, source: str | Path) -> "Recipe":
+        """A recipe from a file, or a ready one by its name, such as `classifier-cpu`."""
+        text, where = _read(source)
+        written = read_yaml(text, where)
+        if not isinstance(written, Mapping):
+            raise RecipeError(f"{where} must hold a mapping with the keys {', '.join(KEYS)}.")
+        for key in written:
+            if key not in KEYS:
+                raise unknown(str(key), KEYS, f"{where}: the key")
+        if "stages" not in written:
+            raise RecipeError(f"{where} has no stages.")
+        return cls(**{"name": Path(where).stem, **written})
+
+    def changed(self, **changes: Any) -> "Recipe":
+        """A recipe like this one, but for some arguments."""
+        same = {name: getattr(self, name) for name in ("model", "data", "task", "seed", "name", "description")}
+        return Recipe(**{"stages": self.written, **same, **changes})
+
+    def to_yaml(self) -> str:
+        """The recipe as it is now, with what was added to the file it came from."""
+        whole = {"name": self.name, "task": self.task, "model": str(self.model), "seed": self.seed, "data": self.data,
+                 "stages": self.written}  # fmt: skip
+        return yaml.safe_dump({k: v for k, v in whole.items() if v not in (None, {}, "None")}, sort_keys=False)
+
+    def run(self, output_dir: str | Path, *, command: str | None = None) -> RecipeResult:
+        """Run the stages that have not run on the same things before. Results are in `output_dir`.
+
+        An interrupted run goes on where it stopped: finished stages are kept, a training resumes from its last
+        checkpoint. Raises RecipeError for what its writer can mend.
+        """
+        if self.model is None:
+            raise RecipeError("The recipe names no model: give a folder or a Hub name (`model:`, or --model).")
+        needs_data = any(stage.kind != "publish" for stage in self.stages)
+        if needs_data and not self.data.get("source"):
+            raise RecipeError("The recipe names no data: give a file, a folder or a Hub name (`data:`, or --data).")
+        made = [Made(INPUT, self.model, model_fingerprint(self.model))]
+        data = RecipeData(build(DataOptions, self.data, "data"), self.task or task_of(self.model))
+        store = Store(output_dir)
+        records: list[dict[str, Any]] = []
+        for number, stage in enumerate(self.stages, 1):
+            current = made[-1]
+            fingerprint = self._fingerprint(stage, made, data)
+            folder = store.folder(number, stage.name, fingerprint)
+            record = store.record(folder)
+            if record is None:
+                logger.warning("%d/%d %s", number, len(self.stages), stage.name)
+                record = self._run_stage(stage, store, folder, fingerprint, made, data, records, command)
+            else:
+                logger.warning("%d/%d %s: kept from an earlier run", number, len(self.stages), stage.name)
+            records.append(record)
+            if (folder / "model").is_dir():
+                current = Made(stage.name, folder / "model", fingerprint)
+                made.append(current)
+            if _is_main() and stage.kind == "evaluate":
+                for file in REPORT_FILES:
+                    if (folder / file).is_file():
+                        store.copy_out(folder / file, file)
+        source = made[-1].source
+        if _is_main():
+            (store.output / "recipe.yaml").write_text(self.to_yaml())
+            if len(made) > 1:
+                source = self._copy_model(store, made[-1])
+        return RecipeResult(store.output, source, tuple(records))
+
+    def _run_stage(
+        self, stage: Stage, store: Store, folder: Path, fingerprint: str, made: Sequence[Made], data: RecipeData,
+        before: Sequence[Mapping[str, Any]], command: str | None,
+    ) -> dict[str, Any]:  # fmt: skip
+        start = time.time()
+        partial = store.begin(folder) if _is_main() else folder.with_name(folder.name + ".partial")
+        _wait_for_all()
+        record = {"name": stage.name, "kind": stage.kind, "options": dict(stage.given), "folder": folder.name,
+                  "fingerprint": fingerprint, "version": __version__}  # fmt: skip
+        if stage.kind == "evaluate":
+            figures = {}
+            if _is_main():
+                sources = {one.name: one.source for one in made}
+                models = chosen_models(stage.own, sources, made[-1].name, self._reference(made))
+                report = evaluate(stage.own, models, data, command or f"hf-compress run {self.name}")
+                report.save(partial)
+                figures = main_figures(report)
+        elif stage.kind == "publish":
+            figures = self._publish(stage, made, before, partial) if _is_main() else {}
+        else:
+            work = Work(partial, made[-1].source, self._teacher(stage, made), data, self.seed, saves=_is_main())
+            if stage.parts or stage.method.trains or _is_main():
+                figures = change_model(stage, work)
+        _wait_for_all()
+        if _is_main():
+            store.finish(folder, {**record, "seconds": round(time.time() - start, 1), "figures": figures})
+        _wait_for_all()
+        return store.record(folder)
+
+    def _publish(
+        self, stage: Stage, made: Sequence[Made], before: Sequence[Mapping[str, Any]], folder: Path
+    ) -> dict[str, Any]:
+        from hf_compress.hub import publish  # needs the network, which other stages do not
+
+        report = next((r for r in reversed(before) if r["kind"] == "evaluate"), None)
+        options = stage.own
+        found = publish(
+            made[-1].source,
+            options.repo_id,
+            private=not options.public,
+            dry_run=options.dry_run,
+            stages=[{"name": r["name"], "options": r["options"]} for r in before if r["kind"] != "evaluate"],
+            report_folder=None if report is None else folder.parent / report["folder"],
+            **options.card_options(),
+        )
+        return {"files": found.files, "url": found.url}
+
+    def _fingerprint(self, stage: Stage, made: Sequence[Made], data: RecipeData) -> str:
+        """Of everything that the result of `stage` depends on."""
+        parts = stage.parts or (stage,)
+        options = [[part.kind, part.method.name, *map(settings, part.options)] for part in parts]
+        others: dict[str, Any] = {}
+        if stage.kind == "evaluate":
+            sources = {one.name: one.source for one in made}
+            chosen = chosen_models(stage.own, sources, made[-1].name, self._reference(made))
+            others = {one.name: one.fingerprint for one in made if one.name in chosen}
+        teacher = self._teacher(stage, made)
+        if teacher is not None:
+            known = {one.source: one.fingerprint for one in made}
+            others["teacher"] = known.get(teacher) or model_fingerprint(teacher)
+        if student := self._student(stage):
+            others["student"] = model_fingerprint(student)
+        texts = "" if stage.kind == "publish" else data.fingerprint
+        return digest([__version__, options, made[-1].fingerprint, texts, others, self.seed])
+
+    def _teacher(self, stage: Stage, made: Sequence[Made]) -> str | Path | None:
+        part = stage.part("distil")
+        if part is None:
+            return None
+        options = next(option for option in part.options if isinstance(option, StudentOptions))
+        if options.teacher is not None:
+            return next((one.source for one in made if one.name == options.teacher), options.teacher)
+        if options.shape() or options.student:
+            return made[-1].source
+        return next(one.source for one in made if one.name == self._reference(made))
+
+    @staticmethod
+    def _student(stage: Stage) -> str | None:
+        part = stage.part("distil")
+        options = [] if part is None else [o for o in part.options if isinstance(o, StudentOptions)]
+        return options[0].student if options else None
+
+    def _reference(self, made: Sequence[Made]) -> str:
+        """What the model is held against, and learns from: the last fine-tuned one, else the one that came in."""
+        tuned = {stage.name for stage in self.stages if stage.kind == "fine-tune"}
+        return next((one.name for one in reversed(made) if one.name in tuned), INPUT)
+
+    @staticmethod
+    def _copy_model(store: Store, last: Made) -> Path:
+        marker, target = store.output / ".model.fingerprint", store.output / "model"
+        if not (target.is_dir() and marker.is_file() and marker.read_text() == last.fingerprint):
+            marker.unlink(missing_ok=True)
+            store.copy_out(Path(last.source), "model")
+            marker.write_text(last.fingerprint)
+        return target
+
+
+@dataclass
+class _Seed:
+    seed: int = 0
+
+
+def task_of(model: str | Path) -> str:
+    """What a model is for, by the class that its config names."""
+    names = AutoConfig.from_pretrained(model).architectures or []
+    is_language_model = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
+    return LANGUAGE_MODEL if is_language_model else CLASSIFICATION
+
+
+def ready_recipes() -> dict[str, str]:
+    """name -> description of the recipes that come with the package."""
+    folder = files("hf_compress.recipe") / "ready"
+    found = sorted(file for file in folder.iterdir() if file.name.endswith(".yaml"))
+    return {f.name.removesuffix(".yaml"): read_yaml(f.read_text(), f.name)["description"] for f in found}
+
+
+def _read(source: str | Path) -> tuple[str, str]:
+    path = Path(source)
+    if path.is_file():
+        return path.read_text(), path.name
+    ready = files("hf_compress.recipe") / "ready" / f"{source}.yaml"
+    if ready.is_file():
+        return ready.read_text(), f"{source}.yaml"
+    if path.suffix in (".yaml", ".yml"):
+        raise RecipeError(f"There is no recipe {source}: the file does not exist.")
+    raise unknown(str(source), ready_recipes(), "There is no file of that name, and the ready recipe")
+
+
+def _is_main() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def _wait_for_all() -> None:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        from accelerate import PartialState
+
+        PartialState().wait_for_everyone()

@@ -1,0 +1,252 @@
+"""The kinds of stages, their methods, and which options each takes."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from importlib import import_module
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from hf_compress import distillation, pruning, quantization
+from hf_compress.recipe import one_shot
+from hf_compress.recipe.evaluate import EvaluateOptions
+from hf_compress.recipe.options import RecipeError, build, split_options, unknown
+from hf_compress.recipe.publish import PublishOptions
+from hf_compress.recipe.qat import QATOptions
+
+ALIASES = {"distill": "distil", "finetune": "fine-tune"}
+DEFAULT_METHODS = {"distil": "soft-targets", "prune": "structure", "quantize": "rtn"}
+
+
+@dataclass
+class StageOptions:
+    name: str | None = field(default=None, metadata={"help": "What reports and other stages call this stage."})
+
+
+@dataclass
+class StudentOptions:
+    """Who learns from whom; a student is made from the model that enters the stage."""
+
+    teacher: str | None = field(
+        default=None,
+        metadata={"help": "A stage's name, a folder or a Hub name; by default the model that entered, "
+                          "if the student is made smaller here, else the last fine-tuned one."},
+    )  # fmt: skip
+    student: str | None = field(default=None, metadata={"help": "A folder or Hub name, in place of what entered."})
+    num_hidden_layers: int | None = field(default=None, metadata={"help": "Layers of the student."})
+    layers: str = field(default="skip", metadata={"help": "Which it starts from: first, last, skip, or 0,2,5."})
+    hidden_size: int | None = field(default=None, metadata={"help": "Width of the student."})
+    intermediate_size: int | None = field(default=None, metadata={"help": "Neurons in each layer of the student."})
+    num_attention_heads: int | None = field(default=None, metadata={"help": "Heads in each layer of the student."})
+    weights: str = field(default="copy", metadata={"help": "copy what fits from the teacher, or fresh."})
+
+    def shape(self) -> dict[str, Any]:
+        """The arguments of `make_student`; empty when the student is not to be made smaller."""
+        sizes = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
+        shape = {name: getattr(self, name) for name in sizes if getattr(self, name) is not None}
+        if not shape and self.layers == "skip":
+            return {}
+        chosen = self.layers
+        if not self.layers.isalpha():
+            chosen = [int(number) for number in self.layers.split(",")]
+        return {**shape, "layers": chosen, "weights": self.weights}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to do a kind of stage: `options` are dataclasses, the last the method's own."""
+
+    kind: str
+    name: str
+    options: tuple[type, ...]
+    trainer: type | None = None  # None for what does not train
+
+    @property
+    def trains(self) -> bool:
+        return self.trainer is not None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage whose options have been read. `parts` are the stages of one that works together, else empty."""
+
+    kind: str
+    name: str
+    method: Method | None
+    options: tuple[Any, ...]  # one of each class of `method.options`
+    parts: tuple["Stage", ...] = ()
+    given: Mapping[str, Any] = field(default_factory=dict)  # as they were written, for cards
+
+    @property
+    def own(self) -> Any:
+        """The options of the method itself."""
+        return self.options[-1]
+
+    def part(self, kind: str) -> "Stage | None":
+        return next((part for part in (self.parts or (self,)) if part.kind == kind), None)
+
+
+def _from_table(kind: str, table: Mapping[str, tuple[str, str, str]], *more: type) -> dict[str, Callable[[], Method]]:
+    """Methods of a folder's `METHODS`, each imported when it is asked for."""
+
+    def load(name: str, module: str, config: str, trainer: str) -> Method:
+        home = import_module(module)
+        return Method(kind, name, (StageOptions, *more, getattr(home, config)), getattr(home, trainer))
+
+    return {name: (lambda n=name, entry=entry: load(n, *entry)) for name, entry in table.items()}
+
+
+def _plain(kind: str, table: Mapping[str, type]) -> dict[str, Callable[[], Method]]:
+    return {name: (lambda n=name, o=options: Method(kind, n, (StageOptions, o))) for name, options in table.items()}
+
+
+def _fine_tune() -> Method:
+    from hf_compress.training_state import TrainingStateMixin
+
+    return Method("fine-tune", "fine-tune", (StageOptions, TrainingArguments), TrainingStateMixin)
+
+
+KINDS: dict[str, dict[str, Callable[[], Method]]] = {
+    "fine-tune": {"fine-tune": _fine_tune},
+    "distil": _from_table("distil", distillation.METHODS, StudentOptions),
+    "prune": {**_from_table("prune", pruning.METHODS), **_plain("prune", one_shot.PRUNE)},
+    "quantize": {
+        **_from_table("quantize", quantization.METHODS),
+        **_plain("quantize", {**one_shot.QUANTIZE, "qat": QATOptions}),
+    },
+    "evaluate": _plain("evaluate", {"evaluate": EvaluateOptions}),
+    "publish": _plain("publish", {"publish": PublishOptions}),
+}
+
+
+def method_of(kind: str, name: str | None, where: str = "") -> Method:
+    """The method called `name`, the usual one of its kind by default. Raises RecipeError naming the nearest one."""
+    table = KINDS[kind]
+    name = name or DEFAULT_METHODS.get(kind) or next(iter(table))
+    if name not in table:
+        raise unknown(name, table, f"{where or kind}: the method")
+    return table[name]()
+
+
+def read_stages(written: Any) -> list[Stage]:
+    """The stages of a recipe, checked. Raises RecipeError, naming the stage, for what cannot be done."""
+    if not isinstance(written, Sequence) or isinstance(written, str) or not written:
+        raise RecipeError("stages must be a list with at least one stage, such as `- quantize: {bits: 8}`.")
+    stages = [_read_stage(entry, f"Stage {number}") for number, entry in enumerate(written, 1)]
+    stages = _with_names(stages)
+    _check_order(stages)
+    return stages
+
+
+def _read_stage(entry: Any, where: str, *, within: bool = False) -> Stage:
+    if isinstance(entry, str):
+        entry = {entry: {}}
+    if not isinstance(entry, Mapping) or len(entry) != 1:
+        raise RecipeError(
+            f"{where} must be one kind with its options, such as `prune: {{sparsity: 0.5}}`, got {entry!r}."
+        )
+    ((kind, given),) = entry.items()
+    kind = ALIASES.get(kind, kind)
+    if kind == "together" and not within:
+        return _read_together(given, where)
+    if kind not in KINDS:
+        raise unknown(str(kind), [*KINDS, "together"], f"{where}: the kind")
+    given = {} if given is None else given
+    where = f"{where} ({kind})"
+    if not isinstance(given, Mapping):
+        raise RecipeError(f"{where}: options must be a mapping of names to values, got {given!r}.")
+    given = dict(given)
+    method = method_of(kind, given.pop("method", None), where)
+    if method.name == "qat" and not within:
+        raise RecipeError(f"{where}: qat rounds while another stage trains: put both under `together:`.")
+    return make_stage(method, given, where)
+
+
+def make_stage(method: Method, given: Mapping[str, Any], where: str) -> Stage:
+    """A stage of `method` from its options as they were written."""
+    parts = split_options(given, method.options, where)
+    options = []
+    for kind, values in zip(method.options, parts, strict=True):
+        fixed = training_defaults(values) if issubclass(kind, TrainingArguments) else {}
+        options.append(build(kind, values, where, **fixed))
+    kind = method.kind
+    usual = method.name if kind in ("prune", "quantize") else kind
+    return Stage(kind, options[0].name or usual, method, tuple(options), given={"method": method.name, **given})
+
+
+def training_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a recipe sets where a Trainer has no good default for one that may be cut off and goes on."""
+    defaults = dict(
+        output_dir="trainer_output", report_to="none", save_steps=0.1, save_total_limit=2, logging_steps=50,
+        save_strategy="steps", bf16=has_fast_bf16() and not given.get("fp16"),
+        use_cpu=not torch.accelerator.is_available(),
+    )  # fmt: skip
+    return {name: value for name, value in defaults.items() if name not in given}
+
+
+def has_fast_bf16() -> bool:
+    """Whether bf16 autocast pays: on CPUs with AMX it is several times faster than float32, elsewhere it is not."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return torch.cpu.get_capabilities().get("amx_bf16", False)
+
+
+TOGETHER = ("fine-tune", "distil", "prune", "quantize")
+
+
+def _read_together(given: Any, where: str) -> Stage:
+    where = f"{where} (together)"
+    name = None
+    if isinstance(given, Mapping) and "stages" in given:
+        if extra := set(given) - {"stages", "name"}:
+            raise unknown(sorted(extra)[0], ["stages", "name"], f"{where}: the option")
+        given, name = given["stages"], given.get("name")
+    if not isinstance(given, Sequence) or isinstance(given, str) or len(given) < 2:
+        raise RecipeError(f"{where} takes a list of two or more stages that train in one run.")
+    parts = [_read_stage(entry, f"{where}, part {i}", within=True) for i, entry in enumerate(given, 1)]
+    kinds = [part.kind for part in parts]
+    if len(set(part.name for part in parts)) < len(parts) or any(kind not in TOGETHER for kind in kinds):
+        raise RecipeError(
+            f"{where} takes fine-tune or distil, prune and quantize stages, each method once; got {kinds}."
+        )
+    if len([kind for kind in kinds if kind in ("fine-tune", "distil")]) != 1:
+        raise RecipeError(f"{where} needs one fine-tune or distil stage, whose training the others join; got {kinds}.")
+    arguments = {f.name for f in fields(TrainingArguments)}
+    for part in parts:
+        if part.kind == "prune" and not hasattr(part.own, "callback"):
+            raise RecipeError(f"{where}: {part.name} does not prune while training; make it a stage of its own.")
+        if part.kind == "quantize" and part.method.name != "qat":
+            raise RecipeError(f"{where}: quantize with `method: qat`, the one that trains; got {part.method.name}.")
+        if part.kind == "prune" and (foreign := arguments.intersection(part.given)):
+            raise RecipeError(f"{where}: {sorted(foreign)} belong to the stage that trains, not to {part.name}.")
+    return Stage("together", name or "together", None, (), tuple(parts), given={"stages": [p.given for p in parts]})
+
+
+def _with_names(stages: list[Stage]) -> list[Stage]:
+    """Names that occur once: a second `evaluate` is called evaluate-2."""
+    seen: dict[str, int] = {}
+    named = []
+    for stage in stages:
+        seen[stage.name] = seen.get(stage.name, 0) + 1
+        name = stage.name if seen[stage.name] == 1 else f"{stage.name}-{seen[stage.name]}"
+        if not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
+            raise RecipeError(f"A stage's name becomes a folder: letters, digits, - and _ only, got {name!r}.")
+        named.append(Stage(stage.kind, name, stage.method, stage.options, stage.parts, stage.given))
+    return named
+
+
+def packs(stage: Stage) -> bool:
+    return any(part.kind == "quantize" for part in (stage.parts or (stage,)))
+
+
+def _check_order(stages: Sequence[Stage]) -> None:
+    packed = None
+    for number, stage in enumerate(stages, 1):
+        if packed and stage.kind not in ("evaluate", "publish"):
+            raise RecipeError(
+                f"Stage {number} ({stage.name}) changes or trains weights, but stage {packed} packs them in few bits. "
+                "Quantize last, or put both under `together:` with `method: qat`."
+            )
+        if packs(stage):
+            packed = number

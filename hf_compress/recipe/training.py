@@ -1,0 +1,127 @@
+"""Stages that train: each goes on from its trainer's last whole checkpoint, and ends in a saved model."""
+
+import copy
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import (
+    AutoConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+    set_seed,
+)
+
+from hf_compress.distillation.students import make_student
+from hf_compress.recipe.data import CLASSIFICATION, TASKS, RecipeData, load_tokenizer
+from hf_compress.recipe.one_shot import Samples
+from hf_compress.recipe.qat import QATOptions
+from hf_compress.recipe.stages import Stage, StudentOptions
+from hf_compress.resume import last_complete_checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage is given."""
+
+    folder: Path  # its working folder
+    source: str | Path  # the model that enters
+    teacher: str | Path | None  # of a distil stage
+    data: RecipeData
+    seed: int
+    saves: bool = True  # False on all but the first of several processes
+
+
+def change_model(stage: Stage, work: Work) -> dict[str, Any]:
+    """Run a stage that makes another model, and save it with its tokenizer in `work.folder / "model"`."""
+    tokenizer = load_tokenizer(work.source)
+    if stage.kind != "fine-tune" and not (stage.part("fine-tune")):
+        work.data.check_labels(AutoConfig.from_pretrained(work.source), f"The model that enters {stage.name}")
+    set_seed(work.seed)
+    if stage.parts or stage.method.trains:
+        model, figures = train(stage, work, tokenizer)
+    else:
+        model = load(work.source, work.data)
+        rows = work.data.tokenized(tokenizer, model.config)["train"]
+        samples = Samples(work.data.texts["train"]["text"], rows, work.data.collator(tokenizer), work.seed)
+        model, tokenizer = stage.own.apply(model, tokenizer, samples)
+        figures = {}
+    if work.saves:
+        save(model, tokenizer, work.folder / "model")
+    return figures
+
+
+def train(stage: Stage, work: Work, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Train one stage, or the parts of one that works together. Returns the finished model and its last losses."""
+    main = stage.part("fine-tune") or stage.part("distil") or stage
+    arguments: TrainingArguments = main.own
+    arguments = replace_output(arguments, work.folder / "trainer", work.seed, main.given)
+    fresh_head = main.kind == "fine-tune"
+    model = load(work.source, work.data, fresh_head=fresh_head)
+    extra: dict[str, Any] = {}
+    if main.kind == "distil":
+        student = next(option for option in main.options if isinstance(option, StudentOptions))
+        extra["teacher_model"] = load(work.teacher, work.data)
+        if student.student:
+            model = load(student.student, work.data)
+        elif shape := student.shape():
+            model = make_student(model, **shape)
+    rows = work.data.tokenized(tokenizer, model.config)
+    qat: QATOptions | None = next((part.own for part in stage.parts if part.kind == "quantize"), None)
+    pruning = [part.own.callback() for part in stage.parts if part.kind == "prune"]
+    if qat:
+        model = qat.prepare(model)
+    callbacks = pruning + ([qat.callback()] if qat else [])
+    trainer = main.method.trainer(
+        model, arguments, train_dataset=rows["train"], eval_dataset=rows["validation"], processing_class=tokenizer,
+        data_collator=work.data.collator(tokenizer), **({"callbacks": callbacks} if callbacks else {}), **extra,
+    )  # fmt: skip
+    checkpoint = last_complete_checkpoint(arguments.output_dir)
+    if checkpoint:
+        logger.warning("%s goes on from %s.", stage.name, Path(checkpoint).name)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    model = trainer.model
+    if qat:
+        model = qat.finish(model, pruning)
+    else:
+        for callback in pruning:
+            model = callback.finish(model)
+        if hasattr(trainer, "pack"):
+            model = trainer.pack()
+    losses = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return model, {"steps": trainer.state.global_step, **({"last_losses": losses[-1]} if losses else {})}
+
+
+def replace_output(
+    arguments: TrainingArguments, folder: Path, seed: int, given: Mapping[str, Any]
+) -> TrainingArguments:
+    """`arguments` that write to `folder`, with the recipe's seed where the stage gives none."""
+    arguments = copy.copy(arguments)
+    arguments.output_dir = str(folder)
+    if "seed" not in given:
+        arguments.seed = seed
+    return arguments
+
+
+def load(source: str | Path, data: RecipeData, *, fresh_head: bool = False) -> PreTrainedModel:
+    """The model for the data's task. With `fresh_head`, another number of labels gets a new head."""
+    auto_class = getattr(transformers, TASKS[data.task])
+    options = {}
+    if data.task == CLASSIFICATION and fresh_head:
+        config = AutoConfig.from_pretrained(source)
+        if set(map(str, config.id2label.values())) != set(data.labels):
+            names = dict(enumerate(data.labels))
+            options = {"num_labels": len(names), "id2label": names, "label2id": {n: i for i, n in names.items()}}
+            options["ignore_mismatched_sizes"] = len(names) != config.num_labels
+    return auto_class.from_pretrained(source, **options)
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,159 @@
+"""A recipe runs from end to end, keeps what it has made, and goes on where it was stopped."""
+
+import json
+
+import pytest
+import torch
+from recipe_run import QUICK, TRAIN, reviews, tiny_folder
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
+
+from hf_compress.recipe import Recipe, RecipeError
+from hf_compress.recipe import recipe as recipe_module
+
+CHAIN = [
+    {"fine-tune": TRAIN},
+    {"prune": {"method": "vocabulary"}},
+    {"prune": {"method": "structure", "layers": 0.5, "heads": 0.5, "neurons": 0.25}},
+    {"distil": {"teacher": "vocabulary", "hints": "1:2,2:4", **TRAIN}},
+    {"quantize": {"bits": 8, "embedding_bits": 8, "heads_too": True}},
+    {"evaluate": {"models": "fine-tune,distil", **QUICK}},
+]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recipe")
+    data = {"source": str(reviews(folder / "r.csv")), "max_length": 16}
+    return {"model": tiny_folder(folder / "model"), "data": data, "folder": folder}
+
+
+@pytest.fixture(scope="module")
+def finished(work):
+    recipe = Recipe(CHAIN, model=work["model"], data=work["data"])
+    return recipe.run(work["folder"] / "out", command="hf-compress run test")
+
+
+def test_a_chain_makes_a_smaller_model_and_a_report(finished):
+    model = AutoModelForSequenceClassification.from_pretrained(finished.output / "model")
+    assert model.config.num_hidden_layers == 2 and model.config.vocab_size < 64
+    assert model.config.id2label == {0: "neg", 1: "pos"}
+    report = json.loads((finished.output / "report.json").read_text())
+    assert [entry["name"] for entry in report["entries"]] == ["fine-tune", "distil", "rtn"]
+    assert report["command"] == "hf-compress run test"
+    assert report["entries"][2]["byte_rate"] > report["entries"][1]["byte_rate"] > 1
+
+
+def test_what_ran_before_is_kept_and_what_lies_below_a_change_runs_again(work, finished, monkeypatch):
+    ran = []
+    original = recipe_module.change_model
+    monkeypatch.setattr(recipe_module, "change_model", lambda stage, w: ran.append(stage.name) or original(stage, w))
+    recipe = Recipe(CHAIN, model=work["model"], data=work["data"])
+    again = recipe.run(finished.output)
+    assert ran == [] and [r["fingerprint"] for r in again.stages] == [r["fingerprint"] for r in finished.stages]
+    changed = [*CHAIN[:4], {"quantize": {"bits": 4}}]
+    Recipe(changed, model=work["model"], data=work["data"]).run(finished.output)
+    assert ran == ["rtn"]
+    loud = [{"fine-tune": {**TRAIN, "logging_steps": 1}}, *CHAIN[1:]]
+    Recipe(loud, model=work["model"], data=work["data"]).run(finished.output)
+    assert ran == ["rtn"], "how often a training logs changes nothing of what it makes"
+
+
+def test_a_stopped_training_goes_on_and_ends_in_the_same_weights(work, finished, monkeypatch):
+    from hf_compress.training_state import TrainingStateMixin
+
+    class Stopped(Exception):
+        pass
+
+    def stop(self, model, *args, **kwargs):
+        if self.state.global_step == 2:
+            raise Stopped
+        return step(self, model, *args, **kwargs)
+
+    step = TrainingStateMixin.training_step
+    recipe = Recipe(CHAIN[:1], model=work["model"], data=work["data"])
+    output = work["folder"] / "stopped"
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingStateMixin, "training_step", stop)
+        with pytest.raises(Stopped):
+            recipe.run(output)
+    (partial,) = (output / "stages").iterdir()
+    assert partial.name.endswith(".partial") and not (output / "model").exists()
+    steps = []
+    monkeypatch.setattr(
+        TrainingStateMixin, "training_step", lambda self, *a, **k: steps.append(1) or step(self, *a, **k)
+    )
+    recipe.run(output)
+    assert len(steps) == 2, "the first two steps were in a checkpoint"
+    whole = load_file(finished.output / "stages" / finished.stages[0]["folder"] / "model" / "model.safetensors")
+    resumed = load_file(output / "model" / "model.safetensors")
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_damaged_stage_runs_again(work, finished):
+    recipe = Recipe(CHAIN[:2], model=work["model"], data=work["data"])
+    output = work["folder"] / "damaged"
+    stages = recipe.run(output).stages
+    weights = output / "stages" / stages[1]["folder"] / "model" / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:100])
+    recipe.run(output)
+    assert weights.read_bytes() == content
+
+
+def test_together_distils_prunes_and_quantizes_in_one_run(work, finished):
+    teacher = finished.output / "stages" / finished.stages[0]["folder"] / "model"
+    stages = [{"together": [
+        {"distil": {"num_hidden_layers": 2, **TRAIN}},
+        {"prune": {"method": "neurons", "sparsity": 0.5, "begin": 0.0, "num_updates": 2}},
+        {"quantize": {"method": "qat", "bits": 8}},
+    ]}]  # fmt: skip
+    result = Recipe(stages, model=teacher, data=work["data"]).run(work["folder"] / "together")
+    model = AutoModelForSequenceClassification.from_pretrained(result.model)
+    assert model.config.num_hidden_layers == 2
+    record = model.config.quantization_config
+    widths = [model.bert.encoder.layer[i].intermediate.dense.out_features for i in range(2)]
+    assert sum(widths) == 48, "half of the neurons of both layers"
+    assert record["bits"] and model(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
+
+
+MISTAKES = [
+    ([{"fine_tune": {}}], "Stage 1: the kind 'fine_tune' is not known. Did you mean 'fine-tune'"),
+    ([{"distil": {"alhpa": 0.5}}], "Stage 1 .distil.: the option 'alhpa' is not known. Did you mean 'alpha'"),
+    ([{"prune": {"method": "head"}}], "the method 'head' is not known. Did you mean 'heads'"),
+    ([{"distil": {"alpha": "much"}}], "alpha must be a number, got 'much'"),
+    ([{"distil": {"alpha": 2}}], "alpha is the share of the soft loss and must lie between 0 and 1"),
+    ([{"quantize": {}}, {"distil": {}}], "Stage 2 .distil. changes or trains weights, but stage 1 packs them"),
+    ([{"quantize": {"method": "qat"}}], "put both under `together:`"),
+    ([{"together": [{"prune": {"method": "heads"}}, {"quantize": {"method": "qat"}}]}], "needs one fine-tune"),
+    ([{"together": [{"distil": {}}, {"prune": {"method": "vocabulary"}}]}], "does not prune while training"),
+    ([{"publish": {}}], "repo_id must be given"),
+    ([], "at least one stage"),
+    ("fine-tune", "stages must be a list"),
+    ([{"fine-tune": {"name": "../x"}}], "letters, digits"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("stages, message", MISTAKES, ids=[m[1][:40] for m in MISTAKES])
+def test_mistakes_are_named_before_anything_runs(stages, message):
+    with pytest.raises(RecipeError, match=message):
+        Recipe(stages)
+
+
+def test_labels_of_another_task_are_refused(work, tmp_path):
+    recipe = Recipe([{"distil": TRAIN}], model=tiny_folder(tmp_path / "three", num_labels=3), data=work["data"])
+    with pytest.raises(RecipeError, match="predicts the labels .'LABEL_0', 'LABEL_1', 'LABEL_2'., but .* Begin with"):
+        recipe.run(tmp_path / "out")
+
+
+def test_yaml_reads_numbers_and_pairs_as_they_are_meant(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("stages:\n- distil: {learning_rate: 1e-4, hints: 1:2, teacher: no, num_train_epochs: 3}\n")
+    stage = Recipe.from_yaml(file).stages[0]
+    assert (stage.own.learning_rate, stage.own.hints, stage.own.num_train_epochs) == (1e-4, "1:2", 3.0)
+    file.write_text("stages: [\n")
+    with pytest.raises(RecipeError, match="mine.yaml, line 2 is not valid YAML"):
+        Recipe.from_yaml(file)
+    file.write_text("stage: []\n")
+    with pytest.raises(RecipeError, match="the key 'stage' is not known. Did you mean 'stages'"):
+        Recipe.from_yaml(file)

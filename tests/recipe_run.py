@@ -1,0 +1,30 @@
+"""A tiny classifier with its tokenizer, and reviews that it can learn, for tests of recipes and commands."""
+
+from pathlib import Path
+
+from helpers import tiny_model
+from transformers import BertTokenizerFast
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "the", "was", "not", *"abcdefghij"]
+
+
+def tiny_folder(folder: Path, family: str = "bert", **changes) -> Path:
+    """Saves a random model of the family, with a tokenizer of 64 tokens, into `folder`."""
+    vocabulary = [*WORDS, *(f"word{i}" for i in range(64 - len(WORDS)))]
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = BertTokenizerFast(vocab={word: i for i, word in enumerate(vocabulary)}, model_max_length=64)
+    tokenizer.save_pretrained(folder)
+    tiny_model(family, **changes).save_pretrained(folder)
+    return folder
+
+
+def reviews(file: Path, number: int = 60) -> Path:
+    rows = [f"the film was {'good' if i % 2 else 'bad'} {'abcdefghij'[i % 10]},{'pos' if i % 2 else 'neg'}"
+            for i in range(number)]  # fmt: skip
+    file.write_text("\n".join(["text,label", *rows]) + "\n")
+    return file
+
+
+TRAIN = {"max_steps": 4, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "save_steps": 1, "disable_tqdm": True,
+         "bf16": False, "use_cpu": True}  # fmt: skip
+QUICK = {"latency_rounds": 2, "throughput_rounds": 2, "sequence_length": 8}
