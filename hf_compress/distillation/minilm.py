@@ -16,7 +16,9 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from hf_compress.anatomy import Attention, anatomy
 from hf_compress.capture import AttentionSignals
@@ -28,6 +30,9 @@ from hf_compress.ops import kl_from_logits
 
 RELATION_HEAD_SIZE = 16  # of the teacher, in the paper: 48 relation heads for width 768, 64 for 1024
 SIGNALS = ("query", "key", "value")
+LOWEST = -1e30  # the score of padding: its probability is 0, and a difference of two of them as well
+CPU_SCORE_BYTES = 2**21  # of the scores made at a time: what stays in a core's cache
+DEVICE_SCORE_BYTES = 2**28
 
 
 @dataclass
@@ -77,19 +82,56 @@ def distribution_loss(student_scores: Tensor, teacher_scores: Tensor, allowed: T
     return (kl.mean(dim=1) * weights).sum()
 
 
-def relation_scores(states: Tensor, num_heads: int) -> Tensor:
-    """X X^T / sqrt(d_r), (B, R, T, T), of states (B, H, T, Dh) whose heads are joined and split into `num_heads`."""
+def relation_loss(student_states: Tensor, teacher_states: Tensor, num_heads: int, weights: Tensor) -> Tensor:
+    """KL(teacher || student) of the relations between the real tokens of states (B, H, T, Dh).
+
+    H and Dh are each model's own: heads are joined and split again into `num_heads` relation heads.
+
+    A mean over relation heads; the sum over tokens takes them by `weights` (B, T), 0 for padding. Needs no more memory
+    for longer batches: scores live for a few examples at a time, and the gradient is made from them at once.
+    """
+    student, teacher = (_relation_heads(states, num_heads, weights) for states in (student_states, teacher_states))
+    return _RelationKL.apply(student, teacher.detach(), weights.to(student.dtype))
+
+
+def _relation_heads(states: Tensor, num_heads: int, weights: Tensor) -> Tensor:
+    """states (B, H, T, Dh) as (B, R, T, Dr), zero at padding and scaled so that X X^T are the scores of eq. 2."""
     if states.shape[1] != num_heads:
         joined = states.transpose(1, 2).flatten(2)  # (B, T, H * Dh)
         states = joined.unflatten(-1, (num_heads, -1)).transpose(1, 2)  # (B, R, T, Dr)
-    states = exact(states)
-    return (states / math.sqrt(states.shape[-1])) @ states.mT
+    padding = (weights == 0)[:, None, :, None]
+    return exact(states).masked_fill(padding, 0.0) * states.shape[-1] ** -0.25
 
 
-def relation_loss(student_states: Tensor, teacher_states: Tensor, num_heads: int, weights: Tensor) -> Tensor:
-    """`distribution_loss` of the relations of states (B, H, T, Dh) between real tokens: those with `weights` (B, T)."""
-    scores = (relation_scores(states, num_heads) for states in (student_states, teacher_states))
-    return distribution_loss(*scores, weights.bool()[:, None, None, :], weights)
+class _RelationKL(torch.autograd.Function):
+    """Loss and gradient in one pass: memory for scores is what costs, so none is kept for backward."""
+
+    @staticmethod
+    def forward(ctx, student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
+        B, R, T, _ = student.shape
+        needs_gradient = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(student) if needs_gradient else None
+        total = student.new_zeros(())
+        score_bytes = CPU_SCORE_BYTES if student.device.type == "cpu" else DEVICE_SCORE_BYTES
+        step = max(1, score_bytes // (R * T * T * student.element_size()))
+        with torch.autocast(student.device.type, enabled=False):
+            for part in (slice(i, i + step) for i in range(0, B, step)):
+                X, Y, w = student[part], teacher[part], weights[part]
+                masked = torch.where(w == 0, LOWEST, 0.0)[:, None, None, :].to(X.dtype)
+                log_q, log_p = ((x @ x.mT).add_(masked).log_softmax(dim=-1) for x in (X, Y))  # (b, R, T, T)
+                p = log_p.exp()
+                w = w[:, None, :, None] / R
+                total += (torch.linalg.vecdot(p, log_p.sub_(log_q))[..., None] * w).sum()
+                if needs_gradient:
+                    G = log_q.exp_().sub_(p).mul_(w)  # of the scores
+                    gradient[part] = G @ X + G.mT @ X
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad * ctx.saved_tensors[0], None, None
 
 
 class MiniLMTrainer(TwoPhaseTrainer):
@@ -116,7 +158,7 @@ class MiniLMTrainer(TwoPhaseTrainer):
             _check_equal_heads(*attentions)
             self.num_relation_heads = attentions[0].num_key_value_heads
         else:
-            self.num_relation_heads = _relation_heads(self.args.relation_heads, *attentions)
+            self.num_relation_heads = _num_relation_heads(self.args.relation_heads, *attentions)
 
     def intermediate_signals(self) -> tuple[dict[str, Iterable[int]], dict[str, Iterable[int]]]:
         return {"attention": self.layers[:1]}, {"attention": self.layers[1:]}
@@ -146,7 +188,7 @@ def _check_equal_heads(mine: Attention, theirs: Attention) -> None:
             )
 
 
-def _relation_heads(wanted: int | None, mine: Attention, theirs: Attention) -> int:
+def _num_relation_heads(wanted: int | None, mine: Attention, theirs: Attention) -> int:
     """How many relation heads divide the joined heads of queries, keys and values of both models."""
     widths = {}
     for who, attention in (("student", mine), ("teacher", theirs)):

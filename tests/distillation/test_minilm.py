@@ -8,6 +8,7 @@ from helpers import tiny_model
 
 from distillation.data import rows
 from distillation.training import assert_gradient_is_the_same_however_cut, config, padded, pair
+from hf_compress.distillation import minilm
 from hf_compress.distillation.minilm import MiniLMConfig, MiniLMTrainer, distribution_loss, relation_loss
 from hf_compress.distillation.students import make_student
 
@@ -85,6 +86,17 @@ def test_masked_positions_never_matter():
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     assert not student.grad.masked_select(~mask[:, None, :, None]).any() and student.grad.isfinite().all()
     assert teacher.grad is None
+
+
+def test_a_batch_cut_into_parts_gives_the_same_loss_and_gradient(monkeypatch):
+    student, teacher = random(5, 2, 4, 6).requires_grad_(), random(5, 4, 4, 3, seed=1)
+    mask = torch.arange(4) < torch.tensor([4, 3, 1, 2, 4])[:, None]
+    results = []
+    for score_bytes in (2**20, 2 * 4 * 4 * 8 * 2):  # all examples at once; two at a time
+        monkeypatch.setattr(minilm, "CPU_SCORE_BYTES", score_bytes)
+        loss = relation_loss(student, teacher, 2, mask)
+        results.append((loss.detach(), *torch.autograd.grad(loss, student)))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("version", [1, 2])
