@@ -1,21 +1,34 @@
 """Loads a teacher and tells, before training, whether a student can learn from it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 import transformers
 from torch import nn
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from hf_compress.distillation.cache_files import is_cache
 from hf_compress.distillation.cached_teacher import CachedTeacher
+from hf_compress.distillation.several_teachers import SeveralTeachers, teachers_of
 from hf_compress.distillation.tasks import LANGUAGE_MODELS, auto_class_name, plain_model
 
 HEADS = ["classifier", "score", "qa_outputs", "lm_head", "cls", "pooler", "pre_classifier"]  # stay in full precision
 VOCABULARY_PADDING = 256  # a vocabulary grown to a multiple of at most this is padding, not other words
 
 
-def open_teacher(teacher: nn.Module | str | Path, student: nn.Module, bits: int | None = None) -> nn.Module:
-    """A model as it is, a cache by its folder, and what else has a name or folder loaded for the task of `student`."""
+def open_teacher(
+    teacher: nn.Module | str | Path | Sequence, student: nn.Module, *, bits: int | None, weights: Sequence[float] | None
+) -> nn.Module:
+    """A model as it is; a cache by its folder; what else has a name or folder loaded for the task of `student`.
+
+    A list of them becomes one teacher, by `weights`.
+    """
+    if isinstance(teacher, list | tuple):
+        opened = [open_teacher(one, student, bits=bits, weights=None) for one in teacher]
+        return SeveralTeachers(opened, weights)
+    if weights is not None:
+        raise ValueError(f"teacher_weights={list(weights)} are for a list of teachers, but teacher_model is one.")
     if isinstance(teacher, nn.Module):
         return teacher
     return CachedTeacher(teacher) if is_cache(teacher) else load_teacher(teacher, student, bits)
@@ -43,6 +56,10 @@ def load_teacher(name: str | Path, student: nn.Module, bits: int | None = None) 
 
 def check_match(student: nn.Module, teacher: nn.Module, processing_class=None) -> None:
     """Raise ValueError when `student` cannot learn from `teacher`: other labels, vocabulary or lengths."""
+    if isinstance(teacher, SeveralTeachers):
+        for one in teacher.all:
+            check_match(student, one, processing_class)
+        return
     if teacher is student or _shares_parameters(student, teacher):
         raise ValueError(
             "Student and teacher are the same model, or share weights: the teacher would change while the student "
@@ -104,9 +121,13 @@ def _check_lengths(mine: PretrainedConfig, theirs: PretrainedConfig, tokenizer) 
         )
 
 
-def frozen(teacher: nn.Module) -> nn.Module:
-    """`teacher` in eval mode, its parameters without gradients. Changes `teacher` and returns it."""
-    return teacher.eval().requires_grad_(False)
+def frozen(teacher: nn.Module, device: torch.device) -> nn.Module:
+    """`teacher` in eval mode on `device`, its parameters without gradients. Changes `teacher` and returns it."""
+    for one in teachers_of(teacher):
+        one.eval().requires_grad_(False)
+        if not getattr(one, "is_quantized", False) and not hasattr(one, "hf_device_map"):
+            one.to(device)
+    return teacher
 
 
 def check_data(dataset, student: nn.Module) -> None:

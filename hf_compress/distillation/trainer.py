@@ -29,6 +29,7 @@ from hf_compress.distillation.losses import (
     noisy_teacher,
     soft_loss,
 )
+from hf_compress.distillation.several_teachers import Kind, SeveralTeachers, mean_logits, teachers_of
 from hf_compress.distillation.tasks import Task, plain_model, problem_of
 from hf_compress.distillation.teacher import check_data, check_match, frozen, open_teacher
 from hf_compress.distillation.terms import LoggedTermsMixin
@@ -60,6 +61,9 @@ class DistillationConfig(TrainingArguments):
         },
     )
     hint_weight: float = field(default=1.0, metadata={"help": "Weight of the hint losses."})
+    teacher_weights: list[float] | None = field(
+        default=None, metadata={"help": "Shares of several teachers in their mean, one each; equal when not given."}
+    )
     teacher_bits: int | None = field(
         default=None, metadata={"help": "Load a teacher given by name in 8 or 4 bits through bitsandbytes."}
     )
@@ -98,7 +102,8 @@ class DistillationTrainer(LoggedTermsMixin, TrainingStateMixin):
 
     Args:
         teacher_model (`PreTrainedModel`, `str` or `Path`): the teacher, or its name or folder; or a cache of its
-            outputs (`CachedTeacher`, or its folder). It is never changed but for being frozen, and never saved.
+            outputs (`CachedTeacher`, or its folder); or a list of these, whose predictions are averaged. It is never
+            changed but for being frozen, and never saved.
 
     All other arguments are those of `Trainer`. Each loss is logged under its own name, in training and evaluation.
     Raises ValueError, before any step, for a teacher and a student that cannot be matched.
@@ -120,7 +125,8 @@ class DistillationTrainer(LoggedTermsMixin, TrainingStateMixin):
             raise ValueError(f"{type(self).__name__} computes its own loss: leave compute_loss_func out.")
         super().__init__(model, args, **kwargs)
         student = plain_model(self.model)
-        teacher_model = open_teacher(teacher_model, student, args.teacher_bits)
+        options = {"bits": args.teacher_bits, "weights": args.teacher_weights}
+        teacher_model = open_teacher(teacher_model, student, **options)
         check_match(student, teacher_model, self.processing_class)
         self.task = Task.of(self.model)
         if self.label_smoother is not None and (self.task.kind == "spans" or problem_of(student) != "one_label"):
@@ -129,12 +135,9 @@ class DistillationTrainer(LoggedTermsMixin, TrainingStateMixin):
                 f"{type(student).__name__} does not predict here. Set it to 0."
             )
         check_data(self.train_dataset, student)
-        self.teacher = frozen(teacher_model)
-        if not getattr(teacher_model, "is_quantized", False) and not hasattr(teacher_model, "hf_device_map"):
-            self.teacher.to(args.device)
+        self.teacher = frozen(teacher_model, args.device)
         self.check_layers()
-        if isinstance(self.teacher, CachedTeacher):
-            self._check_cache(self.teacher)
+        self._check_signals()
         if args.torch_compile and any(self.student_signals().values()):
             raise ValueError(
                 f"{type(self).__name__} reads inner layers of the student, which torch_compile hides. Set "
@@ -189,19 +192,22 @@ class DistillationTrainer(LoggedTermsMixin, TrainingStateMixin):
         count = self.task.count(inputs)["label"]
         return torch.where(count > 0, loss * count, student.logits.sum() * 0)  # the mean over no labels is NaN
 
+    @property
+    def prediction_kind(self) -> Kind:
+        """What is compared: probabilities by softmax or by sigmoid, or the logits."""
+        kind, problem = self.args.prediction_loss, problem_of(self.model)
+        if kind == "logits" or (kind == "auto" and problem == "regression"):
+            return "logits"
+        return "binary" if problem == "several_labels" else "soft"
+
     def soft_loss(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         classes = min(student_logits.shape[-1], teacher_logits.shape[-1])  # beyond it is padding of a vocabulary
         mine, theirs = student_logits[..., :classes], teacher_logits[..., :classes]
-        kind = self.args.prediction_loss
-        problem = problem_of(self.model)
-        if kind == "auto":
-            kind = "logits" if problem == "regression" else "soft"
+        kind = self.prediction_kind
         if kind == "logits":
             loss = logit_loss(mine, theirs)
-        elif problem == "several_labels":
-            loss = binary_soft_loss(mine, theirs, self.args.temperature)
         else:
-            loss = soft_loss(mine, theirs, self.args.temperature)
+            loss = (soft_loss if kind == "soft" else binary_soft_loss)(mine, theirs, self.args.temperature)
         return loss / 2 if self.task.kind == "spans" else loss  # a start and an end for each example
 
     def hint_losses(self, student: Run, teacher: Run, inputs: dict) -> dict[str, Loss]:
@@ -237,40 +243,61 @@ class DistillationTrainer(LoggedTermsMixin, TrainingStateMixin):
     # Running both models
 
     def run_teacher(self, inputs: dict) -> Run:
-        if isinstance(self.teacher, CachedTeacher):
-            outputs, hidden_states = self.teacher.look_up(inputs, self.teacher_signals().get("hidden_states", ()))
-            return Run(outputs, torch.empty(0), hidden_states, {})
-        inputs = _accepted(self.teacher, {k: v for k, v in inputs.items() if k not in self._label_columns})
-        if getattr(getattr(plain_model(self.teacher), "config", None), "use_cache", False):
-            inputs["use_cache"] = False
-        with torch.no_grad(), self.accelerator.autocast(), capture(self.teacher, **self.teacher_signals()) as signals:
-            outputs = self.teacher(**inputs)
-        return Run(outputs, torch.empty(0), signals.hidden_states, signals.attention)
+        """Outputs and signals of the teacher; of several teachers a list of outputs."""
+        if isinstance(self.teacher, SeveralTeachers):
+            return Run([self._run_one(one, inputs, {}).outputs for one in self.teacher.all], torch.empty(0), {}, {})
+        return self._run_one(self.teacher, inputs, self.teacher_signals())
 
-    def teacher_logits(self, outputs: ModelOutput, student_logits: Tensor, inputs: dict) -> Tensor:
-        """The teacher's logits that count, (items, C), like the student's."""
+    def _run_one(self, teacher: nn.Module, inputs: dict, signals: dict[str, Iterable[int]]) -> Run:
+        if isinstance(teacher, CachedTeacher):
+            outputs, hidden_states = teacher.look_up(inputs, signals.get("hidden_states", ()))
+            return Run(outputs, torch.empty(0), hidden_states, {})
+        inputs = _accepted(teacher, {k: v for k, v in inputs.items() if k not in self._label_columns})
+        if getattr(getattr(plain_model(teacher), "config", None), "use_cache", False):
+            inputs["use_cache"] = False
+        with torch.no_grad(), self.accelerator.autocast(), capture(teacher, **signals) as captured:
+            outputs = teacher(**inputs)
+        return Run(outputs, torch.empty(0), captured.hidden_states, captured.attention)
+
+    def teacher_logits(self, outputs: ModelOutput | list[ModelOutput], student_logits: Tensor, inputs: dict) -> Tensor:
+        """The teacher's logits that count, (items, C), like the student's; of several teachers their mean."""
+        if isinstance(outputs, list):
+            pairs = zip(self.teacher.all, outputs, strict=True)
+            logits = [self._logits_of(one, theirs, student_logits, inputs) for one, theirs in pairs]
+            kind = self.prediction_kind
+            return mean_logits(logits, self.teacher.weights, temperature=self.args.temperature, kind=kind)
+        return self._logits_of(self.teacher, outputs, student_logits, inputs)
+
+    def _logits_of(self, teacher: nn.Module, outputs: ModelOutput, student_logits: Tensor, inputs: dict) -> Tensor:
         if "top_logits" not in outputs:
             return self.task.logits(outputs, inputs)
         parts = [self.task.logits({"logits": outputs[n]}, inputs) for n in ("top_logits", "top_indices", "rest")]
-        return complete(*parts, student_logits.detach(), classes=self.teacher.manifest["classes"])
+        return complete(*parts, student_logits.detach(), classes=teacher.manifest["classes"])
 
-    def _check_cache(self, teacher: CachedTeacher) -> None:
-        """Raise ValueError when the cache lacks signals that the losses need, or examples of the data."""
-        teacher.check_signals(self.teacher_signals(), type(self).__name__)
-        teacher.check_tokenizer(self.processing_class)
+    def _check_signals(self) -> None:
+        """Raise ValueError when caches lack signals that the losses need, or examples of the data."""
+        signals, who = self.teacher_signals(), type(self).__name__
+        if isinstance(self.teacher, SeveralTeachers) and any(map(list, signals.values())):
+            raise ValueError(
+                f"{who} learns from inner layers, and layers of {len(self.teacher.all)} teachers have no mean. Give it "
+                "one teacher, or learn from predictions alone: DistillationTrainer without hints."
+            )
+        caches = [one for one in teachers_of(self.teacher) if isinstance(one, CachedTeacher)]
+        for cache in caches:
+            cache.check_signals(signals, who)
+            cache.check_tokenizer(self.processing_class)
         evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"evaluation set": self.eval_dataset}
-        for what, data in {"training set": self.train_dataset, **evaluated}.items():
+        prepare = partial(self._with_decoder_inputs, plain_model(self.model))
+        for what, data in {"training set": self.train_dataset, **evaluated}.items() if caches else ():
             if hasattr(data, "__len__"):
-                columns = getattr(data, "column_names", None) is not None
-                collate = self.data_collator if columns else self._get_collator_with_removed_columns(self.data_collator)
-                batches = DataLoader(
-                    self._remove_unused_columns(data) if columns else data,
-                    batch_size=64, collate_fn=collate, generator=torch.Generator(),
-                )  # fmt: skip
-                student = plain_model(self.model)
-                teacher.check_examples(
-                    batches, partial(self._with_decoder_inputs, student), what=what, quiet=self.args.disable_tqdm
-                )
+                has_columns = getattr(data, "column_names", None) is not None
+                collate = self.data_collator
+                if not has_columns:
+                    collate = self._get_collator_with_removed_columns(collate)
+                rows = self._remove_unused_columns(data) if has_columns else data
+                batches = DataLoader(rows, batch_size=64, collate_fn=collate, generator=torch.Generator())
+                for cache in caches:
+                    cache.check_examples(batches, prepare, what=what, quiet=self.args.disable_tqdm)
 
     @property
     def _label_columns(self) -> set[str]:
@@ -280,7 +307,7 @@ class DistillationTrainer(LoggedTermsMixin, TrainingStateMixin):
         student = self.accelerator.unwrap_model(model, keep_fp32_wrapper=True, keep_torch_compile=False)
         inputs = self._with_decoder_inputs(student, inputs)
         teacher = self.run_teacher(inputs)
-        student_inputs = _accepted(student, inputs)
+        student_inputs = self.student_inputs(student, inputs)
 
         def add_losses(module, args, outputs):
             """Replace the outputs by the whole loss and detached logits.
@@ -309,6 +336,10 @@ class DistillationTrainer(LoggedTermsMixin, TrainingStateMixin):
                     handle.remove()
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
+    def student_inputs(self, student: nn.Module, inputs: dict) -> dict:
+        """What the student's forward gets of a batch."""
+        return _accepted(student, inputs)
+
     def _with_decoder_inputs(self, student: nn.Module, inputs: dict) -> dict:
         """Give both models of a sequence-to-sequence task the same decoder inputs, made from the labels as usual."""
         config = getattr(plain_model(student), "config", None)
@@ -320,9 +351,10 @@ class DistillationTrainer(LoggedTermsMixin, TrainingStateMixin):
     def _set_signature_columns_if_needed(self) -> None:
         """Keep the columns that the teacher reads, too."""
         super()._set_signature_columns_if_needed()
-        is_cached = isinstance(self.teacher, CachedTeacher)
-        theirs = self.teacher.columns if is_cached else inspect.signature(plain_model(self.teacher).forward).parameters
-        self._signature_columns += [name for name in theirs if name not in self._signature_columns]
+        for teacher in teachers_of(self.teacher):
+            is_cached = isinstance(teacher, CachedTeacher)
+            theirs = teacher.columns if is_cached else inspect.signature(plain_model(teacher).forward).parameters
+            self._signature_columns += [name for name in theirs if name not in self._signature_columns]
 
 
 def projection(student: nn.Module, teacher: nn.Module) -> nn.Module:
