@@ -9,35 +9,24 @@ where it stopped, and `--seeds 0` and `--seeds 1 2` may run beside each other. `
 saved: size, speed and paired differences.
 """
 
-import argparse
 import copy
-import json
 import logging
 import time
-from pathlib import Path
 
 import torch
-from datasets import concatenate_datasets
-from demo import embedded_model, has_fast_bf16, untrained
+from classifier_bench import ClassifierBench, few, parser
+from demo import has_fast_bf16
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import Trainer, set_seed
 
 import hf_compress as hfc
-from hf_compress.data import label_names, load_texts, tokenize
 from hf_compress.pruning.importance import every_other, head_importance, neuron_importance
 
 HEAD_ROUND = 0.1  # of all heads, between two scorings
 RECOVERY_SENTENCES = 2500
 SCORING_SENTENCES = 256
-EPOCHS = {"teacher": 3, "half": 3, "blocks": 3, "curves": 1}
+EPOCHS = {"half": 3, "blocks": 3, "curves": 1}
 BLOCKS = [(16, 0.75), (32, 0.75), (16, 0.9), (32, 0.9)]
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 CURVES = {  # what goes -> shares of it, each with one epoch of distillation
@@ -48,78 +37,13 @@ CURVES = {  # what goes -> shares of it, each with one epoch of distillation
 }
 
 
-class Bench:
-    def __init__(self, args: argparse.Namespace):
-        self.args, self.output = args, args.output
-        self.tokenizer = AutoTokenizer.from_pretrained(args.model)
-        self.texts = load_texts(str(args.data))
-        self.data = tokenize(self.texts, self.tokenizer, 64)
-        if args.max_examples:
-            sizes = {name: min(args.max_examples, len(split)) for name, split in self.data.items()}
-            self.data = {name: split.select(range(sizes[name])) for name, split in self.data.items()}
-        self.held_out = concatenate_datasets([self.data["validation"], self.data["test"]])
-        self.collator = DataCollatorWithPadding(self.tokenizer)
-
-    def config(self, kind=TrainingArguments, *, epochs: float, seed: int, learning_rate: float, **options):
-        return kind(
-            str(self.output / "trainer"), num_train_epochs=epochs, seed=seed, learning_rate=learning_rate,
-            per_device_train_batch_size=32, per_device_eval_batch_size=64, warmup_steps=0.1, save_strategy="no",
-            logging_steps=50, report_to="none", bf16=has_fast_bf16(), use_cpu=not torch.cuda.is_available(),
-            disable_tqdm=True, train_sampling_strategy="group_by_length", **options,
-        )  # fmt: skip
-
-    def data_arguments(self, train=None) -> dict:
-        train = self.data["train"] if train is None else train
-        return {"train_dataset": train, "processing_class": self.tokenizer, "data_collator": self.collator}
-
-    def teacher(self, **config):
-        folder = self.output / "teacher"
-        if not (folder / "config.json").exists():
-            set_seed(0)
-            model = untrained(self.args.model, label_names(self.texts))
-            args = self.config(epochs=EPOCHS["teacher"], seed=0, learning_rate=1e-4)
-            Trainer(model, args, **self.data_arguments()).train()
-            model.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
-        return AutoModelForSequenceClassification.from_pretrained(folder, **config)
-
+class Bench(ClassifierBench):
     def sentences(self, number: int, seed: int):
-        return self.data["train"].shuffle(seed=seed).select(range(min(number, len(self.data["train"]))))
+        return few(self.data["train"].shuffle(seed=seed), number)
 
     def loader(self, seed: int) -> DataLoader:
         rows = self.sentences(SCORING_SENTENCES, seed)
         return DataLoader(rows, batch_size=32, collate_fn=self.collator)
-
-    @torch.no_grad()
-    def correct(self, model) -> list[int]:
-        """For each held-out sentence whether the model is right, under the autocast it was trained with."""
-        model.eval()
-        answers = []
-        for batch in DataLoader(self.held_out, batch_size=64, collate_fn=self.collator):
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=has_fast_bf16()):
-                logits = model(**{name: value.to(model.device) for name, value in batch.items()}).logits
-            answers += (logits.argmax(-1).cpu() == batch["labels"]).int().tolist()
-        return answers
-
-    def record(self, run: str, seed: int, model, start: float, **facts) -> None:
-        right = self.correct(model)
-        line = {"run": run, "seed": seed, "accuracy": sum(right) / len(right), "parameters": model.num_parameters(),
-                "seconds": round(time.perf_counter() - start), **facts}  # fmt: skip
-        print(json.dumps(line), flush=True)
-        with (self.output / "results.jsonl").open("a") as file:
-            file.write(json.dumps({**line, "correct": "".join(map(str, right))}) + "\n")
-
-    def results(self) -> list[dict]:
-        file = self.output / "results.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-    def is_done(self, run: str, seed: int) -> bool:
-        return any(line["run"] == run and line["seed"] == seed for line in self.results())
-
-    def save(self, model, run: str, seed: int) -> None:
-        folder = self.output / run / f"seed-{seed}"
-        model.float().save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
 
     # The runs
 
@@ -271,26 +195,17 @@ def by_layer(pairs: list[tuple[int, int]]) -> dict[int, list[int]]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="Folder with train, validation and test files.")
-    parser.add_argument("--output", type=Path, default=Path("runs/pruning"), help="Results and models.")
-    parser.add_argument("--model", default=None, help="A folder or a name, in place of the package's model.")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--runs", nargs="+", default=["heads", "half", "blocks", "curves"])
-    parser.add_argument("--block_method", default="taylor", help="Score by which blocks go.")
-    parser.add_argument("--block_epochs", type=float, default=EPOCHS["blocks"], help="Epochs of the block runs.")
-    parser.add_argument("--max_examples", type=int, default=0, help="Use only so many of each split; all when 0.")
-    parser.add_argument("--report", action="store_true", help="Compare what was saved, and run nothing.")
-    args = parser.parse_args()
-    args.model = args.model or str(embedded_model())
-    args.output.mkdir(parents=True, exist_ok=True)
+    options = parser(__doc__, "runs/pruning")
+    options.add_argument("--runs", nargs="+", default=["heads", "half", "blocks", "curves"])
+    options.add_argument("--block_method", default="taylor", help="Score by which blocks go.")
+    options.add_argument("--block_epochs", type=float, default=EPOCHS["blocks"], help="Epochs of the block runs.")
+    args = options.parse_args()
     logging.basicConfig(level=logging.WARNING)
     bench = Bench(args)
     if args.report:
         bench.report()
         return
-    if not bench.is_done("teacher", 0):
-        bench.record("teacher", 0, bench.teacher(), time.perf_counter())
+    bench.record_teacher()
     for seed in args.seeds:
         for run in args.runs:
             getattr(bench, run)(seed)
