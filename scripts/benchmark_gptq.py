@@ -5,7 +5,8 @@
     python scripts/benchmark_gptq.py --texts texts/ --output results/ --peer_python venv-peers/bin/python
 
 Every run quantizes the same model on the same 128 x 512 tokens of `calibration.txt` and is evaluated on the same
-windows of `documentation.txt` and `news.txt`. The weights of that model already lie on a 4-bit grid (its file is a Q4_1
+windows of `documentation.txt` and `news.txt`. `mixed` gives each module 2, 3 or 4 bits, as many on average as asked for,
+by its Hessian's trace on eight of the calibration rows. The weights of that model already lie on a 4-bit grid (its file is a Q4_1
 GGUF), so 3 bit is what to judge by. GPTQModel runs in its own environment; `hf_compress.load_gptq` reads what it wrote.
 """
 
@@ -78,7 +79,7 @@ def main():
     parser.add_argument("--texts", type=Path, required=True, help="Folder written by prepare_texts.py.")
     parser.add_argument("--output", type=Path, required=True, help="Results, and the ordinary checkpoint.")
     parser.add_argument("--bits", type=int, nargs="+", default=[3, 4])
-    parser.add_argument("--methods", nargs="+", default=["rtn", "gptq"], choices=["rtn", "gptq"])
+    parser.add_argument("--methods", nargs="+", default=["rtn", "gptq"], choices=["rtn", "gptq", "mixed"])
     parser.add_argument("--options", type=json.loads, default={}, help="JSON, options of quantize(method='gptq').")
     parser.add_argument("--peer_python", help="Python of an environment with gptqmodel.")
     args = parser.parse_args()
@@ -97,13 +98,19 @@ def main():
                 {"range_method": "minmax"} if method == "rtn" else {"calibration": _rows(calibration), **args.options}
             )
             start = time.perf_counter()
-            hfc.quantize(model, bits, method=method, group_size=64, **options)
+            chosen = mixed_bits(model, calibration, bits) if method == "mixed" else bits
+            method_name = "rtn" if method == "rtn" else "gptq"
+            hfc.quantize(model, chosen, method=method_name, group_size=64, **options)
             run = dict(bits=bits, method=method, seconds=time.perf_counter() - start)
-            report(
-                args.output, base, evaluate(model, held_out), options=args.options if method == "gptq" else {}, **run
-            )
+            report(args.output, base, evaluate(model, held_out), options={} if method == "rtn" else args.options, **run)
         if args.peer_python:
             report(args.output, base, **run_peer(args, folder, calibration, held_out, bits))
+
+
+def mixed_bits(model: PreTrainedModel, calibration: torch.Tensor, average_bits: float) -> dict[str, int]:
+    batches = [{"input_ids": row[None], "labels": row[None]} for row in calibration[:: ROWS // 8]]
+    sensitivity = hfc.hessian_sensitivity(model, batches, method="trace", probes=2)
+    return hfc.allocate_bits(model, sensitivity, average_bits=average_bits, choices=(2, 3, 4), group_size=64)
 
 
 def _rows(ids: torch.Tensor) -> list[dict]:

@@ -33,7 +33,7 @@ CURVES = {  # what goes -> shares of it, each with one epoch of distillation
     "heads": (1 / 3, 2 / 3),
     "neurons": (0.5, 0.75),
     "layers": (1 / 2, 2 / 3),
-    "weights": (0.75, 0.9),
+    "weights": (0.75,),
 }
 
 

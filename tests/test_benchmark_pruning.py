@@ -40,7 +40,7 @@ def test_every_run_is_recorded_once(tmp_path):
         subprocess.run(command, check=True, env=environment, capture_output=True, text=True)
     lines = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     runs = {line["run"]: line for line in lines}
-    assert len(runs) == len(lines) == 19
+    assert len(runs) == len(lines) == 18
     assert runs["heads-50"]["parameters"] < runs["heads-40"]["parameters"] < runs["teacher"]["parameters"]
     assert runs["half-alone"]["parameters"] == runs["half-distilled"]["parameters"]
     assert runs["blocks-16-75"]["sparsity"] == 0.75
