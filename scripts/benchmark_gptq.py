@@ -5,9 +5,10 @@
     python scripts/benchmark_gptq.py --texts texts/ --output results/ --peer_python venv-peers/bin/python
 
 Every run quantizes the same model on the same 128 x 512 tokens of `calibration.txt` and is evaluated on the same
-windows of `documentation.txt` and `news.txt`. `mixed` gives each module 2, 3 or 4 bits, as many on average as asked for,
-by its Hessian's trace on eight of the calibration rows. The weights of that model already lie on a 4-bit grid (its file is a Q4_1
-GGUF), so 3 bit is what to judge by. GPTQModel runs in its own environment; `hf_compress.load_gptq` reads what it wrote.
+windows of `documentation.txt` and `news.txt`. `mixed` gives each module 2, 3 or 4 bits, as many on average as asked
+for, by its Hessian's trace on eight of the calibration rows. The weights of that model already lie on a 4-bit grid (its
+file is a Q4_1 GGUF), so 3 bit is what to judge by. GPTQModel runs in its own environment; `hf_compress.load_gptq` reads
+what it wrote.
 """
 
 import argparse
