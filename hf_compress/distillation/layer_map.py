@@ -67,23 +67,29 @@ def make_layer_map(layers: str, student: nn.Module, teacher: nn.Module, *, witho
             f"The layer map {layer_map} names {len(layer_map)} teacher layers, but the student has {num_student} "
             f"layers: name one for each{but_the_last}."
         )
-    _check_range(layer_map, num_teacher, "layer map", "teacher")
+    check_range(layer_map, num_teacher, "layer map", "teacher")
     return layer_map
 
 
-def parse_pairs(pairs: str, student: nn.Module, teacher: nn.Module) -> list[tuple[int, int]]:
-    """Read pairs of hidden states student:teacher, such as `1:2,3:6`. Raises ValueError for one that is not there."""
+def parse_pairs(pairs: str, student: nn.Module, teacher: nn.Module, *, option: str = "hints") -> list[tuple[int, int]]:
+    """Read pairs of hidden states student:teacher, such as `1:2,3:6`. Raises ValueError for one that is not there.
+
+    `option` is what an error calls them.
+    """
     try:
         parsed = [tuple(int(n) for n in pair.split(":")) for pair in pairs.split(",")]
         parsed = [(mine, theirs) for mine, theirs in parsed]
     except ValueError:
-        raise ValueError(f"hints are pairs student:teacher of hidden states, as in `1:2,3:6`, got {pairs!r}.") from None
-    _check_range([mine for mine, _ in parsed], num_hidden_states(student) - 1, "hints", "student")
-    _check_range([theirs for _, theirs in parsed], num_hidden_states(teacher) - 1, "hints", "teacher")
+        raise ValueError(
+            f"{option} are pairs student:teacher of hidden states, as in `1:2,3:6`, got {pairs!r}."
+        ) from None
+    check_range([mine for mine, _ in parsed], num_hidden_states(student) - 1, option, "student")
+    check_range([theirs for _, theirs in parsed], num_hidden_states(teacher) - 1, option, "teacher")
     return parsed
 
 
-def _check_range(numbers: Sequence[int], last: int, what: str, who: str) -> None:
+def check_range(numbers: Sequence[int], last: int, what: str, who: str) -> None:
+    """Raise ValueError for a number of a hidden state that is not between 0 and `last`."""
     if outside := [n for n in numbers if not 0 <= n <= last]:
         raise ValueError(
             f"The {what} points to hidden state {outside[0]} of the {who}, which has 0 (the embedding) to {last}."

@@ -1,19 +1,16 @@
 """DistilBERT: the triple loss and its gradient, on masked tokens and on task labels."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from helpers import tiny_model
 
 from distillation.data import rows
-from distillation.training import assert_gradient_is_the_same_however_cut, config, padded, pair
+from distillation.training import assert_gradient_is_the_same_however_cut, padded, pair, random, trainer_of
 from hf_compress.distillation.distilbert import DistilBertConfig, DistilBertTrainer, cosine_loss
 from hf_compress.distillation.students import make_student
-
-
-def random(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def test_cosine_loss_and_its_gradient_are_their_equation():
@@ -33,9 +30,7 @@ def test_cosine_loss_and_its_gradient_are_their_equation():
     torch.testing.assert_close(student.grad, gradient, rtol=1e-10, atol=1e-12)
 
 
-def run(tmp_path, student, teacher, data, **options):
-    args = config(tmp_path, DistilBertConfig, **options)
-    return DistilBertTrainer(student, args, teacher_model=teacher, train_dataset=data, eval_dataset=data)
+run = partial(trainer_of, DistilBertTrainer)
 
 
 def test_masked_language_modelling_sums_the_papers_triple_loss(tmp_path):

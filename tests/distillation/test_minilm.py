@@ -1,13 +1,14 @@
 """MiniLM: its equations, head counts, masked positions and the two ways to use it."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from helpers import tiny_model
 
 from distillation.data import rows
-from distillation.training import assert_gradient_is_the_same_however_cut, config, padded, pair
+from distillation.training import assert_gradient_is_the_same_however_cut, padded, pair, random, trainer_of
 from hf_compress.distillation import minilm
 from hf_compress.distillation.minilm import MiniLMConfig, MiniLMTrainer, distribution_loss, relation_loss
 from hf_compress.distillation.students import make_student
@@ -16,16 +17,7 @@ V1 = {"eval_attention_loss", "eval_value_relation_loss"}
 V2 = {"eval_query_relation_loss", "eval_key_relation_loss", "eval_value_relation_loss"}
 
 
-def random(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def trainer(tmp_path, student=None, teacher=None, data=None, **options):
-    own_student, own_teacher = pair()
-    return MiniLMTrainer(
-        student or own_student, config(tmp_path, MiniLMConfig, **options), teacher_model=teacher or own_teacher,
-        train_dataset=data or rows(), eval_dataset=data or rows(),
-    )  # fmt: skip
+trainer = partial(trainer_of, MiniLMTrainer)
 
 
 def softmax(row):

@@ -1,25 +1,17 @@
 """PKD: its equation, its layers, the first real token, and what it refuses."""
 
+from functools import partial
+
 import pytest
 import torch
 from helpers import tiny_model
 
 from distillation.data import rows
-from distillation.training import assert_gradient_is_the_same_however_cut, config, padded, pair
+from distillation.training import assert_gradient_is_the_same_however_cut, padded, pair, random, trainer_of
 from hf_compress.distillation.pkd import PKDConfig, PKDTrainer, first_token, patient_loss
 from hf_compress.distillation.students import make_student
 
-
-def random(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def trainer(tmp_path, student=None, teacher=None, data=None, **options):
-    own_student, own_teacher = pair()
-    return PKDTrainer(
-        student or own_student, config(tmp_path, PKDConfig, **options), teacher_model=teacher or own_teacher,
-        train_dataset=data or rows(), eval_dataset=data or rows(),
-    )  # fmt: skip
+trainer = partial(trainer_of, PKDTrainer)
 
 
 def test_patient_loss_and_its_gradient_are_their_equation():

@@ -20,6 +20,20 @@ def pair(family="bert", task=None, **changes):
     return make_student(teacher, num_hidden_layers=1 if family == "bart" else 2), teacher
 
 
+def trainer_of(kind, folder, student=None, teacher=None, data=None, **options):
+    """A trainer that trains and evaluates on the same rows."""
+    own_student, own_teacher = pair()
+    data = rows() if data is None else data
+    return kind(
+        student or own_student, config(folder, kind.config_class, **options), teacher_model=teacher or own_teacher,
+        train_dataset=data, eval_dataset=data,
+    )  # fmt: skip
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
 def gradient(kind, accumulation, folder, trainer_class=DistillationTrainer, hidden_size=16, **options):
     """The gradient of one optimiser step over 8 examples, cut into micro-batches."""
     family, task = ("llama", "clm") if kind == "clm" else ("bert", "tokens" if kind == "tokens" else "classification")
