@@ -63,6 +63,7 @@ def finish(model: PreTrainedModel, bits: dict) -> None:
     """Raise ValueError, naming the module, for loaded tensors that no quantizer wrote; then lay out the others."""
     for name, module in packed_modules(model):
         module.check(name)
+        module.one_copy = model.can_generate()
         module.prepare()
 
 
@@ -80,6 +81,10 @@ def settle_bits(model: PreTrainedModel) -> None:
     for module in model.modules():
         if getattr(module, "config", None) is shared:
             module.config = own
+    for _, module in packed_modules(model):
+        module.one_copy = model.can_generate()
+        if module.qweight.device.type == "cpu":  # elsewhere it makes no difference
+            module.prepare()
     bits = {stored_name(model, name): module.scheme.to_dict() for name, module in packed_modules(model)}
     write_part(own, PART, bits)
     model.hf_quantizer = HfCompressQuantizer(HfCompressConfig(**own.quantization_config))

@@ -4,11 +4,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_compress.engines.integers import Stored
+from hf_compress.engines.packed import packed_linear
+from hf_compress.engines.processor import choose_route
 from hf_compress.layers.packed_linear import PackedModule, ReadOnlyWeight
 from hf_compress.layers.scheme import SCALE_DTYPES, WeightScheme
 from hf_compress.ops import pack_rows, unpack_rows, words_per_row
 
-OWN = ("qweight", "scales", "zeros", "scheme", "compute_dtype", "original_class")  # what an ordinary embedding lacks
+OWN = (
+    "qweight",
+    "scales",
+    "zeros",
+    "scheme",
+    "compute_dtype",
+    "original_class",
+    "route",
+    "one_copy",
+)  # what an ordinary embedding lacks
 
 
 class PackedEmbedding(PackedModule, nn.Embedding):
@@ -26,6 +38,7 @@ class PackedEmbedding(PackedModule, nn.Embedding):
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
         self.original_class, self.scheme = nn.Embedding, scheme
+        self.route = None  # how the CPU's engines run a head tied to this table; None: without one
         self.compute_dtype = dtype or torch.get_default_dtype()
         groups = scheme.num_groups(embedding_dim)
         words = words_per_row(embedding_dim, scheme.bits)
@@ -64,7 +77,17 @@ class PackedEmbedding(PackedModule, nn.Embedding):
         self.scales = scales.to(device, self.scales.dtype)
         if self.zeros is not None:
             self.zeros = zero_points.to(device, torch.uint8)
+        self.prepare()
         return self
+
+    def prepare(self) -> None:
+        self.route = None
+        if self.qweight.device.type == "cpu":
+            self.route = choose_route(self.num_embeddings * self.embedding_dim, one_copy=self.one_copy)
+
+    def stored(self) -> Stored:
+        return Stored(self.qweight, self.scales, self.zeros, None, self.scheme.bits, self.num_embeddings,
+                      self.embedding_dim, True)  # fmt: skip
 
     def unpacked(self, dtype: torch.dtype | None = None) -> nn.Embedding:
         """The ordinary module with the dequantized table, of the class it had."""
@@ -81,7 +104,11 @@ class PackedEmbedding(PackedModule, nn.Embedding):
     def integers(self, ids: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """q (..., D) uint8, scales (..., G) and zero points (..., G) of the rows `ids`, by default all of them."""
         rows = slice(None) if ids is None else ids
-        q = unpack_rows(self.qweight[rows], self.scheme.bits, self.embedding_dim)
+        words = self.qweight[rows]
+        if self.scheme.bits == 8 and words.device.type == "cpu":  # little-endian, as the words are
+            q = words.view(torch.uint8)[..., : self.embedding_dim]
+        else:
+            q = unpack_rows(words, self.scheme.bits, self.embedding_dim)
         scales = self.scales[rows]
         zeros = torch.full_like(scales, 2 ** (self.scheme.bits - 1)) if self.zeros is None else self.zeros[rows]
         return q, scales, zeros
@@ -123,4 +150,9 @@ class TiedHead(nn.Linear):
         return self.embedding.dequantize().as_subclass(ReadOnlyWeight)
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):  # as nn.Linear does
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        table = self.embedding
+        if table.route is not None and x.dtype in (torch.float32, torch.bfloat16) and x.device.type == "cpu":
+            return packed_linear(x, self.bias, table.stored(), table.route)
         return F.linear(x, self.embedding.dequantize(x.dtype), self.bias)

@@ -7,6 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_compress.engines.integers import Stored
+from hf_compress.engines.packed import packed_linear
+from hf_compress.engines.processor import choose_route
 from hf_compress.layers.activations import round_per_token, round_to_range
 from hf_compress.layers.scheme import SCALE_DTYPES, WeightScheme
 from hf_compress.ops import (
@@ -48,6 +51,7 @@ class PackedModule:
 
     scheme: WeightScheme
     compute_dtype: torch.dtype  # of `weight`; follows `model.to(dtype)`
+    one_copy = False  # True in models that decode: their CPU engines make no second copy of the weight
 
     @property
     def weight(self) -> Tensor:
@@ -95,6 +99,7 @@ class PackedLinear(PackedModule, nn.Linear):
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
         self.is_conv1d = is_conv1d  # what it was, for `dequantize`
         self.runtime = None  # the kernels' layout, see `prepare`
+        self.route = None  # how the CPU's engines run it; None: without one
         self.compute_dtype = dtype or torch.get_default_dtype()
         groups = scheme.num_groups(in_features)
         words = words_per_row(in_features, scheme.bits)
@@ -162,16 +167,27 @@ class PackedLinear(PackedModule, nn.Linear):
         return weight.to(dtype or self.compute_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):  # as nn.Linear does
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        on_engine = self.route is not None and x.dtype in (torch.float32, torch.bfloat16) and x.device.type == "cpu"
         if self.scheme.activation_range is not None:
             x = round_to_range(x, *self.scheme.activation_range)
         elif self.scheme.activation_bits is not None:
+            if self.is_int8 and on_engine and self.route != "exact":
+                return packed_linear(x, self.bias, self._stored(), "int8")
             if self.is_int8 and not (x.requires_grad and torch.is_grad_enabled()):
                 weight = (unpack_gptq(self.qweight, 8, self.in_features).int() - 128).to(torch.int8)
                 return w8a8_linear(x, weight, self.scales[0].float(), self.bias)
             x = round_per_token(x)
+        if on_engine:
+            return packed_linear(x, self.bias, self._stored(), self.route)
         if self.runtime is not None and x.dtype == self.runtime.dtype:
             return wna16_linear(x, self.runtime, self.bias)
         return F.linear(x, self.dequantize(x.dtype), self.bias)
+
+    def _stored(self) -> Stored:
+        return Stored(self.qweight, self.scales, self.qzeros, self.g_idx, self.scheme.bits, self.out_features,
+                      self.in_features, False)  # fmt: skip
 
     @property
     def is_int8(self) -> bool:
@@ -182,10 +198,14 @@ class PackedLinear(PackedModule, nn.Linear):
     def prepare(self) -> None:
         """Lay the weight out for the kernels where they run. The stored tensors stay what is saved.
 
-        On the CPU, and for groups that the kernels' tiles do not fit, the weight is dequantized on the fly.
+        On the CPU the engines of `hf_compress.engines` run it. A small weight there, and groups that the kernels' tiles
+        do not fit, are dequantized on the fly.
         """
-        self.runtime = None
-        if self.qweight.device.type in ("cpu", "meta"):
+        self.runtime, self.route = None, None
+        if self.qweight.device.type == "meta":
+            return
+        if self.qweight.device.type == "cpu":
+            self.route = choose_route(self.out_features * self.in_features, one_copy=self.one_copy)
             return
         q, zero_points, _ = self.integers()
         try:

@@ -1,0 +1,157 @@
+"""x W^T + bias for a packed W on the CPU: the table names the engine, which is made once and found by its tensors."""
+
+import logging
+import os
+import weakref
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_compress.engines import processor
+from hf_compress.engines.bodies import BODIES
+from hf_compress.engines.integers import Stored, dequantize, integers
+from hf_compress.ops import unpack_zeros
+
+logger = logging.getLogger(__name__)
+
+ROWS_AT_ONCE = 2048  # output features dequantized together, to bound memory
+
+if hasattr(os, "register_at_fork"):
+    # OpenMP's threads do not survive a fork: the first parallel region of a forked worker would wait for them for ever
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
+
+# id of qweight -> the stored tensors (weak references and versions), and the engines made for them, None if impossible
+_made: dict[int, tuple[tuple, dict]] = {}
+
+
+def packed_linear(x: Tensor, bias: Tensor | None, stored: Stored, route: str) -> Tensor:
+    """x (..., K) in float32 or bfloat16 times the packed weight: (..., N), same dtype, differentiable in x and bias.
+
+    route  "auto"      the fastest engine of the table
+           "one_copy"  the same, without a second copy of the weight where that can be avoided, for models that decode
+           "exact"     float32 arithmetic
+           "int8"      products of 8-bit integers, each token rounded to its own grid
+    """
+    rows = x.reshape(-1, stored.in_features)
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) is not Tensor:
+        y = torch.ops.hf_compress.packed_linear(rows, bias, *stored, route)
+    else:  # the operator's dispatch costs as much as a small product
+        y = _run(rows, bias, *stored, route)
+    return y.reshape(*x.shape[:-1], stored.out_features)
+
+
+def _run(x: Tensor, bias: Tensor | None, *stored_and_route) -> Tensor:
+    stored, route = Stored(*stored_and_route[:-1]), stored_and_route[-1]
+    bodies = _bodies(stored)
+    for name in _names(stored, route, len(x)):
+        if name.endswith("_once"):
+            return _once(x, bias, stored, torch.bfloat16 if name == "bfloat16_once" else torch.float32)
+        if name not in bodies:
+            bodies[name] = _make(name, stored)
+        if bodies[name] is not None:
+            return bodies[name](x, bias)
+    return F.linear(x, dequantize(stored, x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def _names(stored: Stored, route: str, tokens: int) -> tuple[str, ...]:
+    if route == "exact":
+        return ("float32",)
+    if route == "int8":
+        return ("int8_products",)
+    eight = "eight_rows" if stored.num_groups == 1 else "eight"
+    kind = "low" if stored.bits < 8 else eight
+    if route == "one_copy" and kind != "eight":
+        kind += "_one_copy"
+    return processor.candidates(kind, tokens, stored.out_features * stored.in_features)
+
+
+def _bodies(stored: Stored) -> dict:
+    """The engines made for these tensors so far; none if one of them was replaced or written to since."""
+    key, tensors = id(stored.qweight), [t for t in stored[:4] if t is not None]
+    versions = [-1 if t.is_inference() else t._version for t in tensors]
+    if key in _made:
+        seen, bodies = _made[key]
+        if len(seen) == len(tensors) and all(
+            reference() is tensor and version == now
+            for (reference, version), tensor, now in zip(seen, tensors, versions, strict=True)
+        ):
+            return bodies
+    seen = tuple((weakref.ref(tensor), version) for tensor, version in zip(tensors, versions, strict=True))
+    _made[key] = (seen, {})
+    weakref.finalize(stored.qweight, _forget, key, seen).atexit = False
+    return _made[key][1]
+
+
+def _forget(key: int, seen: tuple) -> None:
+    """Drop the engines of a tensor that is gone, unless another one took its place."""
+    if key in _made and _made[key][0] is seen:
+        del _made[key]
+
+
+def _make(name: str, stored: Stored):
+    with torch.inference_mode(False), torch.no_grad():
+        try:
+            return BODIES[name](integers(stored))
+        except (ValueError, RuntimeError, NotImplementedError) as error:  # a shape, or a PyTorch built without it
+            logger.info("A packed layer does not use the engine %r: %s", name, error)
+            return None
+
+
+def _once(x: Tensor, bias: Tensor | None, stored: Stored, dtype: torch.dtype) -> Tensor:
+    """The weight dequantized in `dtype`, for this call only. Error in bfloat16 at most 8e-3."""
+    y = x.new_empty(len(x), stored.out_features)
+    rows = x.to(dtype)
+    for n, part in _slices(stored, dtype):
+        y[:, n] = rows @ part
+    return y if bias is None else y.add_(bias)
+
+
+def _slices(stored: Stored, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """W[n]^T (K, n) in `dtype`, slice by slice."""
+    bits, N, K, G = stored.bits, stored.out_features, stored.in_features, stored.num_groups
+    words = not stored.by_rows and stored.g_idx is None and 32 % bits == 0 and K * bits % 32 == 0
+    if not words and not stored.by_rows:
+        yield slice(0, N), dequantize(stored, dtype).t()
+        return
+    for start in range(0, N, ROWS_AT_ONCE):
+        n = slice(start, min(start + ROWS_AT_ONCE, N))
+        if stored.by_rows:
+            zeros = None if stored.zeros is None else stored.zeros[n]
+            part = Stored(stored.qweight[n], stored.scales[n], zeros, None, bits, n.stop - start, K, True)
+            yield n, dequantize(part, dtype).t()
+            continue
+        shifts = torch.arange(0, 32, bits, dtype=torch.int32)[:, None]
+        q = ((stored.qweight[:, None, n] >> shifts) & (2**bits - 1)).flatten(0, 1).to(dtype)  # (K, n)
+        zeros = 2 ** (bits - 1)
+        if stored.zeros is not None:
+            zeros = unpack_zeros(stored.zeros, bits, N)[:, None, n].to(dtype)  # (G, 1, n)
+        scales = stored.scales[:, None, n].to(dtype)
+        yield n, q.unflatten(0, (G, -1)).sub_(zeros).mul_(scales).flatten(0, 1)
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[2:6])
+    ctx.sizes, ctx.bias_dtype = inputs[6:-1], None if inputs[1] is None else inputs[1].dtype
+
+
+def _backward(ctx, grad: Tensor):
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = grad @ dequantize(Stored(*ctx.saved_tensors, *ctx.sizes), grad.dtype)
+    if ctx.needs_input_grad[1]:
+        grad_bias = grad.sum(0, dtype=ctx.bias_dtype)
+    return (grad_x, grad_bias, *[None] * 9)
+
+
+torch.library.define(
+    "hf_compress::packed_linear",
+    "(Tensor x, Tensor? bias, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? g_idx, int bits, int out_features, "
+    "int in_features, bool by_rows, str route) -> Tensor",
+)
+torch.library.impl("hf_compress::packed_linear", "cpu", _run)
+torch.library.register_fake(
+    "hf_compress::packed_linear", lambda x, bias, *stored_and_route: x.new_empty(x.shape[0], stored_and_route[5])
+)
+torch.library.register_autograd("hf_compress::packed_linear", _backward, setup_context=_save_for_backward)
