@@ -129,8 +129,20 @@ def module_names(model: nn.Module) -> dict[nn.Module, str]:
     return {module: name for name, module in reversed(list(model.named_modules()))}
 
 
+def _projections(block: nn.Module) -> dict[str, nn.Module]:
+    """The linear maps of a layer by name. A layer of a PEFT adapter is the map that it wraps, not its own parts."""
+    found, adapters = {}, ()
+    for name, module in block.named_modules():
+        if is_projection(getattr(module, "base_layer", None)):
+            adapters += (f"{name}.",)
+            found[name] = module
+        elif is_projection(module) and not name.startswith(adapters):
+            found[name] = module
+    return found
+
+
 def _layer(model: nn.Module, name: str, block: nn.Module) -> Layer:
-    projections = {n: m for n, m in block.named_modules() if is_projection(m)}
+    projections = _projections(block)
     attentions = tuple(_attentions(model, name, block, projections))
     if not attentions:
         raise _not_found(model, f"query, key and value projections in {name}")

@@ -5,6 +5,8 @@ METHODS = {  # name on the command line -> (module, config, trainer)
     "pkd": ("hf_compress.distillation.pkd", "PKDConfig", "PKDTrainer"),
     "minilm": ("hf_compress.distillation.minilm", "MiniLMConfig", "MiniLMTrainer"),
     "distilbert": ("hf_compress.distillation.distilbert", "DistilBertConfig", "DistilBertTrainer"),
+    "word-level": ("hf_compress.distillation.word_level", "WordLevelConfig", "WordLevelTrainer"),
+    "theseus": ("hf_compress.distillation.theseus", "TheseusConfig", "TheseusTrainer"),
     "bert-emd": ("hf_compress.distillation.bert_emd", "BertEmdConfig", "BertEmdTrainer"),
     "fsp": ("hf_compress.distillation.fsp", "FSPConfig", "FSPTrainer"),
     "relational": ("hf_compress.distillation.relational", "RelationalConfig", "RelationalTrainer"),

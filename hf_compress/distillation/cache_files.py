@@ -92,10 +92,12 @@ def find_faults(folder: Path, shards: dict[str, dict]) -> dict[str, str]:
             return "is missing"
         if (size := file.stat().st_size) != entry["size_bytes"]:
             return f"has {size} bytes where the manifest says {entry['size_bytes']}"
+        digest = hashlib.sha256()
         with file.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        if digest != entry["sha256"]:
-            return f"was altered: its SHA-256 is {digest[:16]}... where the manifest says {entry['sha256'][:16]}..."
+            while part := stream.read(2**20):
+                digest.update(part)
+        if (found := digest.hexdigest()) != entry["sha256"]:
+            return f"was altered: its SHA-256 is {found[:16]}... where the manifest says {entry['sha256'][:16]}..."
         return None
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:

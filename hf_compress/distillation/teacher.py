@@ -8,6 +8,7 @@ import transformers
 from torch import nn
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
+from hf_compress.distillation.adapter_teacher import AdapterTeacher
 from hf_compress.distillation.cache_files import is_cache
 from hf_compress.distillation.cached_teacher import CachedTeacher
 from hf_compress.distillation.several_teachers import SeveralTeachers, teachers_of
@@ -60,7 +61,9 @@ def check_match(student: nn.Module, teacher: nn.Module, processing_class=None) -
         for one in teacher.all:
             check_match(student, one, processing_class)
         return
-    if teacher is student or _shares_parameters(student, teacher):
+    if isinstance(teacher, AdapterTeacher):
+        teacher.check_student(student)
+    elif teacher is student or _shares_parameters(student, teacher):
         raise ValueError(
             "Student and teacher are the same model, or share weights: the teacher would change while the student "
             "learns. Make a copy, for example with hfc.make_student or copy.deepcopy."

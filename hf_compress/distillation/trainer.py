@@ -135,7 +135,7 @@ class DistillationTrainer(LoggedTermsMixin, TrainingStateMixin):
                 f"{type(student).__name__} does not predict here. Set it to 0."
             )
         check_data(self.train_dataset, student)
-        self.teacher = frozen(teacher_model, args.device)
+        self.teacher = self.prepare_teacher(teacher_model)
         self.check_layers()
         self._check_signals()
         if args.torch_compile and any(self.student_signals().values()):
@@ -146,6 +146,9 @@ class DistillationTrainer(LoggedTermsMixin, TrainingStateMixin):
         _ = self.training_state  # built now, so that what is wrong with it is said before training
 
     # What the methods override
+
+    def prepare_teacher(self, teacher: nn.Module) -> nn.Module:
+        return frozen(teacher, self.args.device)
 
     def check_layers(self) -> None:
         """Raise ValueError when the layers or widths that the losses need are not there."""
@@ -252,7 +255,7 @@ class DistillationTrainer(LoggedTermsMixin, TrainingStateMixin):
         if isinstance(teacher, CachedTeacher):
             outputs, hidden_states = teacher.look_up(inputs, signals.get("hidden_states", ()))
             return Run(outputs, torch.empty(0), hidden_states, {})
-        inputs = _accepted(teacher, {k: v for k, v in inputs.items() if k not in self._label_columns})
+        inputs = accepted(teacher, {k: v for k, v in inputs.items() if k not in self._label_columns})
         if getattr(getattr(plain_model(teacher), "config", None), "use_cache", False):
             inputs["use_cache"] = False
         with torch.no_grad(), self.accelerator.autocast(), capture(teacher, **signals) as captured:
@@ -338,7 +341,7 @@ class DistillationTrainer(LoggedTermsMixin, TrainingStateMixin):
 
     def student_inputs(self, student: nn.Module, inputs: dict) -> dict:
         """What the student's forward gets of a batch."""
-        return _accepted(student, inputs)
+        return accepted(student, inputs)
 
     def _with_decoder_inputs(self, student: nn.Module, inputs: dict) -> dict:
         """Give both models of a sequence-to-sequence task the same decoder inputs, made from the labels as usual."""
@@ -363,7 +366,7 @@ def projection(student: nn.Module, teacher: nn.Module) -> nn.Module:
     return nn.Identity() if mine == theirs else nn.Linear(mine, theirs, bias=False)
 
 
-def _accepted(model: nn.Module, inputs: dict) -> dict:
+def accepted(model: nn.Module, inputs: dict) -> dict:
     """The inputs that `model` knows by name: student and teacher may differ in them (token_type_ids)."""
     parameters = inspect.signature(plain_model(model).forward).parameters
     return {name: value for name, value in inputs.items() if name in parameters}
