@@ -41,7 +41,7 @@ class PKDConfig(DistillationConfig):
             "the last), or numbers such as `2,4`."
         },
     )
-    project: bool = field(
+    learn_projection: bool = field(
         default=False, metadata={"help": "Learn a map from the student's width to the teacher's, where they differ."}
     )
 
@@ -67,8 +67,8 @@ def first_token(states: Tensor, attention_mask: Tensor | None) -> Tensor:
 class PKDTrainer(DistillationTrainer):
     """Patient knowledge distillation: predictions, and inner states of the first token.
 
-    Raises ValueError for widths that differ (unless `project=True`), for a student of one layer, and for causal models,
-    whose first token reads nothing but itself.
+    Raises ValueError for widths that differ (unless `learn_projection=True`), for a student of one layer, and for
+    causal models, whose first token reads nothing but itself.
     """
 
     config_class = PKDConfig
@@ -90,11 +90,10 @@ class PKDTrainer(DistillationTrainer):
         layers = "uniform" if self.args.layer_map == "skip" else self.args.layer_map
         self.layer_map = make_layer_map(layers, self.model, self.teacher, without_last=True)
         widths = [plain_model(model).config.hidden_size for model in (self.model, self.teacher)]
-        if widths[0] != widths[1] and not self.args.project:
+        if widths[0] != widths[1] and not self.args.learn_projection:
             raise ValueError(
                 f"PKD compares states of one width: the student's is {widths[0]}, the teacher's {widths[1]}. Make the "
-                "student as wide (hfc.make_student without hidden_size), or set project=True to learn a map between "
-                "the two."
+                "student as wide (hfc.make_student without hidden_size), or set learn_projection=True."
             )
 
     def make_training_state(self, model: PreTrainedModel) -> TrainingState:

@@ -55,7 +55,7 @@ def test_a_run_computes_the_equation_and_padding_does_not_matter(width, tmp_path
     metrics = []
     for batch in (data, padded(data)):
         torch.manual_seed(0)
-        run = trainer(tmp_path, student, teacher, batch, project=width < 32, alpha=0.2, beta=10.0)
+        run = trainer(tmp_path, student, teacher, batch, learn_projection=width < 32, alpha=0.2, beta=10.0)
         metrics.append(run.evaluate())
     inputs = {name: torch.tensor(data[name]) for name in ("input_ids", "attention_mask")}
     with torch.no_grad():
@@ -69,12 +69,12 @@ def test_a_run_computes_the_equation_and_padding_does_not_matter(width, tmp_path
 
 
 def test_the_gradient_does_not_depend_on_how_the_batch_is_cut(tmp_path):
-    assert_gradient_is_the_same_however_cut(tmp_path, PKDTrainer, project=True, hints="1:2")
+    assert_gradient_is_the_same_however_cut(tmp_path, PKDTrainer, learn_projection=True, hints="1:2")
 
 
 def test_bad_input_is_refused_before_training(tmp_path):
     teacher = pair()[1]
-    with pytest.raises(ValueError, match=r"the student's is 16, the teacher's 32. .* project=True"):
+    with pytest.raises(ValueError, match=r"the student's is 16, the teacher's 32. .* learn_projection=True"):
         trainer(tmp_path, make_student(teacher, num_hidden_layers=2, hidden_size=16))
     with pytest.raises(ValueError, match="the student has 1, the teacher 4"):
         trainer(tmp_path, make_student(teacher, num_hidden_layers=1))
