@@ -12,6 +12,7 @@ from hf_compress.distillation.adapter_teacher import AdapterTeacher
 from hf_compress.distillation.cache_files import is_cache
 from hf_compress.distillation.cached_teacher import CachedTeacher
 from hf_compress.distillation.several_teachers import SeveralTeachers, teachers_of
+from hf_compress.distillation.sharded_teacher import shard
 from hf_compress.distillation.tasks import LANGUAGE_MODELS, auto_class_name, plain_model
 
 HEADS = ["classifier", "score", "qa_outputs", "lm_head", "cls", "pooler", "pre_classifier"]  # stay in full precision
@@ -124,11 +125,19 @@ def _check_lengths(mine: PretrainedConfig, theirs: PretrainedConfig, tokenizer) 
         )
 
 
-def frozen(teacher: nn.Module, device: torch.device) -> nn.Module:
-    """`teacher` in eval mode on `device`, its parameters without gradients. Changes `teacher` and returns it."""
+def frozen(teacher: nn.Module, device: torch.device, *, is_sharded: bool = False) -> nn.Module:
+    """`teacher` in eval mode on `device`, its parameters without gradients. Changes `teacher` and returns it.
+
+    With `is_sharded` each process holds its part of a Transformers teacher in full precision.
+    """
     for one in teachers_of(teacher):
         one.eval().requires_grad_(False)
-        if not getattr(one, "is_quantized", False) and not hasattr(one, "hf_device_map"):
+        if getattr(one, "is_quantized", False) or hasattr(one, "hf_device_map"):
+            continue  # already where it belongs
+        if is_sharded and isinstance(one, PreTrainedModel):
+            for buffer in shard(one).buffers():
+                buffer.data = buffer.data.to(device)
+        else:
             one.to(device)
     return teacher
 

@@ -148,7 +148,7 @@ class DistillationTrainer(LoggedTermsMixin, TrainingStateMixin):
     # What the methods override
 
     def prepare_teacher(self, teacher: nn.Module) -> nn.Module:
-        return frozen(teacher, self.args.device)
+        return frozen(teacher, self.args.device, is_sharded=self.accelerator.is_fsdp2)
 
     def check_layers(self) -> None:
         """Raise ValueError when the layers or widths that the losses need are not there."""

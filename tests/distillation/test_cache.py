@@ -17,8 +17,10 @@ from hf_compress.distillation import cache
 from hf_compress.distillation.cache import cache_teacher
 from hf_compress.distillation.cache_files import MANIFEST
 from hf_compress.distillation.cached_teacher import CachedTeacher, complete
+from hf_compress.distillation.distilbert import DistilBertTrainer
 from hf_compress.distillation.example_keys import example_keys
 from hf_compress.distillation.losses import soft_loss
+from hf_compress.distillation.pkd import PKDTrainer
 from hf_compress.distillation.students import make_student
 from hf_compress.distillation.tinybert import TinyBertTrainer
 from hf_compress.distillation.trainer import DistillationConfig, DistillationTrainer
@@ -61,6 +63,22 @@ def test_the_losses_are_those_of_the_live_teacher(family, task, kind, changes, t
         assert len(losses) >= 4
         for name in losses:
             assert cached[name] == pytest.approx(live[name], rel=1e-4), name
+
+
+@pytest.mark.parametrize("kind", [PKDTrainer, DistilBertTrainer], ids=["pkd", "distilbert"])
+def test_other_methods_read_the_cache_too(kind, tmp_path):
+    """What a method needs of inner layers is named by its refusal, and then is what the live teacher gives."""
+    teacher, data, logs = teacher_of(), rows(12), []
+    plain = cache_teacher(teacher, data, tmp_path / "plain")
+    student = make_student(teacher, num_hidden_layers=2)
+    args = config(tmp_path, kind.config_class, hints=None)
+    with pytest.raises(ValueError, match=r"needs the teacher's hidden states \[\d\]") as refusal:
+        kind(student, args, teacher_model=plain, train_dataset=data)
+    states = [int(refusal.value.args[0].split("hidden states [")[1][0])]
+    for source in (teacher, cache_teacher(teacher, data, tmp_path / "cache", hidden_states=states)):
+        logs.append(kind(student, args, teacher_model=source, train_dataset=data, eval_dataset=data).evaluate())
+    for name in [name for name in logs[0] if "loss" in name]:
+        assert logs[1][name] == pytest.approx(logs[0][name], rel=1e-4, abs=1e-6), name
 
 
 def test_half_precision_rounds_to_half_precision(tmp_path):
