@@ -2,7 +2,6 @@
 
 import logging
 import os
-import weakref
 from collections.abc import Iterator
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from hf_compress.engines import processor
 from hf_compress.engines.bodies import BODIES
 from hf_compress.engines.integers import Stored, dequantize, integers
+from hf_compress.engines.kept import kept_for
 from hf_compress.ops import unpack_zeros
 
 logger = logging.getLogger(__name__)
@@ -21,9 +21,6 @@ ROWS_AT_ONCE = 2048  # output features dequantized together, to bound memory
 if hasattr(os, "register_at_fork"):
     # OpenMP's threads do not survive a fork: the first parallel region of a forked worker would wait for them for ever
     os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
-
-# id of qweight -> the stored tensors (weak references and versions), and the engines made for them, None if impossible
-_made: dict[int, tuple[tuple, dict]] = {}
 
 
 def packed_linear(x: Tensor, bias: Tensor | None, stored: Stored, route: str) -> Tensor:
@@ -44,7 +41,7 @@ def packed_linear(x: Tensor, bias: Tensor | None, stored: Stored, route: str) ->
 
 def _run(x: Tensor, bias: Tensor | None, *stored_and_route) -> Tensor:
     stored, route = Stored(*stored_and_route[:-1]), stored_and_route[-1]
-    bodies = _bodies(stored)
+    bodies = kept_for([tensor for tensor in stored[:4] if tensor is not None])  # None for one that cannot be made
     for name in _names(stored, route, len(x)):
         if name.endswith("_once"):
             return _once(x, bias, stored, torch.bfloat16 if name == "bfloat16_once" else torch.float32)
@@ -65,29 +62,6 @@ def _names(stored: Stored, route: str, tokens: int) -> tuple[str, ...]:
     if route == "one_copy" and kind != "eight":
         kind += "_one_copy"
     return processor.candidates(kind, tokens, stored.out_features * stored.in_features)
-
-
-def _bodies(stored: Stored) -> dict:
-    """The engines made for these tensors so far; none if one of them was replaced or written to since."""
-    key, tensors = id(stored.qweight), [t for t in stored[:4] if t is not None]
-    versions = [-1 if t.is_inference() else t._version for t in tensors]
-    if key in _made:
-        seen, bodies = _made[key]
-        if len(seen) == len(tensors) and all(
-            reference() is tensor and version == now
-            for (reference, version), tensor, now in zip(seen, tensors, versions, strict=True)
-        ):
-            return bodies
-    seen = tuple((weakref.ref(tensor), version) for tensor, version in zip(tensors, versions, strict=True))
-    _made[key] = (seen, {})
-    weakref.finalize(stored.qweight, _forget, key, seen).atexit = False
-    return _made[key][1]
-
-
-def _forget(key: int, seen: tuple) -> None:
-    """Drop the engines of a tensor that is gone, unless another one took its place."""
-    if key in _made and _made[key][0] is seen:
-        del _made[key]
 
 
 def _make(name: str, stored: Stored):

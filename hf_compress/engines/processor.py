@@ -49,8 +49,15 @@ def instructions() -> str:
 
 
 @cache
-def table() -> dict[str, dict[str, list[dict]]]:
-    return json.loads(Path(__file__).with_name("table.json").read_text(encoding="utf-8"))["engines"]
+def table() -> dict[str, dict]:
+    return json.loads(Path(__file__).with_name("table.json").read_text(encoding="utf-8"))
+
+
+def matching(rows: list[dict], tokens: int, weights: int) -> dict:
+    """The first row for products of `tokens` rows with `weights` weights."""
+    return next(
+        row for row in rows if tokens <= row.get("most_tokens", tokens) and weights >= row.get("least_weights", 0)
+    )
 
 
 @cache
@@ -60,6 +67,12 @@ def candidates(kind: str, tokens: int, weights: int) -> tuple[str, ...]:
     kind  "low" (up to 4 bit), "eight" (8 bit in groups) or "eight_rows" (8 bit, one scale a row); "low_one_copy" and
           "eight_rows_one_copy" without a second copy of the weight
     """
-    rows = table()[instructions()][kind]
-    row = next(r for r in rows if tokens <= r.get("most_tokens", tokens) and weights >= r.get("least_weights", weights))
-    return tuple(row["engines"])
+    return tuple(matching(table()["engines"][instructions()][kind], tokens, weights)["engines"])
+
+
+@cache
+def densest(dtype: torch.dtype, side: int, tokens: int, weights: int) -> float:
+    """The density up to which gathering beats the dense product, for blocks whose shorter side is `side`."""
+    kinds = table()["block_sparse"]
+    rows = kinds.get(instructions(), kinds["others"])[str(dtype).removeprefix("torch.")]
+    return matching(rows[str(min(side, 64))], tokens, weights)["densest"]

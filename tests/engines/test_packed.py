@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_compress.engines import bodies, packed, processor
+from hf_compress.engines import bodies, kept, packed, processor
 from hf_compress.engines.integers import integers
 from hf_compress.layers.packed_embedding import PackedEmbedding, TiedHead
 from hf_compress.layers.packed_linear import PackedLinear
@@ -165,7 +165,7 @@ def made_for(layer: PackedLinear) -> dict:
 
 
 def made_of(key: int) -> dict:
-    return packed._made[key][1]
+    return kept._kept[key][1]
 
 
 def test_engines_are_no_state():
@@ -175,7 +175,7 @@ def test_engines_are_no_state():
         y = layer(x)
     assert list(layer.state_dict()) == before
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert id(twin.qweight) not in packed._made
+        assert id(twin.qweight) not in kept._kept
         with torch.no_grad():
             assert torch.equal(twin(x), y)
     half = copy.deepcopy(layer).to(torch.bfloat16)
@@ -184,7 +184,7 @@ def test_engines_are_no_state():
     mine, key = made_for(layer), id(layer.qweight)
     del layer
     gc.collect()
-    assert key not in packed._made or made_of(key) is not mine
+    assert key not in kept._kept or made_of(key) is not mine
 
 
 def test_a_changed_tensor_makes_the_engine_anew():
@@ -216,10 +216,10 @@ def test_compiles_in_one_graph_with_the_same_engine(grad):
     layer, x = packed_layer(SCHEMES["4-bit"]), torch.randn(2, K, requires_grad=grad)
     with torch.set_grad_enabled(grad):
         expected = layer(x)
-        known = len(packed._made)
+        known = len(kept._kept)
         compiled = torch.compile(layer, fullgraph=True, backend="eager")
         assert torch.equal(compiled(x), expected)
-        assert len(packed._made) == known
+        assert len(kept._kept) == known
         if grad:
             compiled(x).sum().backward()
             torch.testing.assert_close(x.grad, layer.dequantize().sum(0).expand(2, K))

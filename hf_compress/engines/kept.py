@@ -1,0 +1,34 @@
+"""What was made from tensors and is found by them: dropped with the first one, forgotten when one is written to."""
+
+import weakref
+from collections.abc import Sequence
+
+from torch import Tensor
+
+# id of the first tensor -> all of them (weak references and versions), and what was made from them
+_kept: dict[int, tuple[tuple, dict]] = {}
+
+
+def kept_for(tensors: Sequence[Tensor]) -> dict:
+    """The dictionary that belongs to `tensors`, empty at first and after one was replaced or changed in place.
+
+    A change in place of an inference tensor has no trace and is not seen.
+    """
+    key = id(tensors[0])
+    versions = [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
+    seen, made = _kept.get(key, ((), {}))
+    if len(seen) == len(tensors) and all(
+        reference() is tensor and version == now
+        for (reference, version), tensor, now in zip(seen, tensors, versions, strict=True)
+    ):
+        return made
+    seen, made = tuple((weakref.ref(t), version) for t, version in zip(tensors, versions, strict=True)), {}
+    _kept[key] = (seen, made)
+    weakref.finalize(tensors[0], _forget, key, seen).atexit = False
+    return made
+
+
+def _forget(key: int, seen: tuple) -> None:
+    """Drop what belongs to a tensor that is gone, unless another one took its place."""
+    if key in _kept and _kept[key][0] is seen:
+        del _kept[key]
