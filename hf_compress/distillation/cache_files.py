@@ -106,8 +106,11 @@ def find_faults(folder: Path, shards: dict[str, dict]) -> dict[str, str]:
 
 
 def teacher_fingerprint(teacher: nn.Module) -> str:
-    """SHA-256 over what decides a teacher's outputs: its config and every tensor of its state."""
+    """SHA-256 over what decides a teacher's outputs: its config, every tensor of its state, and the active adapters."""
     digest = hashlib.sha256()
+    if hasattr(teacher, "peft_config"):
+        digest.update(str(sorted(teacher.active_adapters)).encode())
+    digest.update(str(getattr(teacher, "adapter", None)).encode())
     config = getattr(teacher, "config", None)
     if isinstance(config, PretrainedConfig):
         digest.update(json.dumps(plain_config(config), sort_keys=True, default=str).encode())

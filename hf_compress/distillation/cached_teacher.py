@@ -197,7 +197,7 @@ def complete(top_logits: Tensor, top_indices: Tensor, rest: Tensor, student_logi
 
 def _architecture(teacher: dict) -> nn.Module | None:
     kind = getattr(transformers, teacher["class"], None)
-    if kind is None or teacher["config"] is None:
+    if kind is None or teacher["config"] is None or teacher["config"]["model_type"] not in CONFIG_MAPPING:
         return None
     config = CONFIG_MAPPING[teacher["config"]["model_type"]].from_dict(teacher["config"])
     with torch.device("meta"):

@@ -98,3 +98,18 @@ def test_what_is_no_other_adapter_is_refused(tmp_path):
     model.set_adapter("teacher")
     with pytest.raises(ValueError, match="the teacher would change while the student"):
         DistillationTrainer(model, config(tmp_path), teacher_model=one)
+
+
+def test_a_checkpoint_holds_adapters_and_is_resumed(tmp_path):
+    """No base weights are saved, and a run that goes on ends where one that never stopped does."""
+    finals = []
+    for name, step in (("whole", None), ("stopped", "checkpoint-2")):
+        model = with_adapters()
+        args = config(tmp_path / name, hints="2:2", max_steps=4, save_strategy="steps", save_steps=2)
+        trainer = DistillationTrainer(model, args, teacher_model=AdapterTeacher(model, "teacher"), train_dataset=rows())
+        trainer.train(resume_from_checkpoint=step and str(tmp_path / "whole" / step))
+        finals.append(dict(model.named_parameters()))
+    for name, parameter in finals[0].items():
+        assert torch.equal(parameter, finals[1][name]), name
+    saved = {file.name for file in (tmp_path / "whole" / "checkpoint-4").rglob("*.safetensors")}
+    assert saved == {"adapter_model.safetensors"}
