@@ -17,7 +17,8 @@ import math
 import time
 
 import torch
-from classifier_bench import ClassifierBench, parser
+from classifier_bench import MAX_LENGTH, ClassifierBench, parser
+from datasets import DatasetDict
 from distillation_table import picture, table
 from torch import nn
 from transformers import Trainer, set_seed
@@ -26,7 +27,7 @@ import hf_compress as hfc
 from hf_compress.data import tokenize
 from hf_compress.distillation.augmentation import augment
 
-EPOCHS = {"a": 3, "b": 6, "c": 6}
+EPOCHS = {"a": 2, "b": 6, "c": 6}
 RATES = {"a": 1e-4, "b": 5e-4, "c": 1e-3}
 COPIES = 5  # and the sentence itself: six passes without seeing a copy twice
 SOFT = {"alpha": 0.9, "temperature": 2.0}
@@ -54,18 +55,23 @@ def factorised(teacher, width: int):
 
 
 def methods(student: str) -> dict:
-    """Name -> (trainer, its config, options), of those that this student can follow."""
-    depth = {"a": "1:2,2:4,3:6"}.get(student, "1:3,2:6")
-    heads = {} if student != "c" else {"attention_weight": 0.0}  # four heads, the teacher has twelve
-    widths = {} if student == "a" else {"project": True}
+    """Name -> (trainer, its config, options), as this student can follow them."""
+    heads = {} if student != "c" else {"attention_weight": 0.0}  # it has four heads, the teacher twelve
+    widths = {} if student == "a" else {"learn_projection": True}
     return {
         "soft targets": (hfc.DistillationTrainer, hfc.DistillationConfig, SOFT),
-        "hints": (hfc.DistillationTrainer, hfc.DistillationConfig, {**SOFT, "hints": depth}),
         "PKD": (hfc.PKDTrainer, hfc.PKDConfig, {**SOFT, **widths}),
         "DistilBERT": (hfc.DistilBertTrainer, hfc.DistilBertConfig, {}),
+        "relational": (hfc.RelationalTrainer, hfc.RelationalConfig, SOFT),
         "TinyBERT": (hfc.TinyBertTrainer, hfc.TinyBertConfig, {"intermediate_share": 0.5, **heads}),
         "MiniLM": (hfc.MiniLMTrainer, hfc.MiniLMConfig, {}),
+        "BERT-EMD": (hfc.BertEmdTrainer, hfc.BertEmdConfig, {**SOFT, **heads}),
     }
+
+
+def needs_attention(student: str, method: str) -> bool:
+    """Whether the method reads what a cache of logits and hidden states does not hold."""
+    return method == "MiniLM" or (method in ("TinyBERT", "BERT-EMD") and student != "c")
 
 
 class Bench(ClassifierBench):
@@ -85,22 +91,24 @@ class Bench(ClassifierBench):
             trainer, config, more = methods(student)[method.rstrip("+")]
             if rows is not None:
                 more = {**more, "alpha": 1.0}  # copies have no labels of their own
-            if method.startswith("soft targets"):
+            if rows is None and not needs_attention(student, method):
+                teacher = self.cached(teacher, self.data["train"], hidden_states=range(7), dtype=torch.float16)
+            elif method == "soft targets+":
                 teacher = self.cached(teacher, rows)
             trainer(
                 model, self.config(config, **options, **more), teacher_model=teacher, **self.data_arguments(rows)
             ).train()
         self.record(name, seed, model, start)
 
-    def cached(self, teacher, rows):
-        rows = self.data["train"] if rows is None else rows
-        return hfc.cache_teacher(teacher, rows, self.output / f"cache-{len(rows)}", processing_class=self.tokenizer)
+    def cached(self, teacher, rows, **options):
+        folder = self.output / f"cache-{len(rows)}"
+        return hfc.cache_teacher(teacher, rows, folder, processing_class=self.tokenizer, **options)
 
     def augmented(self, teacher):
         texts = augment(
             self.texts["train"], self.tokenizer, word_vectors=teacher, copies=COPIES, path=self.output / "augmented"
         )
-        return tokenize({"train": texts}, self.tokenizer, 64)["train"]
+        return tokenize(DatasetDict(train=texts), self.tokenizer, MAX_LENGTH)["train"]
 
 
 def main():

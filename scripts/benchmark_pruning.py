@@ -29,12 +29,7 @@ SCORING_SENTENCES = 256
 EPOCHS = {"half": 3, "blocks": 3, "curves": 1}
 BLOCKS = [(16, 0.75), (32, 0.75), (16, 0.9), (32, 0.9)]
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-CURVES = {  # what goes -> shares of it, each with one epoch of distillation
-    "heads": (1 / 3, 2 / 3),
-    "neurons": (0.5, 0.75),
-    "layers": (1 / 2, 2 / 3),
-    "weights": (0.75,),
-}
+CURVES = {"heads": 2 / 3, "neurons": 3 / 4, "layers": 1 / 2}  # shares that go, each in one epoch of distillation
 
 
 class Bench(ClassifierBench):
@@ -149,30 +144,26 @@ class Bench(ClassifierBench):
 
     def curves(self, seed: int) -> None:
         """A share of one thing goes during one epoch of distillation, for the picture of all methods."""
-        for what, shares in CURVES.items():
-            for share in shares:
-                run = f"{what}-{share:.0%}".rstrip("%")
-                if self.is_done(run, seed):
-                    continue
-                start, student = time.perf_counter(), self.teacher(**NO_DROPOUT)
-                callbacks = []
-                if what == "layers":
-                    hfc.prune_layers(student, every_other(len(hfc.anatomy(student).layers), share))
-                else:
-                    kind = {"heads": hfc.HeadPruning, "neurons": hfc.NeuronPruning, "weights": hfc.WeightPruning}[what]
-                    callbacks = [kind(share, begin=0.1, end=0.6)]
-                set_seed(seed)
-                config = self.config(
-                    hfc.DistillationConfig, epochs=EPOCHS["curves"], seed=seed, learning_rate=1e-4, alpha=0.7,
-                    temperature=2.0,
-                )  # fmt: skip
-                hfc.DistillationTrainer(
-                    student, config, teacher_model=self.teacher(), callbacks=callbacks, **self.data_arguments()
-                ).train()
-                for callback in callbacks:
-                    callback.finish(student)
-                self.save(student, run, seed)
-                self.record(run, seed, student, start, share=share)
+        for what, share in CURVES.items():
+            run = f"{what}-{share:.0%}".rstrip("%")
+            if self.is_done(run, seed):
+                continue
+            start, student = time.perf_counter(), self.teacher(**NO_DROPOUT)
+            callbacks = []
+            if what == "layers":
+                hfc.prune_layers(student, every_other(len(hfc.anatomy(student).layers), share))
+            else:
+                callbacks = [(hfc.HeadPruning if what == "heads" else hfc.NeuronPruning)(share, begin=0.1, end=0.6)]
+            set_seed(seed)
+            options = dict(epochs=EPOCHS["curves"], seed=seed, learning_rate=1e-4, alpha=0.7, temperature=2.0)
+            config = self.config(hfc.DistillationConfig, **options)
+            hfc.DistillationTrainer(
+                student, config, teacher_model=self.teacher(), callbacks=callbacks, **self.data_arguments()
+            ).train()
+            for callback in callbacks:
+                callback.finish(student)
+            self.save(student, run, seed)
+            self.record(run, seed, student, start, share=share)
 
     def report(self) -> None:
         """The models that runs have saved, under the names of their runs, against the fine-tuned one."""

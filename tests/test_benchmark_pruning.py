@@ -40,13 +40,14 @@ def test_every_run_is_recorded_once(tmp_path):
         subprocess.run(command, check=True, env=environment, capture_output=True, text=True)
     lines = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     runs = {line["run"]: line for line in lines}
-    assert len(runs) == len(lines) == 18
+    assert len(runs) == len(lines) == 14
     assert runs["heads-50"]["parameters"] < runs["heads-40"]["parameters"] < runs["teacher"]["parameters"]
     assert runs["half-alone"]["parameters"] == runs["half-distilled"]["parameters"]
     assert runs["blocks-16-75"]["sparsity"] == 0.75
     assert runs["blocks-16-75"]["stored_bytes"] < 0.5 * runs["blocks-16-75"]["matrix_bytes"]
-    assert runs["heads-67"]["parameters"] < runs["heads-33"]["parameters"] < runs["teacher"]["parameters"]
-    assert runs["layers-67"]["parameters"] < runs["layers-50"]["parameters"]
+    assert (
+        max(runs[run]["parameters"] for run in ("heads-67", "neurons-75", "layers-50")) < runs["teacher"]["parameters"]
+    )
 
 
 @pytest.mark.long
