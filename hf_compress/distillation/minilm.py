@@ -13,7 +13,7 @@ there is; for a task, predictions follow in a second phase.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -26,7 +26,6 @@ from hf_compress.distillation.layer_map import check_one_stack
 from hf_compress.distillation.losses import Loss, exact
 from hf_compress.distillation.phases import TwoPhaseConfig, TwoPhaseTrainer
 from hf_compress.distillation.trainer import Run
-from hf_compress.ops import kl_from_logits
 
 RELATION_HEAD_SIZE = 16  # of the teacher, in the paper: 48 relation heads for width 768, 64 for 1024
 SIGNALS = ("query", "key", "value")
@@ -76,10 +75,8 @@ def distribution_loss(student_scores: Tensor, teacher_scores: Tensor, allowed: T
     `allowed` (B or 1, 1, 1 or T, S) is True where a query may attend. A mean over heads; the sum over queries takes
     them by `weights` (B, T), 0 for padding.
     """
-    mine, theirs = (exact(scores).masked_fill(~allowed, -math.inf) for scores in (student_scores, teacher_scores))
-    queries = weights.bool()[:, None].expand(mine.shape[:-1])
-    kl = kl_from_logits(mine, theirs.detach(), mask=queries)  # (B, H, T)
-    return (kl.mean(dim=1) * weights).sum()
+    student, teacher = exact(student_scores), exact(teacher_scores).detach()
+    return _DistributionKL.apply(student, teacher, allowed, weights.to(student.dtype))
 
 
 def relation_loss(student_states: Tensor, teacher_states: Tensor, num_heads: int, weights: Tensor) -> Tensor:
@@ -87,8 +84,8 @@ def relation_loss(student_states: Tensor, teacher_states: Tensor, num_heads: int
 
     H and Dh are each model's own: heads are joined and split again into `num_heads` relation heads.
 
-    A mean over relation heads; the sum over tokens takes them by `weights` (B, T), 0 for padding. Needs no more memory
-    for longer batches: scores live for a few examples at a time, and the gradient is made from them at once.
+    A mean over relation heads; the sum over tokens takes them by `weights` (B, T), 0 for padding. Scores live for a few
+    examples at a time: the gradient is made from them at once.
     """
     student, teacher = (_relation_heads(states, num_heads, weights) for states in (student_states, teacher_states))
     return _RelationKL.apply(student, teacher.detach(), weights.to(student.dtype))
@@ -103,35 +100,69 @@ def _relation_heads(states: Tensor, num_heads: int, weights: Tensor) -> Tensor:
     return exact(states).masked_fill(padding, 0.0) * states.shape[-1] ** -0.25
 
 
+class _DistributionKL(torch.autograd.Function):
+    """Loss and gradient in one pass over a few examples at a time, whose probabilities stay in the cache."""
+
+    @staticmethod
+    def forward(ctx, student: Tensor, teacher: Tensor, allowed: Tensor, weights: Tensor) -> Tensor:
+        gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None
+        total = student.new_zeros(())
+        for part in _parts(student, student.shape[1:]):
+            w = weights[part]
+            hidden = ~(allowed.expand(len(weights), -1, -1, -1)[part] & (w != 0)[:, None, :, None])
+            scores = (x[part].masked_fill(hidden, LOWEST) for x in (student, teacher))
+            loss, G = _kl_and_gradient(*scores, w)
+            total += loss
+            if gradient is not None:
+                gradient[part] = G
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad * ctx.saved_tensors[0], None, None, None
+
+
 class _RelationKL(torch.autograd.Function):
-    """Loss and gradient in one pass: memory for scores is what costs, so none is kept for backward."""
+    """The same from the states that make the scores: memory for scores is what costs, so none are kept."""
 
     @staticmethod
     def forward(ctx, student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
-        B, R, T, _ = student.shape
-        needs_gradient = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(student) if needs_gradient else None
+        gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None
         total = student.new_zeros(())
-        score_bytes = CPU_SCORE_BYTES if student.device.type == "cpu" else DEVICE_SCORE_BYTES
-        step = max(1, score_bytes // (R * T * T * student.element_size()))
+        T = student.shape[-2]
         with torch.autocast(student.device.type, enabled=False):
-            for part in (slice(i, i + step) for i in range(0, B, step)):
+            for part in _parts(student, (student.shape[1], T, T)):
                 X, Y, w = student[part], teacher[part], weights[part]
-                masked = torch.where(w == 0, LOWEST, 0.0)[:, None, None, :].to(X.dtype)
-                log_q, log_p = ((x @ x.mT).add_(masked).log_softmax(dim=-1) for x in (X, Y))  # (b, R, T, T)
-                p = log_p.exp()
-                w = w[:, None, :, None] / R
-                total += (torch.linalg.vecdot(p, log_p.sub_(log_q))[..., None] * w).sum()
-                if needs_gradient:
-                    G = log_q.exp_().sub_(p).mul_(w)  # of the scores
+                padding = torch.where(w == 0, LOWEST, 0.0)[:, None, None, :].to(X.dtype)
+                loss, G = _kl_and_gradient((X @ X.mT).add_(padding), (Y @ Y.mT).add_(padding), w)
+                total += loss
+                if gradient is not None:
                     gradient[part] = G @ X + G.mT @ X
         ctx.save_for_backward(gradient)
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         return grad * ctx.saved_tensors[0], None, None
+
+
+def _parts(student: Tensor, scores: Sequence[int]) -> Iterator[slice]:
+    """Slices of the batch for which scores of shape (b, *scores) are small enough."""
+    score_bytes = CPU_SCORE_BYTES if student.device.type == "cpu" else DEVICE_SCORE_BYTES
+    step = max(1, score_bytes // (math.prod(scores) * student.element_size()))
+    return (slice(i, i + step) for i in range(0, len(student), step))
+
+
+def _kl_and_gradient(student_scores: Tensor, teacher_scores: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """KL of the softmax of scores (b, H, T, S), a mean over H, summed by `weights` (b, T); and its gradient."""
+    log_q, log_p = student_scores.log_softmax(dim=-1), teacher_scores.log_softmax(dim=-1)
+    p = log_p.exp()
+    w = weights[:, None, :, None] / student_scores.shape[1]
+    loss = (torch.linalg.vecdot(p, log_p.sub_(log_q))[..., None] * w).sum()
+    return loss, log_q.exp_().sub_(p).mul_(w)
 
 
 class MiniLMTrainer(TwoPhaseTrainer):

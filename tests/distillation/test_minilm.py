@@ -78,16 +78,26 @@ def test_masked_positions_never_matter():
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     assert not student.grad.masked_select(~mask[:, None, :, None]).any() and student.grad.isfinite().all()
     assert teacher.grad is None
+    scores = random(2, 2, 4, 4).requires_grad_(), random(2, 2, 4, 4, seed=1)
+    allowed = mask[:, None, None, :].expand(2, 1, 4, 4)
+    expected = distribution_loss(*scores, allowed, mask)
+    changed = [x.detach().masked_fill(~(allowed & mask[:, None, :, None]), float("nan")) for x in scores]
+    loss = distribution_loss(changed[0].requires_grad_(), changed[1], allowed, mask)
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    assert not changed[0].grad[changed[0].isnan()].any()
 
 
 def test_a_batch_cut_into_parts_gives_the_same_loss_and_gradient(monkeypatch):
     student, teacher = random(5, 2, 4, 6).requires_grad_(), random(5, 4, 4, 3, seed=1)
     mask = torch.arange(4) < torch.tensor([4, 3, 1, 2, 4])[:, None]
+    allowed = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
     results = []
     for score_bytes in (2**20, 2 * 4 * 4 * 8 * 2):  # all examples at once; two at a time
         monkeypatch.setattr(minilm, "CPU_SCORE_BYTES", score_bytes)
         loss = relation_loss(student, teacher, 2, mask)
-        results.append((loss.detach(), *torch.autograd.grad(loss, student)))
+        scores = distribution_loss(student @ student.mT, teacher[:, :2] @ teacher[:, :2].mT, allowed, mask)
+        results.append((loss.detach(), scores.detach(), *torch.autograd.grad(loss + scores, student)))
     torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-14)
 
 
