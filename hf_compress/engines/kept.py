@@ -15,17 +15,21 @@ def kept_for(tensors: Sequence[Tensor]) -> dict:
     A change in place of an inference tensor has no trace and is not seen.
     """
     key = id(tensors[0])
-    versions = [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
-    seen, made = _kept.get(key, ((), {}))
-    if len(seen) == len(tensors) and all(
-        reference() is tensor and version == now
-        for (reference, version), tensor, now in zip(seen, tensors, versions, strict=True)
-    ):
-        return made
-    seen, made = tuple((weakref.ref(t), version) for t, version in zip(tensors, versions, strict=True)), {}
+    entry = _kept.get(key)
+    if entry is not None and len(entry[0]) == len(tensors):
+        for (reference, version), tensor in zip(entry[0], tensors, strict=True):
+            if reference() is not tensor or version != _version(tensor):
+                break
+        else:
+            return entry[1]
+    seen, made = tuple((weakref.ref(tensor), _version(tensor)) for tensor in tensors), {}
     _kept[key] = (seen, made)
     weakref.finalize(tensors[0], _forget, key, seen).atexit = False
     return made
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def _forget(key: int, seen: tuple) -> None:

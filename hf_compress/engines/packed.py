@@ -2,10 +2,9 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hf_compress.engines import processor
@@ -16,6 +15,8 @@ from hf_compress.ops import unpack_zeros
 
 logger = logging.getLogger(__name__)
 
+Body = Callable[[Tensor, Tensor | None], Tensor]
+ONCE = {"bfloat16_once": torch.bfloat16, "float32_once": torch.float32}  # engines that keep nothing
 ROWS_AT_ONCE = 2048  # output features dequantized together, to bound memory
 
 if hasattr(os, "register_at_fork"):
@@ -40,16 +41,30 @@ def packed_linear(x: Tensor, bias: Tensor | None, stored: Stored, route: str) ->
 
 
 def _run(x: Tensor, bias: Tensor | None, *stored_and_route) -> Tensor:
-    stored, route = Stored(*stored_and_route[:-1]), stored_and_route[-1]
-    bodies = kept_for([tensor for tensor in stored[:4] if tensor is not None])  # None for one that cannot be made
-    for name in _names(stored, route, len(x)):
-        if name.endswith("_once"):
-            return _once(x, bias, stored, torch.bfloat16 if name == "bfloat16_once" else torch.float32)
-        if name not in bodies:
-            bodies[name] = _make(name, stored)
-        if bodies[name] is not None:
-            return bodies[name](x, bias)
-    return F.linear(x, dequantize(stored, x.dtype), None if bias is None else bias.to(x.dtype))
+    stored, route = Stored._make(stored_and_route[:-1]), stored_and_route[-1]
+    made = kept_for([tensor for tensor in stored[:4] if tensor is not None])
+    key = (route, x.shape[0])
+    if key not in made:
+        made[key] = _engine(stored, route, x.shape[0], made)
+    engine = made[key]
+    if isinstance(engine, torch.dtype):
+        return _once(x, bias, stored, engine)
+    return engine(x, bias)
+
+
+def _engine(stored: Stored, route: str, tokens: int, made: dict) -> Body | torch.dtype:
+    """The first engine of the table that can be made, or the dtype to dequantize to in each call.
+
+    What it returns must hold none of the stored tensors: they would keep themselves alive.
+    """
+    for name in _names(stored, route, tokens):
+        if name in ONCE:
+            return ONCE[name]
+        if name not in made:
+            made[name] = _make(name, stored)
+        if made[name] is not None:
+            return made[name]
+    return torch.float32
 
 
 def _names(stored: Stored, route: str, tokens: int) -> tuple[str, ...]:
@@ -64,7 +79,7 @@ def _names(stored: Stored, route: str, tokens: int) -> tuple[str, ...]:
     return processor.candidates(kind, tokens, stored.out_features * stored.in_features)
 
 
-def _make(name: str, stored: Stored):
+def _make(name: str, stored: Stored) -> Body | None:
     with torch.inference_mode(False), torch.no_grad():
         try:
             return BODIES[name](integers(stored))

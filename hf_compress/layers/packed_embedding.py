@@ -153,6 +153,6 @@ class TiedHead(nn.Linear):
         if torch.is_autocast_enabled(x.device.type):  # as nn.Linear does
             x = x.to(torch.get_autocast_dtype(x.device.type))
         table = self.embedding
-        if table.route is not None and x.dtype in (torch.float32, torch.bfloat16) and x.device.type == "cpu":
+        if table.route is not None and x.dtype in (torch.float32, torch.bfloat16):
             return packed_linear(x, self.bias, table.stored(), table.route)
         return F.linear(x, self.embedding.dequantize(x.dtype), self.bias)

@@ -169,7 +169,7 @@ class PackedLinear(PackedModule, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):  # as nn.Linear does
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        on_engine = self.route is not None and x.dtype in (torch.float32, torch.bfloat16) and x.device.type == "cpu"
+        on_engine = self.route is not None and x.dtype in (torch.float32, torch.bfloat16)
         if self.scheme.activation_range is not None:
             x = round_to_range(x, *self.scheme.activation_range)
         elif self.scheme.activation_bits is not None:

@@ -1,0 +1,39 @@
+"""The CPU benchmarks run from end to end on a tiny case, and refuse a wrong result."""
+
+import argparse
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+
+
+def script(name: str):
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("what", ["linear", "sparse"])
+def test_layers_are_timed_and_tabled(what, capsys, monkeypatch):
+    benchmark = script("benchmark_cpu")
+    args = argparse.Namespace(what=what, shapes=["192x256"], tokens=[1, 8], bits=[3, 8], blocks=[16], densities=[0.2],
+                              threads=torch.get_num_threads(), cold=True, rounds=2, family="torch")  # fmt: skip
+    monkeypatch.setattr(benchmark, "COLD_BYTES", 1 << 17)  # two copies
+    results = benchmark.run_family(args)
+    assert len(results) == (4 if what == "linear" else 2)
+    rows = benchmark.table([results, results])
+    assert all(row["us"]["hf_compress"] > 0 and row["noisy"] == [] for row in rows)
+    benchmark.report(rows)
+    assert "geometric mean" in capsys.readouterr().out
+
+
+def test_a_wrong_result_stops_the_benchmark():
+    benchmark = script("benchmark_cpu")
+    weight = torch.randn(4, 8)
+    wrong = [[("broken", lambda x: x @ weight.t() * 1.1, weight.double())]]
+    with pytest.raises(SystemExit, match="broken is wrong"):
+        benchmark.measure(wrong, 2, argparse.Namespace(threads=1, rounds=1))
