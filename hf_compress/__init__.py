@@ -69,6 +69,7 @@ _HOMES = {  # public name -> module that defines it
     "WordLevelTrainer": "hf_compress.distillation.word_level",
     "RelationalConfig": "hf_compress.distillation.relational",
     "RelationalTrainer": "hf_compress.distillation.relational",
+    "generate_targets": "hf_compress.distillation.sequence_level",
     "SelfDistillationConfig": "hf_compress.distillation.self_distillation",
     "SelfDistillationTrainer": "hf_compress.distillation.self_distillation",
     "TinyBertConfig": "hf_compress.distillation.tinybert",

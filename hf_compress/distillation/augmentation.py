@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from hf_compress.distillation.cache_files import teacher_fingerprint, tokenizer_fingerprint
 from hf_compress.distillation.proposals import (
     MaskedWords,
     ModelNeighbours,
@@ -25,7 +26,7 @@ from hf_compress.distillation.proposals import (
     find_words,
     written_like,
 )
-from hf_compress.distillation.shards import Shards, data_fingerprint, model_fingerprint, row_ranges
+from hf_compress.distillation.shards import Shards, data_fingerprint, row_ranges
 
 ROWS_PER_SHARD = 500
 MARKS = {"original_row": Value("int64"), "is_augmented": Value("bool")}
@@ -76,9 +77,9 @@ def augment(
     if path is not None:
         settings = {
             "data": data_fingerprint(dataset.iter(ROWS_PER_SHARD)),
-            "masked_lm": None if masked_lm is None else model_fingerprint(masked_lm),
+            "masked_lm": None if masked_lm is None else teacher_fingerprint(masked_lm),
             "word_vectors": _identity(vectors),
-            "tokenizer": data_fingerprint([tokenizer.get_vocab()]),
+            "tokenizer": tokenizer_fingerprint(tokenizer),
             "text_columns": columns,
             "copies": copies,
             "probability": probability,
@@ -194,7 +195,7 @@ class Augmentation:
 
 def _identity(vectors: PreTrainedModel | str | Path) -> str | list:
     if isinstance(vectors, PreTrainedModel):
-        return model_fingerprint(vectors.get_input_embeddings())
+        return teacher_fingerprint(vectors.get_input_embeddings())
     return [Path(vectors).name, Path(vectors).stat().st_size]
 
 

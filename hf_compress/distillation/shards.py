@@ -7,9 +7,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import pyarrow
-import torch
 from datasets import Dataset, concatenate_datasets
-from torch import nn
 
 SETTINGS = "settings.json"
 
@@ -71,15 +69,6 @@ def data_fingerprint(rows: Iterable[object]) -> str:
     digest = sha256()
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True, default=str).encode())
-    return digest.hexdigest()[:16]
-
-
-def model_fingerprint(model: nn.Module) -> str:
-    """A hash of every weight and buffer of `model`, by name."""
-    digest = sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
 

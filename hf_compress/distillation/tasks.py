@@ -109,3 +109,10 @@ class Task:
             "token": tokens if mask is None else mask.sum().float(),
             "label": examples if counted is None else counted.sum().float(),
         }
+
+
+class WithoutLogits(Task):
+    """The task of a trainer whose losses never read the logits of a forward, which may lack them."""
+
+    def logits(self, outputs, inputs: dict) -> Tensor:
+        return torch.empty(0)

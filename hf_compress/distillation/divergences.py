@@ -1,0 +1,41 @@
+"""Distances of two distributions over a vocabulary, with their gradients written out.
+
+Rows are positions. Each function takes log-probabilities (M, V) of student and teacher, float32 or float64, whose
+memory it uses up, and returns the distance of each row (M,) and its gradient to the student's logits (M, V).
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Divergence = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def forward_kl(log_student: Tensor, log_teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(teacher || student); gradient p_s - p_t."""
+    ratio = log_teacher - log_student
+    p_t = log_teacher.exp_()
+    return torch.linalg.vecdot(p_t, ratio), log_student.exp_().sub_(p_t)
+
+
+def reverse_kl(log_student: Tensor, log_teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(student || teacher); gradient p_s (log p_s - log p_t - KL)."""
+    ratio = log_student - log_teacher
+    p_s = log_student.exp_()
+    distance = torch.linalg.vecdot(p_s, ratio)
+    return distance, ratio.sub_(distance[:, None]).mul_(p_s)
+
+
+def jensen_shannon(log_student: Tensor, log_teacher: Tensor, *, beta: float) -> tuple[Tensor, Tensor]:
+    """beta KL(p_t || m) + (1 - beta) KL(p_s || m), m = beta p_t + (1 - beta) p_s.
+
+    The gradient is (1 - beta) p_s (log p_s - log m - KL(p_s || m)): what m adds cancels out.
+    """
+    log_m = torch.logaddexp(log_teacher + math.log(beta), log_student + math.log1p(-beta))
+    ratio_t, ratio_s = log_teacher - log_m, log_student - log_m
+    p_t, p_s = log_teacher.exp_(), log_student.exp_()
+    student_to_m = torch.linalg.vecdot(p_s, ratio_s)
+    distance = beta * torch.linalg.vecdot(p_t, ratio_t) + (1 - beta) * student_to_m
+    return distance, ratio_s.sub_(student_to_m[:, None]).mul_(p_s).mul_(1 - beta)
