@@ -15,6 +15,7 @@ AUTO_CLASSES = {  # mapping of class names -> the Auto class that loads them
     "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": "AutoModelForCausalLM",
     "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES": "AutoModelForSeq2SeqLM",
     "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES": "AutoModelForImageClassification",
+    "MODEL_MAPPING_NAMES": "AutoModel",
 }
 PER_TOKEN = ("AutoModelForTokenClassification", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM", "AutoModelForCausalLM")
 LANGUAGE_MODELS = PER_TOKEN[1:]
