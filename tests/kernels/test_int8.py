@@ -74,3 +74,12 @@ def test_ids_out_of_range_are_refused():
         packed_embedding(
             torch.tensor([9]), torch.zeros(9, 6, dtype=torch.int32), torch.ones(9, 1), torch.ones(9, 1), 4, 48
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_w8a8_keeps_the_dtype_of_its_input(dtype):
+    x, qweight = torch.randn(3, 32), torch.randint(-127, 128, (8, 32), dtype=torch.int8)
+    y = w8a8_linear(x.to(dtype), qweight, torch.ones(8), torch.ones(8))
+    assert y.dtype is dtype
+    torch.testing.assert_close(y.float(), w8a8_linear(x.to(dtype).float(), qweight, torch.ones(8), torch.ones(8)),
+                               rtol=8e-3, atol=1e-3)  # fmt: skip

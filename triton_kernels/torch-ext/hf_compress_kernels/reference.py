@@ -44,13 +44,13 @@ def wna16_linear(x: Tensor, weight: PackedWeight, bias: Optional[Tensor]) -> Ten
 
 
 def w8a8_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Optional[Tensor]) -> Tensor:
-    compute = float_accumulator(x.dtype)
+    dtype, compute = x.dtype, float_accumulator(x.dtype)
     x = x.to(compute)
     x_scale = x.abs().amax(dim=1, keepdim=True) / 127  # (M, 1)
     q = torch.where(x_scale > 0, x / x_scale, torch.zeros_like(x)).round()
     products = q.double() @ qweight.double().t()  # exact: below 2^53
     y = products.to(compute) * x_scale * scale.to(compute)
-    return y if bias is None else y + bias.to(compute)
+    return (y if bias is None else y + bias.to(compute)).to(dtype)
 
 
 def packed_embedding(ids: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor, bits: int, dim: int) -> Tensor:
