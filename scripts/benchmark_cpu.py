@@ -38,6 +38,7 @@ from hf_compress.timing import time_interleaved  # noqa: E402
 
 SHAPES = ["576x576", "1536x576", "768x768", "3072x768", "768x3072", "4096x4096", "11008x4096"]
 COLD_BYTES = 160 << 20
+CALLS = 10  # in a turn of a candidate
 LARGEST_ERROR = 0.02  # against float64 with the weight that the candidate stores
 OURS = "hf_compress"
 Call = Callable[[Tensor], Tensor]  # x float32 (M, K) -> (M, N)
@@ -183,12 +184,18 @@ def measure(candidates: list[list[tuple[str, Call, Tensor]]], tokens: int, args:
             raise SystemExit(f"{name} is wrong at {tuple(weight.shape)}, {tokens} tokens: relative error {error:.3f}.")
 
     def turn(index: int) -> Callable[[], object]:
+        """Several calls: the caches are warm with this candidate's weight, or with none if there are many copies."""
         calls, place = [copy[index][1] for copy in candidates], iter(range(sys.maxsize))
-        return lambda: calls[next(place) % len(calls)](x)
+
+        def repeat() -> None:
+            for _ in range(CALLS):
+                calls[next(place) % len(calls)](x)
+
+        return repeat
 
     clock = time.thread_time if args.threads == 1 else time.perf_counter
     seconds = time_interleaved([turn(i) for i in range(len(names))], rounds=args.rounds, clock=clock)
-    return {name: [1e6 * s for s in samples] for name, samples in zip(names, seconds, strict=True)}
+    return {name: [1e6 * s / CALLS for s in samples] for name, samples in zip(names, seconds, strict=True)}
 
 
 @torch.no_grad()
@@ -213,19 +220,19 @@ def run_family(args: argparse.Namespace) -> dict:
     return results
 
 
-def in_turn(args: argparse.Namespace) -> list[dict[str, dict[str, list[float]]]]:
-    """Samples[cell][candidate] of each pass, every family in a process of its own."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
-    passes = []
-    for _ in range(args.passes):
+def in_turn(families: list[str], *, passes: int, threads: int) -> list[dict[str, dict[str, list[float]]]]:
+    """What this script prints with `--family`, {cell: {candidate: samples}}, for each pass over the families."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    results = []
+    for _ in range(passes):
         merged: dict[str, dict] = {}
-        for family in args.families if args.what == "linear" else ["torch"]:
+        for family in families:
             command = [sys.executable, "-W", "ignore", *sys.argv, "--family", family]
             output = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
             for cell, timings in json.loads(output.splitlines()[-1]).items():
                 merged.setdefault(cell, {}).update(timings)
-        passes.append(merged)
-    return passes
+        results.append(merged)
+    return results
 
 
 def table(passes: list[dict[str, dict[str, list[float]]]]) -> list[dict]:
@@ -275,10 +282,9 @@ def main():
     if args.family:
         print(json.dumps(run_family(args)))
         return
-    passes = in_turn(args)
-    print(
-        f"torch {torch.__version__}, {instructions()}, {args.threads} threads, {args.passes} passes of {args.rounds} rounds"
-    )
+    passes = in_turn(args.families if args.what == "linear" else ["torch"], passes=args.passes, threads=args.threads)
+    setting = f"{args.threads} threads, {args.passes} passes of {args.rounds} rounds"
+    print(f"torch {torch.__version__}, {instructions()}, {setting}")
     report(table(passes))
     if args.output:
         args.output.write_text(json.dumps(passes))

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_compress.engines.integers import Integers
+from hf_compress.engines.onnxruntime import OnnxRuntime
 
 INT4_GROUPS = (256, 128, 64, 32)  # what ATen's kernel takes
 LARGEST_INT8 = 127
@@ -121,4 +122,5 @@ BODIES = {
     "int4": Int4,
     "int8_weights": Int8Weights,
     "int8_products": Int8Products,
+    "onnxruntime": OnnxRuntime,
 }

@@ -42,6 +42,8 @@ def packed_linear(x: Tensor, bias: Tensor | None, stored: Stored, route: str) ->
 
 def _run(x: Tensor, bias: Tensor | None, *stored_and_route) -> Tensor:
     stored, route = Stored._make(stored_and_route[:-1]), stored_and_route[-1]
+    if not x.shape[0]:
+        return x.new_empty(0, stored.out_features)
     made = kept_for([tensor for tensor in stored[:4] if tensor is not None])
     key = (route, x.shape[0])
     if key not in made:
@@ -74,7 +76,7 @@ def _names(stored: Stored, route: str, tokens: int) -> tuple[str, ...]:
         return ("int8_products",)
     eight = "eight_rows" if stored.num_groups == 1 else "eight"
     kind = "low" if stored.bits < 8 else eight
-    if route == "one_copy" and kind != "eight":
+    if route == "one_copy":
         kind += "_one_copy"
     return processor.candidates(kind, tokens, stored.out_features * stored.in_features)
 
@@ -83,7 +85,7 @@ def _make(name: str, stored: Stored) -> Body | None:
     with torch.inference_mode(False), torch.no_grad():
         try:
             return BODIES[name](integers(stored))
-        except (ValueError, RuntimeError, NotImplementedError) as error:  # a shape, or a PyTorch built without it
+        except (ValueError, ImportError, RuntimeError, AttributeError) as error:  # a shape, or a library without it
             logger.info("A packed layer does not use the engine %r: %s", name, error)
             return None
 

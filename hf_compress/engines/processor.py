@@ -64,8 +64,8 @@ def matching(rows: list[dict], tokens: int, weights: int) -> dict:
 def candidates(kind: str, tokens: int, weights: int) -> tuple[str, ...]:
     """Names of engines to try in turn for a matrix product of `tokens` rows with `weights` weights.
 
-    kind  "low" (up to 4 bit), "eight" (8 bit in groups) or "eight_rows" (8 bit, one scale a row); "low_one_copy" and
-          "eight_rows_one_copy" without a second copy of the weight
+    kind  "low" (up to 4 bit), "eight" (8 bit in groups) or "eight_rows" (8 bit, one scale a row); "_one_copy" is added
+          where no second copy of the weight is wanted
     """
     return tuple(matching(table()["engines"][instructions()][kind], tokens, weights)["engines"])
 

@@ -26,13 +26,15 @@ SCHEMES = {
     "8-bit-rows": WeightScheme(8),
     "8-bit-rows-symmetric": WeightScheme(8, symmetric=True),
 }
-BOUNDS = {"float32": 2e-6, "bfloat16": 5e-3, "int4": 6e-3, "int8_weights": 6e-3, "int8_products": 2e-2}
+BOUNDS = {"float32": 2e-6, "bfloat16": 5e-3, "int4": 6e-3, "int8_weights": 6e-3, "int8_products": 2e-2,
+          "onnxruntime": 2e-2}  # fmt: skip
 TAKES = {  # engine -> schemes it must take
     "float32": set(SCHEMES),
     "bfloat16": set(SCHEMES),
     "int4": {name for name in SCHEMES if name[0] in "234"},
     "int8_weights": {"8-bit-rows", "8-bit-rows-symmetric"},
     "int8_products": {"8-bit-rows-symmetric"},
+    "onnxruntime": set(SCHEMES),
 }
 needs_avx512 = pytest.mark.skipif(processor.instructions() == "other", reason="needs AVX-512")
 
@@ -68,6 +70,8 @@ def error(y: Tensor, layer: PackedLinear, x: Tensor) -> float:
 @pytest.mark.parametrize("M", [1, 3, 17, 64])
 @pytest.mark.parametrize("name", bodies.BODIES)
 def test_every_engine_keeps_its_error_bound(name, M, dtype):
+    if name == "onnxruntime":
+        pytest.importorskip("onnxruntime")
     x = torch.randn(M, K, generator=torch.Generator().manual_seed(M)).to(dtype)
     for scheme in TAKES[name]:
         layer = packed_layer(SCHEMES[scheme])
@@ -136,7 +140,7 @@ def test_a_tied_head_multiplies_by_the_packed_table(bits, monkeypatch):
     for M in (1, 40):
         x = torch.randn(M, 256)
         oracle = x.double() @ table.dequantize(torch.float64).t()
-        assert float((head(x) - oracle).norm() / oracle.norm()) <= 6e-3
+        assert float((head(x) - oracle).norm() / oracle.norm()) <= 2e-2
         once = packed._once(x, None, table.stored(), torch.float32)
         torch.testing.assert_close(once.double(), oracle, rtol=1e-4, atol=1e-3)
     assert head(torch.randn(2, 3, 256, dtype=torch.bfloat16)).shape == (2, 3, 96)

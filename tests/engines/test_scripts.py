@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers import tiny_model
+
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 
@@ -37,3 +39,18 @@ def test_a_wrong_result_stops_the_benchmark():
     wrong = [[("broken", lambda x: x @ weight.t() * 1.1, weight.double())]]
     with pytest.raises(SystemExit, match="broken is wrong"):
         benchmark.measure(wrong, 2, argparse.Namespace(threads=1, rounds=1))
+
+
+def test_models_are_timed_beside_stock_ones(tmp_path, capsys):
+    benchmark = script("benchmark_model_cpu")
+    tiny_model("bert", hidden_size=64, intermediate_size=256).save_pretrained(tmp_path / "classifier")
+    tiny_model("llama", hidden_size=64, head_dim=16, intermediate_size=256).save_pretrained(tmp_path / "decoder")
+    options = dict(family="torch", data=None, batches=[2], lengths=[8], rounds=1, threads=torch.get_num_threads(),
+                   prompt=4, new_tokens=3, compiled=False)  # fmt: skip
+    with torch.inference_mode():
+        times = benchmark.classification(argparse.Namespace(model=tmp_path / "classifier", **options))
+        times |= benchmark.generation(argparse.Namespace(model=tmp_path / "decoder", **options))
+    assert list(times) == ["batch 2 length 8", "4 and 3 new tokens"]
+    assert all("hf_compress 4 bit, bfloat16" in cell for cell in times.values())
+    benchmark.report([times])
+    assert "x float32" in capsys.readouterr().out

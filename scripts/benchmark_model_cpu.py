@@ -1,0 +1,199 @@
+"""Time whole models on the CPU: a packed classifier and a packed language model beside stock Transformers and others.
+
+    python scripts/benchmark_model_cpu.py classification --model teacher/ --data movie_reviews/ --threads 2
+    python scripts/benchmark_model_cpu.py generation --model smollm2/ --threads 2
+
+`classification` runs batches of 1 and 32 texts of 32 and 128 tokens; with `--data`, a folder whose test.csv has the
+column `text`, it also counts how many predictions agree with the float32 model's. ONNX Runtime runs the exported model
+with dynamic 8-bit quantization, in a process of its own, in turn (pip install onnx onnxruntime). `generation` runs
+greedy decoding of 128 tokens after a prompt of 128, one text at a time; `compiled` is `torch.compile` over a static
+cache, and its compilation is not counted. With one thread the clock is the processor time of the calling thread, with
+more it is the wall clock. Reported: the median time, and the ratio to the float32 model with the range of the passes.
+"""
+
+import argparse
+import copy
+import csv
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    CompileConfig,
+    PreTrainedModel,
+)
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+
+from benchmark_cpu import in_turn  # noqa: E402
+
+import hf_compress as hfc  # noqa: E402
+from hf_compress.timing import time_interleaved  # noqa: E402
+
+Classifier = Callable[[Tensor, Tensor], Tensor]  # input_ids, attention_mask (B, T) -> logits (B, C)
+ROWS = dict(group_size=-1, symmetric=True)  # one scale a row
+
+
+def torch_classifiers(model: PreTrainedModel) -> dict[str, Classifier]:
+    eight = hfc.quantize(copy.deepcopy(model), 8, embedding_bits=8)
+    models = {
+        "float32": model,
+        "bfloat16": copy.deepcopy(model).bfloat16(),
+        "hf_compress 8 bit": eight,
+        "hf_compress 8 bit, bfloat16": copy.deepcopy(eight).bfloat16(),
+        "hf_compress 4 bit, bfloat16": hfc.quantize(copy.deepcopy(model), 4, embedding_bits=8).bfloat16(),
+        "hf_compress 8 bit, int8 activations, bfloat16": hfc.quantize(
+            copy.deepcopy(model), 8, embedding_bits=8, activation_bits=8, **ROWS
+        ).bfloat16(),
+    }
+    return {name: partial(logits_of, one) for name, one in models.items()}
+
+
+def logits_of(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    return model(input_ids=input_ids, attention_mask=attention_mask).logits.float()
+
+
+class Exported(torch.nn.Module):
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+
+
+def onnxruntime_classifiers(model: PreTrainedModel) -> dict[str, Classifier]:
+    import onnxruntime
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    ids = torch.ones(2, 16, dtype=torch.long)
+    names = ["input_ids", "attention_mask"]
+    model.set_attn_implementation("eager")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        plain, small = f"{folder}/model.onnx", f"{folder}/int8.onnx"
+        torch.onnx.export(Exported(model), (ids, ids), plain, dynamo=False, input_names=names, output_names=["logits"],
+                          dynamic_axes={name: {0: "batch", 1: "length"} for name in names})  # fmt: skip
+        quantize_dynamic(plain, small, weight_type=QuantType.QInt8, per_channel=True)
+        session = onnxruntime.InferenceSession(small, options, providers=["CPUExecutionProvider"])
+
+    def run(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        feed = dict(zip(names, (input_ids.numpy(), attention_mask.numpy()), strict=True))
+        return torch.from_numpy(session.run(None, feed)[0])
+
+    return {"onnxruntime int8": run}
+
+
+CLASSIFIERS = {"torch": torch_classifiers, "onnxruntime": onnxruntime_classifiers}
+
+
+def classification(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
+    model = AutoModelForSequenceClassification.from_pretrained(args.model, dtype=torch.float32).eval()
+    stock = copy.deepcopy(model)
+    calls = CLASSIFIERS[args.family](model)
+    results = {}
+    for batch in args.batches:
+        for length in args.lengths:
+            ids = torch.randint(5, model.config.vocab_size, (batch, length))
+            seconds = timed([partial(call, ids, torch.ones_like(ids)) for call in calls.values()], args)
+            results[f"batch {batch} length {length}"] = dict(zip(calls, seconds, strict=True))
+    if args.data:
+        results["agreement"] = agreement(stock, calls, args)
+    return results
+
+
+def agreement(stock: PreTrainedModel, calls: dict[str, Classifier], args: argparse.Namespace) -> dict:
+    """Share of texts for which a model predicts what the float32 one does."""
+    with (args.data / "test.csv").open(newline="", encoding="utf-8") as file:
+        texts = [row["text"] for row in csv.DictReader(file)][: args.texts]
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    same = dict.fromkeys(calls, 0)
+    for start in range(0, len(texts), 32):
+        batch = tokenizer(texts[start : start + 32], padding=True, truncation=True, max_length=128, return_tensors="pt")
+        inputs = batch["input_ids"], batch["attention_mask"]
+        expected = logits_of(stock, *inputs).argmax(-1)
+        for name, call in calls.items():
+            same[name] += int((call(*inputs).argmax(-1) == expected).sum())
+    return {name: [count / len(texts)] for name, count in same.items()}
+
+
+def generation(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    four = hfc.quantize(copy.deepcopy(model), 4, embedding_bits=8)
+    half = copy.deepcopy(four).bfloat16()
+    compiled = CompileConfig(fullgraph=True, mode="default", dynamic=False)
+    compiled._compile_all_devices = True  # Transformers compiles on its own on GPUs only
+    static = dict(cache_implementation="static", compile_config=compiled)
+    runs = {
+        "float32": (model, {}),
+        "bfloat16": (copy.deepcopy(model).bfloat16(), {}),
+        "hf_compress 4 bit": (four, {}),
+        "hf_compress 4 bit, bfloat16": (half, {}),
+    }
+    if args.compiled:
+        runs["hf_compress 4 bit, bfloat16, compiled"] = (copy.deepcopy(half), static)
+    prompt = torch.randint(5, model.config.vocab_size, (1, args.prompt))
+    options = dict(attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=args.new_tokens,
+                   min_new_tokens=args.new_tokens)  # fmt: skip
+    calls = [partial(one.generate, prompt, **options, **more) for one, more in runs.values()]
+    cell = f"{args.prompt} and {args.new_tokens} new tokens"
+    return {cell: dict(zip(runs, timed(calls, args), strict=True))}
+
+
+def timed(calls: list[Callable[[], object]], args: argparse.Namespace) -> list[list[float]]:
+    clock = time.thread_time if args.threads == 1 else time.perf_counter
+    return time_interleaved(calls, rounds=args.rounds, warmup_rounds=1, clock=clock)
+
+
+def report(passes: list[dict[str, dict[str, list[float]]]]) -> None:
+    for cell, names in passes[0].items():
+        for name in names:
+            if cell == "agreement":
+                print(f"predictions that agree with float32: {name} {passes[0][cell][name][0]:.2%}")
+                continue
+            each = [statistics.median(p[cell][name]) for p in passes]
+            ratios = [statistics.median(p[cell]["float32"]) / time for p, time in zip(passes, each, strict=True)]
+            print(f"{cell}: {name} {1e3 * statistics.median(each):.1f} ms, {statistics.median(ratios):.2f} x float32 "
+                  f"({min(ratios):.2f}-{max(ratios):.2f})")  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("classification", "generation"))
+    parser.add_argument("--model", type=Path, required=True, help="Folder of an unquantized checkpoint.")
+    parser.add_argument("--data", type=Path, help="Folder with test.csv, to compare predictions.")
+    parser.add_argument("--texts", type=int, default=2500)
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 32])
+    parser.add_argument("--lengths", nargs="+", type=int, default=[32, 128])
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--new_tokens", type=int, default=128)
+    parser.add_argument("--compiled", action="store_true", help="Also the compiled decoding step; takes a minute more.")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--passes", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--families", nargs="+", choices=CLASSIFIERS, default=list(CLASSIFIERS))
+    parser.add_argument("--family", choices=CLASSIFIERS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.family:
+        torch.set_num_threads(args.threads)
+        torch.manual_seed(0)
+        with torch.inference_mode():
+            print(json.dumps({"classification": classification, "generation": generation}[args.what](args)))
+        return
+    families = args.families if args.what == "classification" else ["torch"]
+    report(in_turn(families, passes=args.passes, threads=args.threads))
+
+
+if __name__ == "__main__":
+    main()
