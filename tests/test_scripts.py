@@ -81,3 +81,10 @@ def test_benchmark_of_a_distillation_step(tmp_path):
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert list(figures) == methods
     assert all(value["time"] > 0 and value["memory"] > 0 for value in figures.values())
+
+
+def test_benchmark_of_a_cached_teacher():
+    sizes = dict(turns=1, examples=4, length=8, batch_size=2, hidden_size=24, num_layers=1)
+    printed = run("scripts/benchmark_cached_teacher.py", *(f"--{name}={value}" for name, value in sizes.items()))
+    assert printed.count("an epoch of the student alone takes") == 2
+    assert all(f"  {name}: " in printed for name in ("logits", "logits and two hidden states", "top 64 logits"))

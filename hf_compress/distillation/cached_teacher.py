@@ -189,10 +189,12 @@ def complete(top_logits: Tensor, top_indices: Tensor, rest: Tensor, student_logi
     and its gradient are those of k classes and one for all the others; a student that equals the teacher has loss 0 at
     every temperature.
     """
-    student = F.pad(student_logits.float(), (0, max(0, classes - student_logits.shape[-1])), value=-torch.inf)
-    student, indices = student[..., :classes], top_indices.long()
-    own = student.scatter(-1, indices, -torch.inf).logsumexp(dim=-1, keepdim=True)
-    return (student + (rest.float() - own)).scatter(-1, indices, top_logits.float())
+    logits = F.pad(
+        student_logits[..., :classes].float(), (0, max(0, classes - student_logits.shape[-1])), value=-torch.inf
+    )
+    logits, indices = logits.clone(), top_indices.long()  # in place from here on: a pass over a vocabulary is not cheap
+    own = logits.scatter_(-1, indices, -torch.inf).logsumexp(dim=-1, keepdim=True)
+    return logits.add_(rest.float() - own).scatter_(-1, indices, top_logits.float())
 
 
 def _architecture(teacher: dict) -> nn.Module | None:
