@@ -101,12 +101,17 @@ class Bench(ClassifierBench):
         self.record(name, seed, model, start)
 
     def cached(self, teacher, rows, **options):
-        folder = self.output / f"cache-{len(rows)}"
+        folder = self.output / f"cache-{len(rows)}-{len(options)}"
         return hfc.cache_teacher(teacher, rows, folder, processing_class=self.tokenizer, **options)
 
     def augmented(self, teacher):
         texts = augment(
-            self.texts["train"], self.tokenizer, word_vectors=teacher, copies=COPIES, path=self.output / "augmented"
+            self.texts["train"],
+            self.tokenizer,
+            word_vectors=teacher,
+            copies=COPIES,
+            keep_frequent=100,
+            path=self.output / "augmented",
         )
         return tokenize(DatasetDict(train=texts), self.tokenizer, MAX_LENGTH)["train"]
 

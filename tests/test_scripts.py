@@ -88,3 +88,18 @@ def test_benchmark_of_a_cached_teacher():
     printed = run("scripts/benchmark_cached_teacher.py", *(f"--{name}={value}" for name, value in sizes.items()))
     assert printed.count("an epoch of the student alone takes") == 2
     assert all(f"  {name}: " in printed for name in ("logits", "logits and two hidden states", "top 64 logits"))
+
+
+def test_a_bilstm_learns_from_an_encoder(tiny_folder, tmp_path):
+    lines = [f"the film was {'good' if i % 2 else 'bad'} {'abcdefghij'[i % 10]},{i % 2}" for i in range(60)]
+    (tmp_path / "reviews.csv").write_text("\n".join(["text,label", *lines]))
+    printed = run(
+        "scripts/distil_bilstm.py", "--data", tmp_path / "reviews.csv", "--teacher", tiny_folder,
+        "--output_dir", tmp_path / "bilstm", "--hidden_size", 8, "--max_steps", 3, "--report_to", "none",
+    )  # fmt: skip
+    assert "% with 0.0 million parameters" in printed and (tmp_path / "bilstm" / "model.safetensors").exists()
+
+
+def test_benchmark_of_distillation_on_words():
+    printed = run("scripts/benchmark_word_level.py", "--batch_size=2", "--length=8", "--vocabulary=64", "--steps=1")
+    assert "memory" in printed and "time" in printed
