@@ -1,18 +1,53 @@
-"""Tells a checkpoint that was written to its end from one that a kill or a full disk tore."""
+"""Checkpoints that are whole or not there: written beside their place, renamed, and looked at before resuming."""
 
 import json
 import logging
+import os
 import re
+import shutil
+import zipfile
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
+UNFINISHED = ".unfinished-"  # before the name of a checkpoint while it is written: no reader takes it for one
+REPLACED = ".replaced-"  # a checkpoint of the same name, until the new one is in its place
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what kills in the middle of a save left in `folder`, where checkpoints are written."""
+    for left in _leftovers(folder):
+        shutil.rmtree(left)
+
+
+def start_writing(checkpoint: Path) -> Path:
+    """The folder in which `checkpoint` is written until `publish`."""
+    folder = checkpoint.with_name(f"{UNFINISHED}{checkpoint.name}")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def publish(folder: Path, checkpoint: Path) -> None:
+    """Rename `folder` to `checkpoint`, in the place of one that was there, once the disk holds all its bytes."""
+    for path in [*folder.rglob("*"), folder]:
+        _flush(path)
+    replaced = checkpoint.with_name(f"{REPLACED}{checkpoint.name}")
+    if checkpoint.exists():
+        checkpoint.rename(replaced)
+    folder.rename(checkpoint)
+    _flush(checkpoint.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
 
 def last_complete_checkpoint(folder: str | Path) -> str | None:
     """The newest whole `checkpoint-N` in `folder`, or None. Torn ones are named in a warning and passed over."""
-    if not Path(folder).is_dir():
+    folder = Path(folder)
+    if not folder.is_dir():
         return None
-    checkpoints = [p for p in Path(folder).iterdir() if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()]
+    for left in _leftovers(folder):
+        if left.name.startswith(UNFINISHED):
+            logger.warning("Passing over %s: it was not written to its end", left)
+    checkpoints = [p for p in folder.iterdir() if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()]
     for checkpoint in sorted(checkpoints, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
         fault = find_fault(checkpoint)
         if fault is None:
@@ -25,19 +60,40 @@ def find_fault(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint folder of `Trainer`, in words; None if nothing can be seen.
 
     `trainer_state.json` is written last, so a checkpoint that has it was written to its end; each safetensors file says
-    in its header how long it has to be.
+    in its header how long it has to be, each file of torch ends in its table of contents, an index names its shards.
     """
     state = checkpoint / "trainer_state.json"
     if not state.is_file():
         return "trainer_state.json, written last, is missing"
-    try:
-        json.loads(state.read_text())
-    except ValueError as error:
-        return f"trainer_state.json cannot be read ({error})"
+    for file in (state, *sorted(checkpoint.glob("*.index.json"))):
+        try:
+            content = json.loads(file.read_text())
+        except ValueError as error:
+            return f"{file.name} cannot be read ({error})"
+        for shard in sorted(set(content.get("weight_map", {}).values())) if file != state else ():
+            if not (checkpoint / shard).is_file():
+                return f"{shard}, named by {file.name}, is missing"
     for file in sorted(checkpoint.glob("*.safetensors")):
         if (fault := _safetensors_fault(file)) is not None:
             return f"{file.name} {fault}"
+    for file in sorted([*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth"), *checkpoint.glob("*.bin")]):
+        if not zipfile.is_zipfile(file):
+            return f"{file.name} is cut short at {file.stat().st_size} bytes"
     return None
+
+
+def _leftovers(folder: Path) -> list[Path]:
+    """What a kill left in the middle of a save."""
+    return sorted([*folder.glob(f"{UNFINISHED}checkpoint-*"), *folder.glob(f"{REPLACED}checkpoint-*")])
+
+
+def _flush(path: Path) -> None:
+    """Wait until the disk holds the file or the folder's entries."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _safetensors_fault(file: Path) -> str | None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
-from hf_compress.resume import last_complete_checkpoint
+from hf_compress.resume import find_fault, last_complete_checkpoint, publish, remove_leftovers, start_writing
 
 logger = logging.getLogger(__name__)
 
@@ -70,10 +70,13 @@ def attached(state: TrainingState, model: nn.Module) -> Iterator[None]:
 class TrainingStateMixin(Trainer):
     """A `Trainer` whose `training_state` trains with the model, is saved in every checkpoint and resumed exactly.
 
-    Also resumes from the last checkpoint that was written to its end, passing over one that a kill or a full disk tore.
+    A checkpoint is written beside its place and renamed, so that a kill leaves either all of it or nothing. Resumes
+    from the last one that is whole, passing over one that a kill, another trainer or a full disk tore.
     """
 
     _training_state: TrainingState | None = None
+    _checkpoint: Path | None = None  # the one that is being written, and ...
+    _unfinished: Path | None = None  # ... where, until it is whole
 
     @property
     def training_state(self) -> TrainingState:
@@ -116,13 +119,70 @@ class TrainingStateMixin(Trainer):
                     f"There is no complete checkpoint in {self.args.output_dir}. Start with "
                     "resume_from_checkpoint=False, or name a folder."
                 )
+        elif resume_from_checkpoint and (fault := find_fault(Path(resume_from_checkpoint))) is not None:
+            raise ValueError(
+                f"{resume_from_checkpoint} is no whole checkpoint: {fault}. Pass resume_from_checkpoint=True for the "
+                "last whole one of output_dir."
+            )
         return super().train(resume_from_checkpoint=resume_from_checkpoint, trial=trial, **kwargs)
 
     def _inner_training_loop(self, *args, **kwargs):
         with attached(self.training_state, self.model):
             return super()._inner_training_loop(*args, **kwargs)
 
+    def _save_checkpoint(self, model: nn.Module, trial) -> None:
+        """As `Trainer` does it, but in a folder that gets its name when everything is in it."""
+        self._checkpoint = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            remove_leftovers(self._checkpoint.parent)
+        self.accelerator.wait_for_everyone()
+        self._unfinished = start_writing(self._checkpoint)
+        state = self.state
+        write = state.save_to_json
+
+        def write_and_publish(path: str) -> None:
+            """The state is what `Trainer` writes last; afterwards it removes older checkpoints."""
+            self._note_best_checkpoint()
+            write(str(self._unfinished / Path(path).name))
+            self._publish()
+
+        state.save_to_json = write_and_publish
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            del state.save_to_json
+        self._note_best_checkpoint()
+        if not self.args.should_save:
+            self._publish()
+        self.accelerator.wait_for_everyone()
+
+    def _note_best_checkpoint(self) -> None:
+        """`Trainer` looks whether the best checkpoint exists, which this one does not yet."""
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(self._checkpoint)
+
+    def _publish(self) -> None:
+        self.accelerator.wait_for_everyone()  # each process has written its part
+        if self.args.should_save:
+            publish(self._unfinished, self._checkpoint)
+        self._unfinished = None
+
+    def _place(self, folder: str | None) -> str | None:
+        """Where to write what belongs into `folder`."""
+        is_unfinished = folder is not None and self._unfinished is not None and Path(folder) == self._checkpoint
+        return str(self._unfinished) if is_unfinished else folder
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(self._place(output_dir), _internal_call)
+
+    def _save_scaler(self, output_dir: str) -> None:
+        super()._save_scaler(self._place(output_dir))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(self._place(output_dir))
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        output_dir = self._place(output_dir)
         super()._save_optimizer_and_scheduler(output_dir)
         tensors = {name: _whole(tensor) for name, tensor in self.training_state.state_dict().items()}
         if tensors and self.args.should_save:

@@ -59,7 +59,10 @@ def test_a_killed_run_resumes_to_the_same_bits(method, tmp_path):
     assert killed.returncode == -signal.SIGKILL
     torn = run(tmp_path / "killed", method, "--save-steps", "2", "--resume", "--kill-at", "6", "--in-save", check=False)
     assert torn.returncode == -signal.SIGKILL
-    assert find_fault(tmp_path / "killed" / "checkpoint-6") == "trainer_state.json, written last, is missing"
+    assert not (tmp_path / "killed" / "checkpoint-6").exists()
+    assert (
+        find_fault(tmp_path / "killed" / ".unfinished-checkpoint-6") == "trainer_state.json, written last, is missing"
+    )
     resumed = run(tmp_path / "killed", method, "--save-steps", "2", "--resume")
     assert "Passing over" in resumed.stderr and "checkpoint-6" in resumed.stderr
     whole, again = final(tmp_path / "whole"), final(tmp_path / "killed")
@@ -96,6 +99,13 @@ def test_checkpoints_that_were_torn_are_named(tmp_path, caplog):
     with caplog.at_level("WARNING"):
         assert last_complete_checkpoint(tmp_path).endswith("checkpoint-2")
     assert "checkpoint-10" in caplog.text and "where its header says" in caplog.text
+    (tmp_path / "checkpoint-2" / "optimizer.pt").write_bytes(b"PK half")
+    assert find_fault(tmp_path / "checkpoint-2") == "optimizer.pt is cut short at 7 bytes"
+    (tmp_path / "checkpoint-2" / "optimizer.pt").unlink()
+    index = tmp_path / "checkpoint-2" / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "model-00002-of-00002.safetensors"}}')
+    assert find_fault(tmp_path / "checkpoint-2").endswith("named by model.safetensors.index.json, is missing")
+    index.unlink()
     (tmp_path / "checkpoint-2" / "trainer_state.json").write_text('{"cut')
     assert last_complete_checkpoint(tmp_path) is None
 
