@@ -38,7 +38,8 @@ from hf_compress.timing import time_interleaved  # noqa: E402
 
 SHAPES = ["576x576", "1536x576", "768x768", "3072x768", "768x3072", "4096x4096", "11008x4096"]
 COLD_BYTES = 160 << 20
-CALLS = 10  # in a turn of a candidate
+CALLS = 10  # at most, in a turn of a candidate
+PRODUCTS = 10**9  # multiplications after which a turn ends
 LARGEST_ERROR = 0.02  # against float64 with the weight that the candidate stores
 OURS = "hf_compress"
 Call = Callable[[Tensor], Tensor]  # x float32 (M, K) -> (M, N)
@@ -176,6 +177,7 @@ def sparse_candidates(weight: Tensor, block: int, density: float) -> Iterator[tu
 def measure(candidates: list[list[tuple[str, Call, Tensor]]], tokens: int, args: argparse.Namespace) -> dict:
     """Microseconds of each candidate in each round; `candidates` has one list for each copy of the weight."""
     names = [name for name, _, _ in candidates[0]]
+    in_a_turn = max(1, min(CALLS, PRODUCTS // (tokens * candidates[0][0][2].numel())))
     x = torch.randn(tokens, candidates[0][0][2].shape[1], generator=torch.Generator().manual_seed(1))
     for name, call, weight in candidates[0]:
         oracle = x.double() @ weight.t()
@@ -188,14 +190,14 @@ def measure(candidates: list[list[tuple[str, Call, Tensor]]], tokens: int, args:
         calls, place = [copy[index][1] for copy in candidates], iter(range(sys.maxsize))
 
         def repeat() -> None:
-            for _ in range(CALLS):
+            for _ in range(in_a_turn):
                 calls[next(place) % len(calls)](x)
 
         return repeat
 
     clock = time.thread_time if args.threads == 1 else time.perf_counter
     seconds = time_interleaved([turn(i) for i in range(len(names))], rounds=args.rounds, clock=clock)
-    return {name: [1e6 * s / CALLS for s in samples] for name, samples in zip(names, seconds, strict=True)}
+    return {name: [1e6 * s / in_a_turn for s in samples] for name, samples in zip(names, seconds, strict=True)}
 
 
 @torch.no_grad()

@@ -50,6 +50,7 @@ def torch_classifiers(model: PreTrainedModel) -> dict[str, Classifier]:
         "float32": model,
         "bfloat16": copy.deepcopy(model).bfloat16(),
         "hf_compress 8 bit": eight,
+        "hf_compress 8 bit, one scale a row": hfc.quantize(copy.deepcopy(model), 8, embedding_bits=8, **ROWS),
         "hf_compress 8 bit, bfloat16": copy.deepcopy(eight).bfloat16(),
         "hf_compress 4 bit, bfloat16": hfc.quantize(copy.deepcopy(model), 4, embedding_bits=8).bfloat16(),
         "hf_compress 8 bit, int8 activations, bfloat16": hfc.quantize(

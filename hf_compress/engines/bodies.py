@@ -7,6 +7,9 @@ Making one raises ValueError for a weight that its kernel does not take. Errors 
 against the float64 product with the stored weight; the tests hold them.
 """
 
+import warnings
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -116,11 +119,40 @@ class Int8Products:
         return y.to(x.dtype)
 
 
+class Int8Dynamic:
+    """PyTorch's dynamic 8-bit linear, by `library`: all activations of a call are rounded to one grid.
+
+    Error at most 3e-2, nearly all from the activations; what else is in a batch moves it. 1 byte a weight.
+    """
+
+    def __init__(self, weight: Integers, library: str):
+        need(weight.bits == 8 and weight.scales.shape[1] == 1, "8 bits and one scale a row")
+        need(bool((weight.zeros == 128).all()), "the zero point 128")
+        need(library in torch.backends.quantized.supported_engines, f"a PyTorch built with {library}")
+        scales, before = weight.scales[:, 0].double(), torch.backends.quantized.engine
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # PyTorch announces the end of quantized tensors
+            q = torch._make_per_channel_quantized_tensor(
+                (weight.q ^ 128).view(torch.int8), scales, torch.zeros(len(scales), dtype=torch.int64), 0
+            )
+        try:
+            torch.backends.quantized.engine = library
+            self.packed = torch.ops.quantized.linear_prepack(q, None)
+        finally:
+            torch.backends.quantized.engine = before
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        y = torch.ops.quantized.linear_dynamic(x.float(), self.packed)
+        return (y if bias is None else y.add_(bias)).to(x.dtype)
+
+
 BODIES = {
     "float32": Float32,
     "bfloat16": BFloat16,
     "int4": Int4,
     "int8_weights": Int8Weights,
     "int8_products": Int8Products,
+    "fbgemm": partial(Int8Dynamic, library="fbgemm"),
+    "onednn": partial(Int8Dynamic, library="onednn"),
     "onnxruntime": OnnxRuntime,
 }

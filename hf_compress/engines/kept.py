@@ -9,23 +9,27 @@ from torch import Tensor
 _kept: dict[int, tuple[tuple, dict]] = {}
 
 
-def kept_for(tensors: Sequence[Tensor]) -> dict:
+def kept_for(tensors: Sequence[Tensor | None]) -> dict:
     """The dictionary that belongs to `tensors`, empty at first and after one was replaced or changed in place.
 
-    A change in place of an inference tensor has no trace and is not seen.
+    The first one must be there. A change in place of an inference tensor has no trace and is not seen.
     """
     key = id(tensors[0])
     entry = _kept.get(key)
-    if entry is not None and len(entry[0]) == len(tensors):
+    if entry is not None:
         for (reference, version), tensor in zip(entry[0], tensors, strict=True):
-            if reference() is not tensor or version != _version(tensor):
+            if reference() is not tensor or (tensor is not None and version != _version(tensor)):
                 break
         else:
             return entry[1]
-    seen, made = tuple((weakref.ref(tensor), _version(tensor)) for tensor in tensors), {}
-    _kept[key] = (seen, made)
+    seen = tuple((_nothing, 0) if tensor is None else (weakref.ref(tensor), _version(tensor)) for tensor in tensors)
+    _kept[key] = (seen, {})
     weakref.finalize(tensors[0], _forget, key, seen).atexit = False
-    return made
+    return _kept[key][1]
+
+
+def _nothing() -> None:
+    """The reference to a tensor that is not there."""
 
 
 def _version(tensor: Tensor) -> int:

@@ -32,34 +32,34 @@ def packed_linear(x: Tensor, bias: Tensor | None, stored: Stored, route: str) ->
            "exact"     float32 arithmetic
            "int8"      products of 8-bit integers, each token rounded to its own grid
     """
-    rows = x.reshape(-1, stored.in_features)
+    rows = x if x.ndim == 2 else x.reshape(-1, stored.in_features)
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) is not Tensor:
         y = torch.ops.hf_compress.packed_linear(rows, bias, *stored, route)
     else:  # the operator's dispatch costs as much as a small product
-        y = _run(rows, bias, *stored, route)
-    return y.reshape(*x.shape[:-1], stored.out_features)
+        y = _multiply(rows, bias, stored, route)
+    return y if x.ndim == 2 else y.reshape(*x.shape[:-1], stored.out_features)
 
 
-def _run(x: Tensor, bias: Tensor | None, *stored_and_route) -> Tensor:
-    stored, route = Stored._make(stored_and_route[:-1]), stored_and_route[-1]
-    if not x.shape[0]:
+def _multiply(x: Tensor, bias: Tensor | None, stored: Stored, route: str) -> Tensor:
+    tokens = x.shape[0]
+    if not tokens:
         return x.new_empty(0, stored.out_features)
-    made = kept_for([tensor for tensor in stored[:4] if tensor is not None])
-    key = (route, x.shape[0])
-    if key not in made:
-        made[key] = _engine(stored, route, x.shape[0], made)
-    engine = made[key]
+    made = kept_for(stored[:4])
+    key = (route, tokens, x.dtype)
+    engine = made.get(key)
+    if engine is None:
+        engine = made[key] = _engine(stored, *key, made)
     if isinstance(engine, torch.dtype):
         return _once(x, bias, stored, engine)
     return engine(x, bias)
 
 
-def _engine(stored: Stored, route: str, tokens: int, made: dict) -> Body | torch.dtype:
+def _engine(stored: Stored, route: str, tokens: int, dtype: torch.dtype, made: dict) -> Body | torch.dtype:
     """The first engine of the table that can be made, or the dtype to dequantize to in each call.
 
     What it returns must hold none of the stored tensors: they would keep themselves alive.
     """
-    for name in _names(stored, route, tokens):
+    for name in _names(stored, route, tokens, dtype):
         if name in ONCE:
             return ONCE[name]
         if name not in made:
@@ -69,7 +69,7 @@ def _engine(stored: Stored, route: str, tokens: int, made: dict) -> Body | torch
     return torch.float32
 
 
-def _names(stored: Stored, route: str, tokens: int) -> tuple[str, ...]:
+def _names(stored: Stored, route: str, tokens: int, dtype: torch.dtype) -> tuple[str, ...]:
     if route == "exact":
         return ("float32",)
     if route == "int8":
@@ -78,7 +78,7 @@ def _names(stored: Stored, route: str, tokens: int) -> tuple[str, ...]:
     kind = "low" if stored.bits < 8 else eight
     if route == "one_copy":
         kind += "_one_copy"
-    return processor.candidates(kind, tokens, stored.out_features * stored.in_features)
+    return processor.candidates(kind, tokens, stored.out_features * stored.in_features, dtype)
 
 
 def _make(name: str, stored: Stored) -> Body | None:
@@ -141,7 +141,11 @@ torch.library.define(
     "(Tensor x, Tensor? bias, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? g_idx, int bits, int out_features, "
     "int in_features, bool by_rows, str route) -> Tensor",
 )
-torch.library.impl("hf_compress::packed_linear", "cpu", _run)
+torch.library.impl(
+    "hf_compress::packed_linear",
+    "cpu",
+    lambda x, bias, *stored_and_route: _multiply(x, bias, Stored(*stored_and_route[:-1]), stored_and_route[-1]),
+)
 torch.library.register_fake(
     "hf_compress::packed_linear", lambda x, bias, *stored_and_route: x.new_empty(x.shape[0], stored_and_route[5])
 )

@@ -53,21 +53,26 @@ def table() -> dict[str, dict]:
     return json.loads(Path(__file__).with_name("table.json").read_text(encoding="utf-8"))
 
 
-def matching(rows: list[dict], tokens: int, weights: int) -> dict:
+def matching(rows: list[dict], tokens: int, weights: int, dtype: str = "") -> dict:
     """The first row for products of `tokens` rows with `weights` weights."""
     return next(
-        row for row in rows if tokens <= row.get("most_tokens", tokens) and weights >= row.get("least_weights", 0)
+        row
+        for row in rows
+        if tokens <= row.get("most_tokens", tokens)
+        and weights >= row.get("least_weights", 0)
+        and dtype == row.get("dtype", dtype)
     )
 
 
 @cache
-def candidates(kind: str, tokens: int, weights: int) -> tuple[str, ...]:
+def candidates(kind: str, tokens: int, weights: int, dtype: torch.dtype) -> tuple[str, ...]:
     """Names of engines to try in turn for a matrix product of `tokens` rows with `weights` weights.
 
     kind  "low" (up to 4 bit), "eight" (8 bit in groups) or "eight_rows" (8 bit, one scale a row); "_one_copy" is added
           where no second copy of the weight is wanted
     """
-    return tuple(matching(table()["engines"][instructions()][kind], tokens, weights)["engines"])
+    rows = table()["engines"][instructions()][kind]
+    return tuple(matching(rows, tokens, weights, str(dtype).removeprefix("torch."))["engines"])
 
 
 @cache

@@ -27,13 +27,15 @@ SCHEMES = {
     "8-bit-rows-symmetric": WeightScheme(8, symmetric=True),
 }
 BOUNDS = {"float32": 2e-6, "bfloat16": 5e-3, "int4": 6e-3, "int8_weights": 6e-3, "int8_products": 2e-2,
-          "onnxruntime": 2e-2}  # fmt: skip
+          "fbgemm": 3e-2, "onednn": 3e-2, "onnxruntime": 2e-2}  # fmt: skip
 TAKES = {  # engine -> schemes it must take
     "float32": set(SCHEMES),
     "bfloat16": set(SCHEMES),
     "int4": {name for name in SCHEMES if name[0] in "234"},
     "int8_weights": {"8-bit-rows", "8-bit-rows-symmetric"},
     "int8_products": {"8-bit-rows-symmetric"},
+    "fbgemm": {"8-bit-rows-symmetric"},
+    "onednn": {"8-bit-rows-symmetric"},
     "onnxruntime": set(SCHEMES),
 }
 needs_avx512 = pytest.mark.skipif(processor.instructions() == "other", reason="needs AVX-512")
@@ -84,7 +86,7 @@ def test_every_engine_keeps_its_error_bound(name, M, dtype):
 
 
 @needs_avx512
-@pytest.mark.parametrize("name", ["int4", "int8_weights", "int8_products"])
+@pytest.mark.parametrize("name", ["int4", "int8_weights", "int8_products", "fbgemm"])
 def test_an_engine_refuses_what_its_kernel_does_not_take(name):
     for scheme in set(SCHEMES) - TAKES[name]:
         with pytest.raises(ValueError, match="The kernel needs"):
@@ -116,7 +118,7 @@ def test_every_processor_gives_an_answer_within_the_bounds(scheme, instructions,
                 x = torch.randn(M, K)
                 y = packed.packed_linear(x, layer.bias, layer._stored(), route)
                 assert y.shape == (M, N)
-                assert M == 0 or error(y, layer, x) <= 2e-2
+                assert M == 0 or error(y, layer, x) <= 3e-2
     finally:
         processor.candidates.cache_clear()
 
