@@ -1,5 +1,7 @@
 """The gathered block-sparse product against float64, and that its layout follows the blocks."""
 
+import gc
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -91,6 +93,25 @@ def test_dense_where_dense_is_faster(share, used):
     with torch.no_grad():
         layer(torch.randn(8, 256))
     assert list(engines_of(layer)) == [used]
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="needs MKL")
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+def test_one_token_goes_through_mkl_and_the_blocks_can_still_go(bias):
+    mask = torch.rand(16, 8, generator=torch.Generator().manual_seed(2)) < 0.2
+    layer, x = sparse_layer(512, 256, (32, 32), torch.float32, mask), torch.randn(1, 256)
+    layer.bias = layer.bias if bias else None
+    oracle = x.double() @ layer.weight.as_subclass(Tensor).detach().double().t()
+    oracle = oracle + layer.bias.detach().double() if bias else oracle
+    with torch.no_grad():
+        y = layer(x)
+        assert torch.equal(layer(x), y)
+    assert list(engines_of(layer)) == ["mkl"]
+    assert float((y.double() - oracle).norm() / oracle.norm()) <= BOUNDS[torch.float32]
+    key, made = id(layer.values), engines_of(layer)
+    del layer
+    gc.collect()
+    assert key not in kept._kept or kept._kept[key][1] is not made
 
 
 def test_a_training_step_changes_the_product():
