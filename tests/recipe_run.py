@@ -27,4 +27,4 @@ def reviews(file: Path, number: int = 60) -> Path:
 
 TRAIN = {"max_steps": 4, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "save_steps": 1, "disable_tqdm": True,
          "bf16": False, "use_cpu": True}  # fmt: skip
-QUICK = {"latency_rounds": 2, "throughput_rounds": 2, "sequence_length": 8}
+QUICK = {"latency_rounds": 2, "throughput_rounds": 2, "sequence_length": 8, "isolate": False}

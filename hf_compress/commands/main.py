@@ -17,7 +17,9 @@ VERBS = {  # verb -> (module, what it does)
     "quantize": ("hf_compress.commands.stage", "store weights in 2, 3, 4 or 8 bits"),
     "evaluate": ("hf_compress.commands.compare", "measure one model: quality, size, speed"),
     "compare": ("hf_compress.commands.compare", "measure several models side by side"),
+    "publish": ("hf_compress.commands.publish", "send a model with its card to the Hub"),
     "convert": ("hf_compress.commands.convert", "write a model in another format"),
+    "picture": ("hf_compress.commands.picture", "draw heads, neurons, bits and blocks of a saved model"),
     "tune": ("hf_compress.commands.tune", "run a recipe with several values of some options"),
 }
 USAGE = "hf-compress VERB [options]\n\n{verbs}\n\n`hf-compress VERB --help` tells more of each."
@@ -71,9 +73,6 @@ def _is_the_users(error: Exception) -> bool:
     """What is wrong with the request. The package's doors raise ValueError and TypeError for nothing else."""
     if isinstance(error, (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)):
         return True
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status is not None:
-        return status in (401, 403)
     from hf_compress.recipe.options import RecipeError
 
     if isinstance(error, RecipeError):
@@ -91,7 +90,7 @@ def _raised_by_us(error: Exception) -> bool:
 
 def _sentence(error: Exception) -> str:
     text = str(error).strip() or type(error).__name__
-    if isinstance(error, (KeyError, AttributeError, AssertionError, RuntimeError)) or not str(error).strip():
+    if type(error) in (KeyError, AttributeError, AssertionError, RuntimeError) or not str(error).strip():
         text = f"{type(error).__name__}: {text}"
     return " ".join(text.split())
 

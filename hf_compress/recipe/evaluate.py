@@ -1,16 +1,18 @@
 """Compares what a recipe has made with what it began with, on the test texts."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig
 
+from hf_compress.measure import load_model
 from hf_compress.recipe.data import CLASSIFICATION, RecipeData, load_tokenizer
 from hf_compress.recipe.options import RecipeError, unknown
 from hf_compress.report.compare import compare
+from hf_compress.report.harness import harness_scores
 from hf_compress.report.quality import accuracy, token_log_likelihood
 from hf_compress.report.result import Report
 
@@ -33,6 +35,14 @@ class EvaluateOptions:
     throughput_rounds: int = field(default=10, metadata={"help": "How often the throughput of each model is taken."})
     float32: bool = field(default=True, metadata={"help": "Run models in float32, whatever they were stored in."})
 
+    isolate: bool | None = field(
+        default=None, metadata={"help": "Measure each model in a process of its own; by default where one is packed."}
+    )
+    tasks: str | None = field(
+        default=None, metadata={"help": "Tasks of lm-eval, with commas, for language models; needs lm_eval."}
+    )
+    tasks_limit: int | None = field(default=None, metadata={"help": "Use only so many examples of each task."})
+
     def __post_init__(self):
         if self.split not in ("test", "validation", "train"):
             raise ValueError(f"split must be test, validation or train, got {self.split!r}.")
@@ -53,12 +63,12 @@ def evaluate(options: EvaluateOptions, models: Mapping[str, Sources], data: Reci
     """
     rows = {}
     for name, sources in models.items():
-        source = sources if isinstance(sources, (str, Path)) else sources[0]
+        source = _first(sources)
         config = AutoConfig.from_pretrained(source)
         data.check_labels(config, name)
         tokenizer = load_tokenizer(source)
         rows[name] = data.tokenized(tokenizer, config)[options.split]
-    return compare(
+    report = compare(
         models,
         eval_dataset=rows,
         data_collator=None if data.task == CLASSIFICATION else data.collator(tokenizer),
@@ -69,8 +79,27 @@ def evaluate(options: EvaluateOptions, models: Mapping[str, Sources], data: Reci
         latency_rounds=options.latency_rounds,
         throughput_rounds=options.throughput_rounds,
         dtype=torch.float32 if options.float32 else None,
+        isolate=any(map(_is_packed, models.values())) if options.isolate is None else options.isolate,
         command=command,
     )
+    if not options.tasks:
+        return report
+    scores = {}
+    for name, sources in models.items():
+        source = _first(sources)
+        wanted = [task.strip() for task in options.tasks.split(",")]
+        scores[name] = harness_scores(load_model(source), load_tokenizer(source), wanted, limit=options.tasks_limit)
+    return replace(report, tasks=scores)
+
+
+def _first(sources: Sources) -> str | Path:
+    return sources if isinstance(sources, (str, Path)) else sources[0]
+
+
+def _is_packed(sources: Sources) -> bool:
+    """Whether it runs on engines of its own, which may keep threads of their own."""
+    record = getattr(AutoConfig.from_pretrained(_first(sources)), "quantization_config", None) or {}
+    return "bits" in record
 
 
 def main_figures(report: Report) -> dict[str, Any]:

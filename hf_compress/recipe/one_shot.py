@@ -14,6 +14,7 @@ from hf_compress.pruning.importance import every_other, head_importance, neuron_
 from hf_compress.pruning.one_shot import prune_weights
 from hf_compress.quantization.allocation import allocate_bits
 from hf_compress.quantization.block_by_block import GPTQOptions
+from hf_compress.quantization.modules import is_linear
 from hf_compress.quantization.quantize import quantize
 from hf_compress.quantization.sensitivity import hessian_sensitivity
 from hf_compress.surgery import prune_heads, prune_layers, prune_neurons
@@ -187,8 +188,7 @@ class RoundOptions:
 def linear_maps(model: PreTrainedModel, bits: int) -> dict[str, int]:
     """Every linear map that is not tied to a table, heads included."""
     tied = {key.removesuffix(".weight") for key in model.all_tied_weights_keys}
-    kinds = ("Linear", "Conv1D")
-    return {n: bits for n, m in model.named_modules() if type(m).__name__ in kinds and n not in tied}
+    return {name: bits for name, module in model.named_modules() if is_linear(module) and name not in tied}
 
 
 @dataclass(frozen=True)

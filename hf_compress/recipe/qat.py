@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_compress.quantization.qat import QuantizationAware, fake_modules, pack_qat, prepare_qat
+from hf_compress.recipe.one_shot import linear_maps
 
 CALLBACK_OPTIONS = ("refresh_steps", "start_bits", "lowering_ratio")
 
@@ -22,6 +23,7 @@ class QATOptions:
     activation_bits: int | None = field(default=8, metadata={"help": "8 rounds the inputs of each layer, none not."})
     dynamic_activations: bool = field(default=False, metadata={"help": "Each token's own range of activations."})
     embedding_bits: int | None = field(default=8, metadata={"help": "Bits of the embedding tables; none: float."})
+    heads_too: bool = field(default=False, metadata={"help": "Pack the pooler and the head of the task as well."})
     learned_steps: bool = field(default=False, metadata={"help": "Learn the scales with the weights (LSQ)."})
     range_method: str = field(default="mse", metadata={"help": "mse, minmax, percentile or kl."})
     refresh_steps: int = field(default=100, metadata={"help": "Steps between two searches of the weight ranges."})
@@ -32,10 +34,12 @@ class QATOptions:
         self.callback()  # checks the values
 
     def _preparation(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in CALLBACK_OPTIONS}
+        left_out = (*CALLBACK_OPTIONS, "bits", "heads_too")
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
 
     def prepare(self, model: PreTrainedModel) -> PreTrainedModel:
-        return prepare_qat(model, **self._preparation())
+        bits = linear_maps(model, self.bits) if self.heads_too else self.bits
+        return prepare_qat(model, bits, **self._preparation())
 
     def callback(self) -> QuantizationAware:
         return QuantizationAware(**{name: getattr(self, name) for name in CALLBACK_OPTIONS})

@@ -1,5 +1,6 @@
 """A recipe: stages in a chain, each kept by the fingerprint of what went in, so that only what changed runs again."""
 
+import json
 import logging
 import os
 import time
@@ -13,6 +14,7 @@ import yaml
 from transformers import AutoConfig
 
 from hf_compress import __version__
+from hf_compress.hub import publish
 from hf_compress.recipe.data import CLASSIFICATION, LANGUAGE_MODEL, TASKS, DataOptions, RecipeData
 from hf_compress.recipe.evaluate import chosen_models, evaluate, main_figures
 from hf_compress.recipe.fingerprints import digest, model_fingerprint, settings
@@ -20,6 +22,7 @@ from hf_compress.recipe.options import RecipeError, build, read_yaml, unknown
 from hf_compress.recipe.stages import Stage, StudentOptions, read_stages
 from hf_compress.recipe.store import Store
 from hf_compress.recipe.training import Work, change_model
+from hf_compress.report.card import Stage as CardStage
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +142,7 @@ class Recipe:
         source = made[-1].source
         if _is_main():
             (store.output / "recipe.yaml").write_text(self.to_yaml())
+            (store.output / "stages.json").write_text(json.dumps(records, indent=2))
             if len(made) > 1:
                 source = self._copy_model(store, made[-1])
         return RecipeResult(store.output, source, tuple(records))
@@ -175,8 +179,6 @@ class Recipe:
     def _publish(
         self, stage: Stage, made: Sequence[Made], before: Sequence[Mapping[str, Any]], folder: Path
     ) -> dict[str, Any]:
-        from hf_compress.hub import publish  # needs the network, which other stages do not
-
         report = next((r for r in reversed(before) if r["kind"] == "evaluate"), None)
         options = stage.own
         found = publish(
@@ -184,11 +186,11 @@ class Recipe:
             options.repo_id,
             private=not options.public,
             dry_run=options.dry_run,
-            stages=[{"name": r["name"], "options": r["options"]} for r in before if r["kind"] != "evaluate"],
-            report_folder=None if report is None else folder.parent / report["folder"],
+            stages=card_stages(before),
+            report=None if report is None else folder.parent / report["folder"],
             **options.card_options(),
         )
-        return {"files": found.files, "url": found.url}
+        return {"repo_id": found.repo_id, "files": found.files, "url": found.url}
 
     def _fingerprint(self, stage: Stage, made: Sequence[Made], data: RecipeData) -> str:
         """Of everything that the result of `stage` depends on."""
@@ -243,6 +245,19 @@ class Recipe:
 @dataclass
 class _Seed:
     seed: int = 0
+
+
+def card_stages(records: Sequence[Mapping[str, Any]]) -> list[CardStage]:
+    """What a card tells of the stages that made a model: their kind, method and options."""
+    told = []
+    for record in records:
+        if record["kind"] in ("evaluate", "publish"):
+            continue
+        parts = record["options"].get("stages") or [{"kind": record["kind"], **record["options"]}]
+        for part in parts:
+            options = {name: value for name, value in part.items() if name not in ("kind", "method", "name")}
+            told.append(CardStage(f"{part['kind']}, {part['method']}", options))
+    return told
 
 
 def task_of(model: str | Path) -> str:

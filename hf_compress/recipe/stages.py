@@ -220,7 +220,14 @@ def _read_together(given: Any, where: str) -> Stage:
             raise RecipeError(f"{where}: quantize with `method: qat`, the one that trains; got {part.method.name}.")
         if part.kind == "prune" and (foreign := arguments.intersection(part.given)):
             raise RecipeError(f"{where}: {sorted(foreign)} belong to the stage that trains, not to {part.name}.")
-    return Stage("together", name or "together", None, (), tuple(parts), given={"stages": [p.given for p in parts]})
+    return Stage(
+        "together",
+        name or "together",
+        None,
+        (),
+        tuple(parts),
+        given={"stages": [{"kind": p.kind, **p.given} for p in parts]},
+    )
 
 
 def _with_names(stages: list[Stage]) -> list[Stage]:

@@ -17,6 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.anatomy import anatomy
 from hf_compress.measure import Source, load_model, local_folder, measure_together
+from hf_compress.report.isolated import measure_isolated
+from hf_compress.report.layers import layer_facts
 from hf_compress.report.privacy import without_secrets
 from hf_compress.report.quality import (
     Metric,
@@ -52,6 +54,7 @@ def compare(
     dtype: torch.dtype | None = None,
     device: str | None = None,
     command: str | None = None,
+    isolate: bool = False,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Report:
     """Compare quality, size and speed of several models.
@@ -67,7 +70,9 @@ def compare(
     batch_size        of the evaluation; speed is always measured at 1 and 32
     dtype, device     for models that are loaded here, as in `measure`, as are the length and the rounds
     command           what made this report; by default the running one. Tokens and folders are taken out
-    clock             gives seconds
+    isolate           measure cost and speed in a process for each model, in turns, so that thread pools of one do not
+                      touch another's; needs folders or Hub names
+    clock             gives seconds, of measurements in this process
 
     Quality is of every seed, size and speed of the first. Raises ValueError for what cannot be compared.
     """
@@ -75,6 +80,8 @@ def compare(
     reference = reference or next(iter(entries))
     if reference not in entries:
         raise ValueError(f"reference must be one of the models, {list(entries)}, got {reference!r}.")
+    if isolate and any(isinstance(source, PreTrainedModel) for sources in entries.values() for source in sources[:1]):
+        raise ValueError("isolate=True loads each model in a process of its own: give folders or Hub names.")
     firsts = {name: load_model(sources[0], dtype=dtype, device=device) for name, sources in entries.items()}
     scores: dict[str, Tensor] = {}  # name -> (seeds, examples)
     if eval_dataset is not None:
@@ -95,14 +102,12 @@ def compare(
                     for model in _one_by_one(firsts[name], others)
                 ]
             )
-    measurements = measure_together(
-        list(firsts.values()),
-        folders=[local_folder(sources[0]) for sources in entries.values()],
-        sequence_length=sequence_length,
-        latency_rounds=latency_rounds,
-        throughput_rounds=throughput_rounds,
-        clock=clock,
-    )
+    how = {"sequence_length": sequence_length, "latency_rounds": latency_rounds, "throughput_rounds": throughput_rounds}
+    if isolate:
+        measurements = measure_isolated([sources[0] for sources in entries.values()], dtype=dtype, device=device, **how)
+    else:
+        folders = [local_folder(sources[0]) for sources in entries.values()]
+        measurements = measure_together(list(firsts.values()), folders=folders, clock=clock, **how)
     base = measurements[list(entries).index(reference)]
     results = []
     for (name, model), cost in zip(firsts.items(), measurements, strict=True):
@@ -119,6 +124,7 @@ def compare(
                 byte_rate=base.stored_bytes / cost.stored_bytes,
                 latency_speed_up=median_ratio(base.latency_ms, cost.latency_ms),
                 throughput_speed_up=median_ratio(cost.throughput, base.throughput),
+                layers=layer_facts(model),
             )
         )
     return Report(

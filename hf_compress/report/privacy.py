@@ -18,3 +18,11 @@ def without_secrets(text: str) -> str:
     for path in POSIX_PATHS:
         text = path.sub(lambda match: PurePosixPath(match.group()).name, text)
     return text
+
+
+def secrets_in(text: str) -> list[str]:
+    """What `without_secrets` would take out of `text`, in order."""
+    found = [match.group() for match in TOKEN.finditer(text)]
+    found += [match.group(3) for match in TOKEN_OPTION.finditer(text) if match.group(3) != "***"]
+    found += [match.group() for pattern in (WINDOWS_PATH, *POSIX_PATHS) for match in pattern.finditer(text)]
+    return list(dict.fromkeys(found))

@@ -1,14 +1,22 @@
 """What a comparison found: plain records, which print, save and draw themselves."""
 
 import json
+import logging
 import os
 import statistics
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from hf_compress.measure import Measurement
+from hf_compress.report.layers import LayerFacts
+from hf_compress.report.page import html_page
 from hf_compress.report.plot import trade_off_png
-from hf_compress.report.tables import markdown, terminal_table
+from hf_compress.report.tables import csv_text, markdown, terminal_table
+from hf_compress.timing import Spread
+
+logger = logging.getLogger(__name__)
 
 SIGNIFICANCE_LEVEL = 0.05
 NOTABLE_SPARSITY = 0.01  # zeros in less than this share of the weights are not worth a word
@@ -57,6 +65,7 @@ class Entry:
     byte_rate: float
     latency_speed_up: Interval
     throughput_speed_up: Interval
+    layers: tuple[LayerFacts, ...] = ()  # empty where the anatomy is not known
 
     @property
     def quality(self) -> float | None:
@@ -78,6 +87,9 @@ class Report:
     dataset: str | None
     num_examples: int
     command: str
+    tasks: dict[str, dict[str, dict[str, float]]] = field(
+        default_factory=dict
+    )  # model -> lm-eval task -> metric -> value
 
     def __getitem__(self, name: str) -> Entry:
         for entry in self.entries:
@@ -119,15 +131,43 @@ class Report:
                 plain["difference"]["verdict"] = entry.difference.verdict
         return json.dumps({"version": 1, **record, "notes": self.notes}, indent=2)
 
+    @staticmethod
+    def from_json(text: str) -> "Report":
+        """What `to_json` wrote, as it was. Raises ValueError for anything else."""
+        try:
+            record = json.loads(text)
+            entries = tuple(_entry(plain) for plain in record["entries"])
+            return Report(entries=entries, **_own_fields(Report, record, without=("entries",)))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"This is no report of hf_compress: {error}.") from error
+
+    def to_csv(self) -> str:
+        """One line a model, plain numbers in SI units."""
+        return csv_text(self)
+
+    def to_html(self) -> str:
+        """One page that needs no other file and no network."""
+        return html_page(self, self._plot())
+
+    def _plot(self) -> bytes | None:
+        if not self.num_examples:
+            return None
+        try:
+            return trade_off_png(self)
+        except ImportError as error:
+            logger.warning("The report has no plot: %s", error)
+            return None
+
     def save(self, folder: str | Path) -> Path:
-        """Write report.json, report.md and, where quality was measured, report.png (needs matplotlib).
+        """Write report.json, .md, .csv, .html and, where quality was measured and matplotlib is there, report.png.
 
         Everything is made before anything is written, and a file is replaced whole or not at all.
         """
-        folder = Path(folder)
-        files = {"report.json": self.to_json().encode(), "report.md": self.to_markdown().encode()}
-        if self.num_examples:
-            files["report.png"] = trade_off_png(self)
+        folder, plot = Path(folder), self._plot()
+        texts = {"json": self.to_json(), "md": self.to_markdown(), "csv": self.to_csv(), "html": html_page(self, plot)}
+        files = {f"report.{ending}": text.encode() for ending, text in texts.items()}
+        if plot is not None:
+            files["report.png"] = plot
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             temporary = folder / f".{name}.{os.getpid()}"
@@ -137,3 +177,26 @@ class Report:
             finally:
                 temporary.unlink(missing_ok=True)
         return folder
+
+
+def _own_fields(kind: type, record: Mapping[str, Any], *, without: tuple[str, ...] = ()) -> dict[str, Any]:
+    names = [field.name for field in fields(kind) if field.name not in without]
+    return {name: record.get(name, {}) if name == "tasks" else record[name] for name in names}
+
+
+def _entry(plain: Mapping[str, Any]) -> Entry:
+    interval, cost = lambda one: Interval(**one), plain["measurement"]
+    spreads = {name: Spread(**{**cost[name], "samples": tuple(cost[name]["samples"])})
+               for name in ("latency_ms", "throughput")}  # fmt: skip
+    difference = plain["difference"]
+    if difference is not None:
+        difference = Difference(interval(difference["interval"]), difference["p_value"], difference["test"])
+    built = {
+        "seed_qualities": tuple(plain["seed_qualities"]),
+        "difference": difference,
+        "measurement": Measurement(**{**cost, **spreads}),
+        "latency_speed_up": interval(plain["latency_speed_up"]),
+        "throughput_speed_up": interval(plain["throughput_speed_up"]),
+        "layers": tuple(LayerFacts(**layer) for layer in plain.get("layers", ())),
+    }
+    return Entry(**built, **_own_fields(Entry, plain, without=tuple(built)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -9,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def terminal_table(report: Report) -> str:
-    rows = [_main_header(report), *(_main_row(report, entry) for entry in report.entries)]
+    rows = main_rows(report)
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
     lines.insert(1, "-" * max(map(len, lines)))
@@ -17,11 +19,54 @@ def terminal_table(report: Report) -> str:
 
 
 def markdown(report: Report) -> str:
-    parts = [_markdown_table([_main_header(report), *(_main_row(report, entry) for entry in report.entries)])]
-    parts.append(_markdown_table([_cost_header(), *(_cost_row(entry) for entry in report.entries)]))
+    parts = [_markdown_table(main_rows(report)), _markdown_table(cost_rows(report))]
+    parts += [_markdown_table(task_rows(report))] * bool(report.tasks)
     parts += ["\n".join(f"- {line}" for line in [*verdicts(report), *report.notes])] * bool(verdicts(report))
     parts += [conditions(report), f"Command: `{report.command}`"]
     return "\n\n".join(parts) + "\n"
+
+
+CSV_COLUMNS = (
+    "model", "quality", "quality_spread", "parameters", "stored_bytes", "bits_per_weight", "multiply_adds",
+    "peak_memory_bytes", "latency_ms", "latency_ms_10", "latency_ms_90", "examples_per_second",
+    "examples_per_second_10", "examples_per_second_90", "parameter_rate", "byte_rate", "latency_speed_up",
+    "latency_speed_up_low", "latency_speed_up_high", "throughput_speed_up", "throughput_speed_up_low",
+    "throughput_speed_up_high", "quality_difference", "quality_difference_low", "quality_difference_high", "p_value",
+    "zero_weights", "reference", "metric", "dataset", "num_examples", "device", "threads", "dtype", "command",
+)  # fmt: skip
+
+
+def csv_text(report: Report) -> str:
+    """One line a model under a line of names; what was not measured is empty."""
+    text = io.StringIO()
+    lines = csv.DictWriter(text, CSV_COLUMNS, lineterminator="\n")
+    lines.writeheader()
+    for entry in report.entries:
+        lines.writerow(_csv_row(report, entry))
+    return text.getvalue()
+
+
+def _csv_row(report: Report, entry: Entry) -> dict[str, object]:
+    cost, difference = entry.measurement, entry.difference
+    row = {
+        "model": entry.name, "quality": entry.quality, "quality_spread": entry.quality_spread,
+        "latency_ms": cost.latency_ms.median, "latency_ms_10": cost.latency_ms.low,
+        "latency_ms_90": cost.latency_ms.high, "examples_per_second": cost.throughput.median,
+        "examples_per_second_10": cost.throughput.low, "examples_per_second_90": cost.throughput.high,
+        "parameter_rate": entry.parameter_rate, "byte_rate": entry.byte_rate,
+        "zero_weights": cost.sparsity.get("weights", 0.0), "reference": report.reference, "metric": report.metric,
+        "dataset": report.dataset, "num_examples": report.num_examples, "command": report.command,
+        "p_value": None if difference is None else difference.p_value,
+    }  # fmt: skip
+    same = ("parameters", "stored_bytes", "bits_per_weight", "multiply_adds", "peak_memory_bytes", "device",
+            "threads", "dtype")  # fmt: skip
+    row |= {name: getattr(cost, name) for name in same}
+    intervals = {"latency_speed_up": entry.latency_speed_up, "throughput_speed_up": entry.throughput_speed_up,
+                 "quality_difference": None if difference is None else difference.interval}  # fmt: skip
+    for name, interval in intervals.items():
+        if interval is not None:
+            row |= {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
+    return row
 
 
 def verdicts(report: Report) -> list[str]:
@@ -85,6 +130,31 @@ def quality_text(report: Report, entry: Entry) -> str:
     scale, unit, digits = (100.0, "%", 1) if report.metric == "accuracy" else (1.0, "", 4)
     spread = "" if entry.quality_spread is None else f" ± {scale * entry.quality_spread:.{digits}f}"
     return f"{scale * entry.quality:.{digits}f}{spread}{unit}"
+
+
+def main_rows(report: Report) -> list[list[str]]:
+    """The main table, its header first."""
+    return [_main_header(report), *(_main_row(report, entry) for entry in report.entries)]
+
+
+def cost_rows(report: Report) -> list[list[str]]:
+    """The table of costs, its header first."""
+    return [_cost_header(), *(_cost_row(entry) for entry in report.entries)]
+
+
+def task_rows(report: Report) -> list[list[str]]:
+    """Scores on tasks of lm-eval, its header first; a standard error stands behind its score."""
+    scores = {name: {(task, metric): value for task, metrics in found.items() for metric, value in metrics.items()}
+              for name, found in report.tasks.items()}  # fmt: skip
+    columns = list(dict.fromkeys(c for found in scores.values() for c in found if not c[1].endswith("_stderr")))
+    rows = [["model", *(f"{task}, {metric}" for task, metric in columns)]]
+    for name, found in scores.items():
+        errors = {column: found.get((column[0], f"{column[1]}_stderr")) for column in columns}
+        cells = [
+            f"{found[c]:.4f}" + (f" ± {errors[c]:.4f}" if errors[c] else "") if c in found else "-" for c in columns
+        ]
+        rows.append([name, *cells])
+    return rows
 
 
 def _main_header(report: Report) -> list[str]:

@@ -1,0 +1,148 @@
+"""The page, the table of figures and the pictures of layers say what the report says, and need nothing else."""
+
+import csv
+import io
+import sys
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+from html.parser import HTMLParser
+from types import ModuleType
+
+import pytest
+import torch
+from helpers import tiny_model
+
+import hf_compress as hfc
+from hf_compress.report.harness import harness_scores
+from hf_compress.report.layers import LayerFacts, by_layer, layer_facts, layers_svg
+from hf_compress.report.result import Report
+
+QUICK = dict(sequence_length=8, latency_rounds=2, throughput_rounds=2)
+
+
+class Page(HTMLParser):
+    """What a page shows, and what it would load."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.links, self.text, self.rows = [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.links += [value for name, value in attributes if name in ("src", "href", "data", "action")]
+        if tag == "tr":
+            self.rows.append([])
+
+    def handle_data(self, data):
+        if data.strip():
+            self.text.append(data.strip())
+            if self.rows and self.tags[-1] in ("td", "th"):
+                self.rows[-1].append(data.strip())
+
+
+@pytest.fixture(scope="module")
+def report():
+    teacher = tiny_model("bert", num_labels=2)
+    pruned = hfc.prune_neurons(hfc.prune_heads(tiny_model("bert", num_labels=2), {0: [0, 1]}), {1: range(24)})
+    packed = hfc.quantize(pruned, bits=4)
+    rows = [{"input_ids": [5 + i % 7, 6, 7], "attention_mask": [1, 1, 1], "label": i % 2} for i in range(20)]
+    return hfc.compare({"teacher": teacher, "<packed>": packed}, eval_dataset=rows, command="hf-compress <x>", **QUICK)
+
+
+def test_the_page_shows_every_figure_and_loads_nothing(report):
+    page = Page(report.to_html())
+    assert page.rows[0][:2] == ["model", "accuracy"] and page.rows[1][0] == "teacher" and page.rows[2][0] == "<packed>"
+    assert "hf-compress <x>" in page.text, "names are text, not markup"
+    assert all(link.startswith("data:image/png;base64,") for link in page.links) and len(page.links) == 1
+    assert "script" not in page.tags and "link" not in page.tags and page.tags.count("svg") == 2
+    assert 'name="viewport"' in report.to_html()
+
+
+def test_the_csv_holds_plain_numbers(report):
+    rows = list(csv.DictReader(io.StringIO(report.to_csv())))
+    entry = report["<packed>"]
+    assert [row["model"] for row in rows] == ["teacher", "<packed>"]
+    assert float(rows[1]["byte_rate"]) == entry.byte_rate
+    assert float(rows[1]["throughput_speed_up_low"]) == entry.throughput_speed_up.low
+    assert rows[0]["p_value"] == "" and int(rows[1]["stored_bytes"]) == entry.measurement.stored_bytes
+
+
+def test_a_report_comes_back_from_json(report):
+    assert Report.from_json(report.to_json()) == report
+    with pytest.raises(ValueError, match="This is no report"):
+        Report.from_json('{"entries": [{}]}')
+
+
+def test_save_writes_all_of_them(report, tmp_path):
+    report.save(tmp_path)
+    endings = {file.suffix for file in tmp_path.iterdir()}
+    assert endings == {".json", ".md", ".csv", ".html", ".png"}
+
+
+def test_facts_of_layers_are_those_of_the_weights(report):
+    layers = report["<packed>"].layers
+    assert [layer.heads for layer in layers] == [2, 4, 4, 4]
+    assert [layer.neurons for layer in layers] == [48, 24, 48, 48]
+    assert {layer.bits for layer in layers} == {4.0}
+    model = tiny_model("bert")
+    with torch.no_grad():
+        for linear in (m for m in model.bert.encoder.layer[2].modules() if isinstance(m, torch.nn.Linear)):
+            linear.weight.zero_()
+    facts = layer_facts(model)
+    assert facts[2].zeros == 1.0 and facts[1].zeros == 0.0 and facts[0].bits == 32.0
+
+
+def test_a_block_sparse_layer_shows_what_is_stored():
+    model = tiny_model("bert", hidden_size=64, intermediate_size=128)
+    with torch.no_grad():
+        for linear in (m for m in model.bert.encoder.layer[0].modules() if isinstance(m, torch.nn.Linear)):
+            linear.weight[:, 32:] = 0
+    facts = layer_facts(hfc.to_block_sparse(model, 16))
+    # two of four heads and 96 of 128 neurons were silent; q, k, v and the inputs of the neurons left, 32 x 64 each,
+    # store half of their blocks, both outputs, 64 x 32 each, all
+    assert (facts[0].heads, facts[0].neurons) == (2, 32)
+    assert facts[0].stored_blocks == pytest.approx((4 * 1024 + 2 * 2048) / (6 * 2048))
+    assert facts[1].stored_blocks == 1.0
+
+
+def test_the_picture_draws_in_proportion():
+    layers = [LayerFacts(4, 100, 32.0, 1.0, 0.0), LayerFacts(1, 50, 4.0, 0.25, 0.5)]
+    tree = ElementTree.fromstring(layers_svg(layers, title="a & b", sensitivity=[1.0, 2.0]))
+    space = "{http://www.w3.org/2000/svg}"
+    bars = [float(bar.get("width")) for bar in tree.iter(f"{space}rect") if bar.get("fill") != "#EEE"]
+    full = max(bars)
+    assert [round(bar / full, 3) for bar in bars] == [1, 0.25, 1, 0.5, 1, 0.125, 1, 0.25, 0, 0.5, 0.5, 1]
+    assert tree.get("aria-label") == "a & b"
+    with pytest.raises(ValueError, match="2 values, one a layer"):
+        layers_svg(layers, title="x", sensitivity=[1.0])
+    with pytest.raises(ValueError, match="nothing to draw"):
+        layers_svg([], title="x")
+
+
+def test_sensitivities_are_averaged_by_layer():
+    model = tiny_model("bert")
+    values = {"bert.encoder.layer.1.output.dense": 2.0, "bert.encoder.layer.1.intermediate.dense": 4.0}
+    assert by_layer(model, values) == [0.0, 3.0, 0.0, 0.0]
+
+
+def test_tasks_of_the_harness_stand_beside_the_rest(report, monkeypatch):
+    results = {"made_up": {"acc,none": 0.5, "acc_stderr,none": 0.01, "alias": "made_up"}}
+    harness = ModuleType("lm_eval")
+    harness.simple_evaluate = lambda model, tasks, limit: {"results": {task: results[task] for task in tasks}}
+    huggingface = ModuleType("lm_eval.models.huggingface")
+    huggingface.HFLM = lambda pretrained, tokenizer, batch_size: pretrained
+    for name, module in {
+        "lm_eval": harness,
+        "lm_eval.models": ModuleType("m"),
+        huggingface.__name__: huggingface,
+    }.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    scores = harness_scores(None, None, ["made_up"])
+    assert scores == {"made_up": {"acc": 0.5, "acc_stderr": 0.01}}
+    whole = replace(report, tasks={"teacher": scores})
+    assert "| teacher | 0.5000 ± 0.0100 |" in whole.to_markdown() and "made_up, acc" in whole.to_html()
+    assert Report.from_json(whole.to_json()) == whole
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(ImportError, match="pip install lm_eval"):
+        harness_scores(None, None, ["made_up"])

@@ -1,0 +1,73 @@
+"""What the documents tell a reader to type works: marked snippets run, recipes and command lines are understood."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import tiny_model
+from recipe_run import TRAIN, reviews, tiny_folder
+
+from hf_compress.commands.compare import compare_parser
+from hf_compress.commands.convert import convert_parser
+from hf_compress.commands.picture import picture_parser
+from hf_compress.commands.publish import publish_parser
+from hf_compress.commands.run import run_parser
+from hf_compress.commands.stage import stage_parser
+from hf_compress.commands.tune import tune_parser
+from hf_compress.recipe import Recipe
+from hf_compress.recipe.options import read_yaml
+from hf_compress.recipe.stages import ALIASES, method_of
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MARK = "# runs in the tests"
+
+
+def blocks(language):
+    """(page, text) of each block of code in `language`."""
+    return [(page, text) for page in PAGES for text in re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.S)]
+
+
+SNIPPETS = [(page, text) for page, text in blocks("python") if text.startswith(MARK)]
+RECIPES = [(page, text) for page, text in blocks("yaml") if "stages:" in text]
+COMMANDS = [
+    (page, line) for page, text in blocks("bash") for line in text.splitlines() if line.startswith("hf-compress")
+]
+PARSERS = {"run": run_parser, "publish": publish_parser, "convert": convert_parser, "tune": tune_parser,
+           "picture": picture_parser}  # fmt: skip
+
+
+def named(cases):
+    return [f"{page.name}-{i}" for i, (page, _) in enumerate(cases)]
+
+
+@pytest.mark.parametrize("page, code", SNIPPETS, ids=named(SNIPPETS))
+def test_a_marked_snippet_runs(page, code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    rows = [{"input_ids": torch.randint(5, 60, (12,)).tolist(), "attention_mask": [1] * 12} for _ in range(8)]
+    tools = {"model": tiny_model("bert"), "rows": rows, "csv_file": str(reviews(tmp_path / "reviews.csv"))}
+    exec(code, {**tools, "model_folder": str(tiny_folder(tmp_path / "model"))})
+
+
+@pytest.mark.parametrize("page, text", RECIPES, ids=named(RECIPES))
+def test_a_recipe_in_a_document_is_one(page, text):
+    written = read_yaml(text, page.name)
+    assert Recipe(written.pop("stages"), **written).stages
+
+
+@pytest.mark.parametrize("page, line", COMMANDS, ids=named(COMMANDS))
+def test_a_command_in_a_document_is_understood(page, line):
+    _, verb, *words = shlex.split(line.partition(" #")[0])
+    if verb in ALIASES or verb in ("prune", "quantize"):
+        method = words[words.index("--method") + 1] if "--method" in words else None
+        parser = stage_parser(verb, method_of(ALIASES.get(verb, verb), method))
+    else:
+        parser = PARSERS[verb]() if verb in PARSERS else compare_parser(verb)
+    assert parser.parse_all(words)
+
+
+def test_there_is_something_to_test():
+    assert len(SNIPPETS) >= 3 and RECIPES and len(COMMANDS) >= 8 and TRAIN
