@@ -38,7 +38,7 @@ from hf_compress.timing import time_interleaved  # noqa: E402
 
 SHAPES = ["576x576", "1536x576", "768x768", "3072x768", "768x3072", "4096x4096", "11008x4096"]
 COLD_BYTES = 160 << 20
-CALLS = 10  # at most, in a turn of a candidate
+CALLS = 50  # at most, in a turn of a candidate: the first one finds the caches full of another
 PRODUCTS = 10**9  # multiplications after which a turn ends
 LARGEST_ERROR = 0.02  # against float64 with the weight that the candidate stores
 OURS = "hf_compress"
