@@ -65,14 +65,21 @@ class HfCompressQuantizer(HfQuantizer):
         for module, part in self._parts():
             module.validate(part)
             module.prepare(model, part)
+        tensors = import_module("hf_compress.checkpoint.tensors")
+        files = kwargs.get("checkpoint_files") or []
+        self._stored, self._loading_sentinels = tensors.read_headers(files), self._sentinels(model)
         for module, part in self._parts():
             if hasattr(module, "check_tensors"):
-                module.check_tensors(model, part, kwargs.get("checkpoint_files") or [])
-        ignored = [re.escape(name) for name in self._sentinels(model)]
+                module.check_tensors(model, part, files)
+        tensors.check_headers(model, self._stored, self._loading_sentinels)
+        ignored = [re.escape(name) for name in self._loading_sentinels]
         if ignored:
             model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ignored}
 
     def _process_model_after_weight_loading(self, model, **kwargs):
+        tensors = import_module("hf_compress.checkpoint.tensors")
+        tensors.check_loaded(model, self._stored, self._loading_sentinels)
+        del self._stored, self._loading_sentinels
         for module, part in self._parts():
             if hasattr(module, "finish"):
                 module.finish(model, part)

@@ -41,7 +41,11 @@ def validate(part: dict[str, Any]) -> None:
                 f"sparsity: {name!r} must have the entries {sorted(ENTRIES)} in format 'bsr', got {entry!r}."
             )
         sides, count = entry["block_size"], entry["num_blocks"]
-        if not (isinstance(sides, list) and len(sides) == 2 and all(side in BLOCK_SIDES for side in sides)):
+        if not (
+            isinstance(sides, list)
+            and len(sides) == 2
+            and all(type(side) is int and side in BLOCK_SIDES for side in sides)
+        ):
             raise ValueError(f"sparsity: blocks of {name!r} must have two sides among {BLOCK_SIDES}, got {sides!r}.")
         if not isinstance(count, int) or isinstance(count, bool) or count < 0:
             raise ValueError(f"sparsity: num_blocks of {name!r} must be a number of blocks, got {count!r}.")

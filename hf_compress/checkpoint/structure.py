@@ -25,7 +25,7 @@ from hf_compress.surgery.marks import expect_mark, marked_norm, take_mark
 from hf_compress.surgery.stand_ins import COUNTS_HEADS, HeadlessAttention, linear_class
 
 KEYS = ("shapes", "attributes", "layers", "ranks")
-MOST_LAYERS = 10_000
+MOST_LAYERS = 1_000  # a deeper model is built, so a file must not ask for any number
 
 
 def validate(part: dict[str, Any]) -> None:
@@ -92,6 +92,8 @@ def prepare(model: nn.Module, part: dict[str, Any]) -> None:
 
 def _validate_layers(layers: dict[str, Any]) -> None:
     _check_keys(layers, ("config", "keep"), "layers")
+    if len(layers) < 2:
+        raise ValueError(f"structure: the layers must have config and keep, got {sorted(layers)}.")
     fields = dict(_entries(layers, "config"))
     depth_fields = [name for names in DEPTH_FIELDS for name in names]
     _check_keys(fields, (*depth_fields, *PER_LAYER_FIELDS), "layers")

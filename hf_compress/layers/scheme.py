@@ -1,5 +1,6 @@
 """How one weight is stored in few bits: the entry of a module in the `bits` part of the record."""
 
+import math
 from dataclasses import asdict, dataclass, fields
 
 import torch
@@ -9,8 +10,12 @@ SCALE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
 def check_bits(bits: int) -> None:
-    if bits not in BITS:
+    if bits not in BITS or not isinstance(bits, int):
         raise ValueError(f"bits must be one of {BITS}, got {bits!r}.")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -28,12 +33,16 @@ class WeightScheme:
 
     def __post_init__(self):
         check_bits(self.bits)
-        if not isinstance(self.group_size, int) or (self.group_size < 1 and self.group_size != -1):
+        if not _is_whole(self.group_size) or (self.group_size < 1 and self.group_size != -1):
             raise ValueError(f"group_size must be a positive whole number or -1, got {self.group_size!r}.")
+        if not isinstance(self.symmetric, bool) or not isinstance(self.desc_act, bool):
+            raise ValueError(
+                f"symmetric and desc_act must be true or false, got {self.symmetric!r} and {self.desc_act!r}."
+            )
         if self.scale_dtype not in SCALE_DTYPES:
             raise ValueError(f"scale_dtype must be one of {sorted(SCALE_DTYPES)}, got {self.scale_dtype!r}.")
         if self.num_levels is not None:
-            if not isinstance(self.num_levels, int) or not 2 <= self.num_levels <= 2**self.bits:
+            if not _is_whole(self.num_levels) or not 2 <= self.num_levels <= 2**self.bits:
                 raise ValueError(
                     f"num_levels must lie in [2, {2**self.bits}] at {self.bits} bits, got {self.num_levels!r}."
                 )
@@ -43,7 +52,8 @@ class WeightScheme:
             raise ValueError(f"activation_bits must be 8 or None, got {self.activation_bits!r}.")
         if self.activation_range is not None:
             low, high = self.activation_range
-            if self.activation_bits is None or not low <= 0 <= high or low == high:
+            is_range = low <= 0 <= high and low < high and math.isfinite(low) and math.isfinite(high)
+            if self.activation_bits is None or not is_range:
                 raise ValueError(
                     f"activation_range must hold zero and comes with activation_bits, got {self.activation_range!r} "
                     f"and {self.activation_bits!r}."
@@ -76,9 +86,9 @@ class WeightScheme:
         known = {f.name for f in fields(cls)}
         if not isinstance(values, dict) or "bits" not in values or values.keys() - known:
             raise ValueError(f"The record of {name} must hold bits and any of {sorted(known)}, got {values!r}.")
-        if values.get("activation_range") is not None:
-            values = {**values, "activation_range": tuple(values["activation_range"])}
         try:
+            if values.get("activation_range") is not None:
+                values = {**values, "activation_range": tuple(values["activation_range"])}
             return cls(**values)
         except (TypeError, ValueError) as error:
             raise ValueError(f"The record of {name} is not valid: {error}") from error

@@ -40,10 +40,15 @@ def place_layers(model: nn.Module, layers: dict[str, Any]) -> None:
     Raises ValueError if the deeper model has no such layers, or `model` another number of them.
     """
     deeper = copy.deepcopy(model.config)
-    for field, value in layers["config"].items():
-        setattr(deeper, field, value)
-    with torch.device("meta"):
-        source = type(model)(deeper)
+    try:
+        for field, value in layers["config"].items():
+            setattr(deeper, field, value)
+        with torch.device("meta"):
+            source = type(model)(deeper)
+    except Exception as error:  # the fields come from a file, and each model fails over bad ones in its own way
+        raise ValueError(
+            f"structure: no {type(model).__name__} can be built with {layers['config']}: {error!r}."
+        ) from error
     for stored, numbers in layers["keep"].items():
         name = find_name(model, stored)
         target = None if name is None else model.get_submodule(name)

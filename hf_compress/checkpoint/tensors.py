@@ -1,0 +1,106 @@
+"""What the files of a checkpoint hold, compared with the model that waits for it: before and after they are read.
+
+Before: names, kinds of number and shapes, from the headers alone, so that no size is believed that the file does not
+have. After: no tensor is left that no file filled, none holds NaN or infinity.
+"""
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from hf_compress.layers.packed_linear import PackedModule
+from hf_compress.layers.sentinel import Sentinel
+
+EXACT = ("qweight", "qzeros", "zeros")  # words whose width is part of their meaning
+INDEX_DTYPES = ("I32", "I64")
+DTYPES = {torch.int32: "I32", torch.uint8: "U8"}
+
+
+class Stored(NamedTuple):
+    """A tensor as the header of a file announces it."""
+
+    file: str
+    dtype: str
+    shape: list[int]
+
+
+def read_headers(files: list[str]) -> dict[str, Stored]:
+    """Every tensor of the files by its name. Raises ValueError, naming the file, for one that is no safetensors."""
+    found = {}
+    for path in map(str, files):
+        if not path.endswith(".safetensors"):
+            raise ValueError(f"A compressed checkpoint is read from safetensors files only, got {path}.")
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118  it is no mapping
+                    part = file.get_slice(key)
+                    found[key] = Stored(path, part.get_dtype(), part.get_shape())
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no whole safetensors file: {error}.") from error
+    return found
+
+
+def check_headers(model: nn.Module, stored: dict[str, Stored], sentinels: Collection[str]) -> None:
+    """Raise ValueError, naming tensor and file, where the files hold something else than the model waits for."""
+    for name, tensor in model.state_dict().items():
+        found = stored_as(model, name, stored)
+        if found is None or name in sentinels:
+            continue
+        module, part = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        is_own = isinstance(module, (PackedModule, Sentinel))
+        if (is_own or _is_backbone(model, name)) and found.shape != list(tensor.shape):
+            raise ValueError(
+                f"{name} has the shape {list(tensor.shape)} by config.json, and {found.shape} in {found.file}: "
+                "the two are of different models, or damaged."
+            )
+        if is_own and part in EXACT:
+            fits = found.dtype == DTYPES[tensor.dtype]
+        elif is_own and not tensor.is_floating_point():
+            fits = found.dtype in INDEX_DTYPES
+        else:
+            fits = tensor.is_floating_point() == found.dtype.startswith(("F", "BF"))
+        if not fits:
+            raise ValueError(f"{name} must hold {tensor.dtype}, but is {found.dtype} in {found.file}: it is damaged.")
+
+
+def check_loaded(model: nn.Module, stored: dict[str, Stored], sentinels: Collection[str]) -> None:
+    """Raise ValueError, naming the tensor, for one that no file filled or that holds NaN or infinity.
+
+    What another task's class adds (a new head, a pooler) may be new, as with any checkpoint.
+    """
+    is_whole = type(model).__name__ in (getattr(model.config, "architectures", None) or ())
+    own = [name for name, module in model.named_modules() if isinstance(module, (PackedModule, Sentinel))]
+    for name, tensor in model.state_dict().items():
+        if name in sentinels or tensor.is_meta or _tensor(model, name) is None:
+            continue
+        is_new = not getattr(_tensor(model, name), "_is_hf_initialized", False)
+        is_resized = stored_as(model, name, stored) is not None  # with ignore_mismatched_sizes
+        is_needed = name.rpartition(".")[0] in own or (is_whole and not is_resized)
+        if is_new and is_needed and name not in getattr(model, "all_tied_weights_keys", {}):
+            raise ValueError(f"{name} is in none of the checkpoint's files: it is damaged, or of another model.")
+        if tensor.is_floating_point() and tensor.numel():
+            low, high = tensor.aminmax()
+            if not (low.isfinite() and high.isfinite()):
+                raise ValueError(f"{name} holds NaN or infinity: the file is damaged, or the training had diverged.")
+
+
+def stored_as(model: nn.Module, name: str, stored: dict[str, Stored]) -> Stored | None:
+    """What the files hold for the tensor `name` of `model`: with or without the base model's prefix."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    return next((stored[key] for key in (name, name.removeprefix(prefix), prefix + name) if key in stored), None)
+
+
+def _is_backbone(model: nn.Module, name: str) -> bool:
+    base = getattr(model, "base_model", model)
+    return base is model or name.startswith(f"{model.base_model_prefix}.")
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor | None:
+    """The parameter or buffer itself: a state dict holds detached copies."""
+    module, _, part = name.rpartition(".")
+    owner = model.get_submodule(module)
+    parameter = owner._parameters.get(part)
+    return owner._buffers.get(part) if parameter is None else parameter
