@@ -184,14 +184,15 @@ class QuantizationAware(TrainerCallback):
             raise ValueError("Learned step sizes need a trainer with TrainingState: use one of hf_compress.")
         self.targets = self.targets or {name: module.weight_quantizer.bits for name, module in found.items()}
         for name, module in found.items():
-            width = self._width(self.targets[name], state)
+            width = self._width(self.targets[name], max(0, state.global_step - 1), state.max_steps)
             if width != module.weight_quantizer.bits and state.global_step == 0:
                 module.weight_quantizer.refresh(matrix(module), width)
-            module.weight_quantizer.bits = width  # resumed: the grid came with the checkpoint
+            module.weight_quantizer.bits = width  # resumed: the grid of the step before came with the checkpoint
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         for name, module in fake_modules(model):
-            quantizer, width = module.weight_quantizer, self._width(self.targets[name], state)
+            quantizer = module.weight_quantizer
+            width = self._width(self.targets[name], state.global_step, state.max_steps)
             is_due = state.global_step % self.refresh_steps == 0 and not quantizer.learned
             if is_due or width != quantizer.bits:
                 quantizer.refresh(matrix(module), width)
@@ -201,7 +202,7 @@ class QuantizationAware(TrainerCallback):
             if not module.weight_quantizer.learned:
                 module.weight_quantizer.refresh(matrix(module))
 
-    def _width(self, target: int, state) -> int:
+    def _width(self, target: int, step: int, max_steps: int) -> int:
         steps = [width for width in WIDTHS if target <= width <= (self.start_bits or target)]
-        progress = state.global_step / max(1, state.max_steps) / self.lowering_ratio
+        progress = step / max(1, max_steps) / self.lowering_ratio
         return target if progress >= 1 or len(steps) < 2 else steps[int(progress * len(steps))]
