@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
+from hf_compress.finite import find_not_finite, is_finite
 from hf_compress.resume import find_fault, last_complete_checkpoint, publish, remove_leftovers, start_writing
 
 logger = logging.getLogger(__name__)
@@ -129,6 +130,25 @@ class TrainingStateMixin(Trainer):
     def _inner_training_loop(self, *args, **kwargs):
         with attached(self.training_state, self.model):
             return super()._inner_training_loop(*args, **kwargs)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """As in `Trainer`, which passes over a loss that is NaN and goes on: here it ends the training, and is named.
+
+        Except in fp16, where an infinite loss is part of the search for a loss scale.
+        """
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not self.args.fp16 and not is_finite(loss):
+            terms = getattr(self, "_train_terms", {})
+            names = [name for name, value in terms.items() if not is_finite(torch.as_tensor(value))]
+            place = ""
+            if self.args.world_size == 1:  # else the others would wait for the rerun
+                place = f": {find_not_finite(self.accelerator.unwrap_model(model), self._prepare_inputs(inputs))}"
+            raise FloatingPointError(
+                f"The loss is {float(loss)} at step {self.state.global_step + 1}{place}."
+                f"{' Losses that are not finite: ' + ', '.join(names) + '.' if names else ''} Look at the data and the "
+                "learning rate; the last checkpoint is from before."
+            )
+        return loss
 
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
         """As `Trainer` does it, but in a folder that gets its name when everything is in it."""

@@ -1,0 +1,112 @@
+"""Killed and resumed is as if never killed, bit for bit: every trainer, at any moment, in the middle of a save too."""
+
+import random
+import signal
+
+import pytest
+import torch
+from pruning.test_callbacks import OurTrainer, arguments
+from trust.trainers import TRAINERS, assert_same, build, child, data_of, run
+
+import hf_compress as hfc
+from hf_compress.distillation import METHODS as DISTILLATION
+from hf_compress.pruning import METHODS as PRUNING
+from hf_compress.quantization import METHODS as QUANTIZATION
+from hf_compress.resume import last_complete_checkpoint
+
+QUICK = ("DistillationTrainer", "HeadPruningTrainer", "QBertTrainer")
+LONG = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.long) for name in TRAINERS]
+SAVES = {"save_strategy": "steps", "save_steps": 1}
+NUM_KILLS = 10
+
+
+def test_every_method_is_among_the_trainers():
+    methods = {entry[2] for methods in (DISTILLATION, PRUNING, QUANTIZATION) for entry in methods.values()}
+    assert methods <= set(TRAINERS)
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_a_resumed_run_and_a_second_run_are_the_first_bit_for_bit(name, tmp_path):
+    """Saved after step 3 of 6, taken up by a model, trainer and callbacks of other random weights."""
+    whole = run(name, tmp_path, save_strategy="steps", save_steps=3)
+    assert_same(run(name, tmp_path, resume=str(tmp_path / "checkpoint-3"), seed=9), whole)
+    assert_same(run(name, tmp_path / "again"), whole)
+
+
+def resumed(name, folder, keep):
+    """A run that goes on from the last whole checkpoint, if there is one."""
+
+    def job():
+        result = run(name, folder, resume=last_complete_checkpoint(folder), seed=9 if any(folder.iterdir()) else 0,
+                     save_total_limit=2, **SAVES)  # fmt: skip
+        torch.save(result, keep)
+
+    return job
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", TRAINERS)
+def test_a_run_killed_at_ten_random_moments_ends_in_the_same_bits(name, tmp_path):
+    folders = {n: tmp_path / n for n in ("whole", "killed")}
+    for folder in folders.values():
+        folder.mkdir()
+    status, events = child(resumed(name, folders["whole"], tmp_path / "whole.pt"), folders["whole"])
+    assert status == 0 and events > 50
+    rng, kills = random.Random(name), 0
+    while kills < NUM_KILLS:
+        kill_at = rng.randrange(1, events // 4)
+        status, _ = child(resumed(name, folders["killed"], tmp_path / "killed.pt"), folders["killed"], kill_at)
+        if status == 0:  # what was left to do was over before the kill
+            break
+        assert status == -signal.SIGKILL
+        kills += 1
+    assert kills > 3
+    status, _ = child(resumed(name, folders["killed"], tmp_path / "killed.pt"), folders["killed"])
+    assert status == 0
+    found, expected = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in ("killed", "whole"))
+    assert_same(found, expected)
+    assert not list(folders["killed"].glob(".unfinished-*")) and len(list(folders["killed"].glob("checkpoint-*"))) == 2
+
+
+def test_a_kill_anywhere_in_a_save_leaves_the_last_checkpoint_or_the_new_one(tmp_path):
+    """At each third event of two saves: what is found afterwards is whole, and of the last step or the one before."""
+    _, events = child(lambda: run("LayerPruningTrainer", tmp_path / "all", max_steps=2, **SAVES), tmp_path / "all")
+    found = set()
+    for kill_at in range(2, events, max(1, events // 6)):
+        folder = tmp_path / str(kill_at)
+        status, _ = child(lambda f=folder: run("LayerPruningTrainer", f, max_steps=2, **SAVES), folder, kill_at)
+        assert status == -signal.SIGKILL
+        last = last_complete_checkpoint(folder)
+        found.add(last and last.rpartition("-")[2])
+        for checkpoint in folder.glob("checkpoint-*"):
+            trainer = build("LayerPruningTrainer", tmp_path / "other", max_steps=2)
+            trainer._load_from_checkpoint(str(checkpoint))
+    assert {None, "1"} <= found <= {None, "1", "2"}
+
+
+def test_a_torn_checkpoint_that_is_named_is_refused(tmp_path):
+    trainer = build("HeadPruningTrainer", tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
+    trainer.train()
+    file = tmp_path / "checkpoint-2" / "optimizer.pt"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="checkpoint-2 is no whole checkpoint: optimizer.pt is cut short"):
+        build("HeadPruningTrainer", tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    with pytest.raises(ValueError, match="There is no complete checkpoint"):
+        build("HeadPruningTrainer", tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_quantization_aware_training_resumes_in_any_trainer(tmp_path):
+    """Grids, running ranges and bits are those of the run that was not stopped."""
+
+    def train(resume=None, seed=0):
+        model = hfc.prepare_qat(build("HeadPruningTrainer", tmp_path, seed=seed).model, 2)
+        callbacks = [hfc.QuantizationAware(refresh_steps=2, start_bits=8, lowering_ratio=0.8)]
+        args = arguments(tmp_path, max_steps=6, save_strategy="steps", save_steps=3)
+        trainer = OurTrainer(model, args, train_dataset=data_of("OurTrainer"), callbacks=callbacks)
+        trainer.train(resume_from_checkpoint=resume)
+        state = trainer.training_state.state_dict()
+        return {**model.state_dict(), **{f"state.{n}": t.clone() for n, t in state.items()}}
+
+    whole, again = train(), train(str(tmp_path / "checkpoint-3"), seed=9)
+    assert any("weight_grid" in name for name in whole)
+    assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
