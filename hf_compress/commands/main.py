@@ -20,7 +20,8 @@ VERBS = {  # verb -> (module, what it does)
     "publish": ("hf_compress.commands.publish", "send a model with its card to the Hub"),
     "convert": ("hf_compress.commands.convert", "write a model in another format"),
     "picture": ("hf_compress.commands.picture", "draw heads, neurons, bits and blocks of a saved model"),
-    "tune": ("hf_compress.commands.tune", "run a recipe with several values of some options"),
+    "vary": ("hf_compress.commands.vary", "run a recipe with several values of some options"),
+    "tune": ("hf_compress.commands.tune", "measure the kernels' tiles on this machine's GPU"),
 }
 USAGE = "hf-compress VERB [options]\n\n{verbs}\n\n`hf-compress VERB --help` tells more of each."
 

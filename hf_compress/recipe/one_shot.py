@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,6 +23,7 @@ from hf_compress.surgery.tokenizer import used_tokens
 from hf_compress.surgery.vocabulary import prune_vocabulary
 
 SENSITIVITY_BATCH = 8
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HEAD_BITS = 8  # of poolers and heads, where the bits of the layers are mixed
 
 
@@ -155,21 +157,30 @@ class RoundOptions:
     skip_modules: str | None = field(default=None, metadata={"help": "Regular expressions of names, with commas."})
     range_method: str = field(default="mse", metadata={"help": "mse, minmax, percentile or kl."})
     scale_dtype: str = field(default="float16", metadata={"help": "float16 or float32."})
+    dtype: str | None = field(
+        default=None,
+        metadata={"help": "Of all that is not packed, and of the arithmetic: float32, bfloat16, float16; as it is."},
+    )
     sensitivity_examples: int = field(default=64, metadata={"help": "Examples of the Hessian for average_bits."})
     sensitivity_method: str = field(default="trace", metadata={"help": "trace or eigenvalue, for average_bits."})
 
     method = "rtn"
 
+    def __post_init__(self):
+        if self.dtype not in (None, *DTYPES):
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
+
     def apply(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: Samples):
         options = {field.name: getattr(self, field.name) for field in fields(RoundOptions)}
-        for name in ("bits", "average_bits", "skip_modules", "heads_too", "sensitivity_examples", "sensitivity_method"):
+        for name in ("bits", "average_bits", "skip_modules", "heads_too", "sensitivity_examples", "sensitivity_method",
+                     "dtype"):  # fmt: skip
             options.pop(name)
         skip = self.skip_modules.split(",") if self.skip_modules else []
         quantize(
             model, self.module_bits(model, samples), method=self.method, skip_modules=skip, **options,
             **self.extra(samples),
         )  # fmt: skip
-        return model, tokenizer
+        return (model if self.dtype is None else model.to(DTYPES[self.dtype])), tokenizer
 
     def module_bits(self, model: PreTrainedModel, samples: Samples) -> int | dict[str, int]:
         if self.average_bits is None:
@@ -199,6 +210,10 @@ class GPTQStageOptions(RoundOptions, GPTQOptions):
     calibration_examples: int = field(default=128, metadata={"help": "Training rows that the Hessians are made of."})
 
     method = "gptq"
+
+    def __post_init__(self):
+        RoundOptions.__post_init__(self)
+        GPTQOptions.__post_init__(self)
 
     def extra(self, samples: Samples) -> dict[str, Any]:
         gptq = {field.name: getattr(self, field.name) for field in fields(GPTQOptions)}
