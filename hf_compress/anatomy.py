@@ -181,7 +181,7 @@ def _attentions(
         full_name = f"{name}.{parent}" if parent else name
         module = block.get_submodule(parent)
         head_dim = next((getattr(module, n) for n in HEAD_DIM_NAMES if hasattr(module, n)), None)
-        if head_dim is None:
+        if not head_dim:
             raise _not_found(model, f"the size of a head ({', '.join(HEAD_DIM_NAMES)}) on {full_name}")
         query, key, value = (projections[roles[r]] for r in ("query", "key", "value"))
         last = max(names.index(n) for n in roles.values())
