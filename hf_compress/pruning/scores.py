@@ -145,14 +145,15 @@ class GateGradient(_FromInputs):
     def see(self, number, matrix, x):
         if not x.requires_grad:
             return
+        values = x.detach()  # a hook that held x itself would keep it, and its graph, forever
 
         def note_gradient(gradient: Tensor) -> None:
-            if x.dim() != 3:
+            if values.dim() != 3:
                 raise ValueError(
-                    f"{matrix.name} works on {tuple(x.shape)}: importance by gradient is summed for each example and "
-                    "needs (examples, tokens, width). Batches without padding have no examples to tell apart."
+                    f"{matrix.name} works on {tuple(values.shape)}: importance by gradient is summed for each example "
+                    "and needs (examples, tokens, width). Batches without padding have no examples to tell apart."
                 )
-            gates = (x.detach() * gradient).float().sum(dim=1).unflatten(-1, (-1, matrix.shape[1])).sum(-1)  # (B, H)
+            gates = (values * gradient).float().sum(dim=1).unflatten(-1, (-1, matrix.shape[1])).sum(-1)  # (B, H)
             self.add(number, gates.abs().sum(dim=0))
 
         x.register_hook(note_gradient)

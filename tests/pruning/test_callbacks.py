@@ -1,6 +1,8 @@
 """Pruning callbacks in trainers of every kind: masks hold, compose, survive resume, and end in a smaller model."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ import hf_compress as hfc
 from hf_compress.anatomy import anatomy
 from hf_compress.pruning.importance.gates import mean_absolute_gradients
 from hf_compress.pruning.masks import Blocks
-from hf_compress.pruning.scores import Taylor
+from hf_compress.pruning.scores import GateGradient, Taylor
 from hf_compress.training_state import TrainingStateMixin
 
 
@@ -148,6 +150,21 @@ def test_movement_scores_are_accumulated_products(tmp_path):
     lowest = scores.double().sort().values[: len(scores) // 2]
     masks = torch.cat([mask.flatten() for mask in callback.masks.values()])
     assert scores[~masks].max() <= lowest[-1] + 1e-12 and int((~masks).sum()) == len(scores) // 2
+
+
+def test_scores_by_gradient_keep_no_activation():
+    """A hook that holds the tensor it is registered on keeps each step's graph until the process ends."""
+    linear = torch.nn.Linear(6, 4)
+    matrix, score = Blocks("map", linear, (4, 2)), GateGradient(normalize=False)
+    handles = score.open(linear, [matrix])
+    x = torch.randn(2, 3, 6, requires_grad=True) * 1.0
+    linear(x).sum().backward()
+    alive = weakref.ref(x)
+    del x
+    gc.collect()
+    assert alive() is None and score.seen[0] is not None
+    for handle in handles:
+        handle.remove()
 
 
 def test_taylor_scores_are_squared_products_of_blocks():
