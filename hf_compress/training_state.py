@@ -4,6 +4,7 @@ While a trainer trains, its `TrainingState` is a submodule of the model, so that
 is no part of the model's state dict, so no save of the model holds it; each checkpoint has it in a file of its own.
 """
 
+import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,6 +79,11 @@ class TrainingStateMixin(Trainer):
     _training_state: TrainingState | None = None
     _checkpoint: Path | None = None  # the one that is being written, and ...
     _unfinished: Path | None = None  # ... where, until it is whole
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.loss_is_scaled_for_ga is None and self.model is not None and has_own_mean(self.model):
+            self.model_accepts_loss_kwargs = False
 
     @property
     def training_state(self) -> TrainingState:
@@ -224,6 +230,20 @@ class TrainingStateMixin(Trainer):
                 )
             _load_whole(self.training_state, load_file(file))
         super()._load_optimizer_and_scheduler(checkpoint)
+
+
+def has_own_mean(model: nn.Module) -> bool:
+    """Whether the model's loss is a mean over its batch, whatever `num_items_in_batch` says.
+
+    `Trainer` believes each forward with **kwargs to divide by it, and leaves out its own division by micro-batches and
+    ranks. Classes such as `BertForSequenceClassification` do not, and their loss would count that many times.
+    """
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    try:
+        source = inspect.getsource(type(plain).forward)
+    except (OSError, TypeError):  # no source: believed
+        return False
+    return "loss_fct" in source and "loss_function" not in source
 
 
 def _whole(tensor: Tensor) -> Tensor:

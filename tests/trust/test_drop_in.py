@@ -16,13 +16,9 @@ from hf_compress.pruning.trainer import PruningTrainer
 
 QUICK = ("PKDTrainer", "BlockPruningTrainer", "QBertTrainer")
 LONG = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.long) for name in TRAINERS]
-# Theseus draws anew in each forward; the others' loss is the model's own, which `Trainer` divides as it sees fit
-ACCUMULATING = [
-    parameter
-    for parameter in LONG
-    if issubclass(getattr(hfc, parameter.values[0]), hfc.DistillationTrainer)
-    and parameter.values != ("TheseusTrainer",)
-]
+# They draw anew in each forward, watch the range of each, or compare examples that are in a batch together.
+CUT_DEPENDENT = {"HeadGatesTrainer", "LayerPruningTrainer", "QBertTrainer", "RelationalTrainer", "TheseusTrainer"}
+ACCUMULATING = [p for p in LONG if p.values[0] not in CUT_DEPENDENT]
 
 
 class Events(TrainerCallback):
