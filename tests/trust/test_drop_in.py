@@ -93,8 +93,8 @@ def test_hyper_parameter_search_starts_each_trial_afresh(name, tmp_path):
         torch.manual_seed(0)
         return make_student(teacher, num_hidden_layers=2)
 
-    args = config(str(tmp_path), use_cpu=True, max_steps=2, report_to="none", disable_tqdm=True, save_strategy="no",
-                  eval_strategy="steps", eval_steps=2)  # fmt: skip
+    args = config(str(tmp_path), use_cpu=True, max_steps=6, report_to="none", disable_tqdm=True, save_strategy="no",
+                  eval_strategy="steps", eval_steps=6)  # fmt: skip
     extra = {"teacher_model": teacher} if name == "DistillationTrainer" else {}
     trainer = kind(None, args, model_init=model_init, train_dataset=rows(), eval_dataset=rows(8), **extra)
     best = trainer.hyperparameter_search(
