@@ -16,6 +16,7 @@ from hf_compress.commands.publish import publish_parser
 from hf_compress.commands.run import run_parser
 from hf_compress.commands.stage import stage_parser
 from hf_compress.commands.tune import tune_parser
+from hf_compress.commands.vary import vary_parser
 from hf_compress.recipe import Recipe
 from hf_compress.recipe.options import read_yaml
 from hf_compress.recipe.stages import ALIASES, method_of
@@ -36,7 +37,7 @@ COMMANDS = [
     (page, line) for page, text in blocks("bash") for line in text.splitlines() if line.startswith("hf-compress")
 ]
 PARSERS = {"run": run_parser, "publish": publish_parser, "convert": convert_parser, "tune": tune_parser,
-           "picture": picture_parser}  # fmt: skip
+           "vary": vary_parser, "picture": picture_parser}  # fmt: skip
 
 
 def named(cases):

@@ -2,13 +2,14 @@
 
 import re
 import sys
-
-from hf_compress_kernels.tune import tune_linear
+from importlib import import_module
+from pathlib import Path
 
 from hf_compress.anatomy import in_features, is_projection, out_features
 from hf_compress.commands.parser import Parser
 from hf_compress.layers.packed_linear import PackedLinear
 from hf_compress.measure import load_model
+from hf_compress.ops import implementation
 from hf_compress.recipe.options import RecipeError
 
 
@@ -21,6 +22,11 @@ def run(verb: str, arguments: list[str]) -> int:
     path = tune_linear(shapes, bits=given.bits, group_size=given.group_size)
     sys.stdout.write(f"table  {path}\n")
     return 0
+
+
+def tune_linear(shapes: list[tuple[int, int]], **options) -> Path:
+    """The kernels' own measurement; returns the table's path."""
+    return import_module(f"{implementation().__name__}.tune").tune_linear(shapes, **options)
 
 
 def shapes_of(text: str) -> list[tuple[int, int]]:

@@ -182,7 +182,7 @@ def test_what_was_saved_can_be_read(tmp_path, tokenizer, monkeypatch):
                          processing_class=tokenizer, dataset_name="made-up", **QUICK)  # fmt: skip
     report.save(tmp_path / "new" / "report")
     files = {file.name for file in (tmp_path / "new" / "report").iterdir()}
-    assert files == {"report.json", "report.md", "report.png"}
+    assert files == {f"report.{kind}" for kind in ("csv", "html", "json", "md", "png")}
     record = json.loads((tmp_path / "new" / "report" / "report.json").read_text())
     assert record["command"] == "python compare.py --model teacher --token ***"
     assert record["entries"][0]["quality"] == 1.0
