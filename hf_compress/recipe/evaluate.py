@@ -33,7 +33,7 @@ class EvaluateOptions:
     batch_size: int = field(default=32, metadata={"help": "Of the evaluation; speed is always measured at 1 and 32."})
     latency_rounds: int = field(default=50, metadata={"help": "How often the latency of each model is taken."})
     throughput_rounds: int = field(default=10, metadata={"help": "How often the throughput of each model is taken."})
-    float32: bool = field(default=True, metadata={"help": "Run models in float32, whatever they were stored in."})
+    float32: bool = field(default=False, metadata={"help": "Run all models in float32; by default as each is stored."})
 
     isolate: bool | None = field(
         default=None, metadata={"help": "Measure each model in a process of its own; by default where one is packed."}

@@ -103,12 +103,11 @@ def conditions(report: Report) -> str:
     """Where and how the figures were measured."""
     one = report.entries[0].measurement
     length = "real examples" if one.sequence_length is None else f"{one.sequence_length} tokens"
-    dtypes = ", ".join(sorted({entry.measurement.dtype for entry in report.entries}))
     versions = ", ".join(f"{name} {number}" for name, number in one.versions.items())
     data = f"{report.num_examples} examples of {report.dataset or 'the given data'}; " if report.num_examples else ""
     threads = f"{one.threads} thread{'s' * (one.threads != 1)}"
     return (
-        f"Measured on {one.device}, {threads}, {dtypes}, {length} an example, models in turns; "
+        f"Measured on {one.device}, {threads}, {dtypes(report)}, {length} an example, models in turns; "
         f"{data}medians over rounds, rates against {report.reference}; {versions}."
     )
 
@@ -117,7 +116,17 @@ def conditions_short(report: Report) -> str:
     """One line for a picture."""
     one = report.entries[0].measurement
     length = "" if one.sequence_length is None else f", {one.sequence_length} tokens"
-    return f"{one.device}, {one.threads} thread{'s' * (one.threads != 1)}, {one.dtype}{length}"
+    return f"{one.device}, {one.threads} thread{'s' * (one.threads != 1)}, {dtypes(report)}{length}"
+
+
+def dtypes(report: Report) -> str:
+    """The dtype that all models ran in; where they differ, each with its models."""
+    models: dict[str, list[str]] = {}
+    for entry in report.entries:
+        models.setdefault(entry.measurement.dtype, []).append(entry.name)
+    if len(models) == 1:
+        return next(iter(models))
+    return "; ".join(f"{dtype}: {', '.join(names)}" for dtype, names in models.items())
 
 
 def _scale(report: Report) -> tuple[float, str]:

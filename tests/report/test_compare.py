@@ -258,3 +258,9 @@ class TestErrors:
     def test_no_quality_to_plot(self):
         with pytest.raises(ValueError, match="give `compare` an eval_dataset"):
             result.trade_off_png(hfc.compare({"m": classifier()}, **QUICK))
+
+
+def test_models_of_two_dtypes_are_told_apart(tmp_path):
+    models = {"full": classifier(), "half": classifier().to(torch.bfloat16), "other": classifier(seed=1)}
+    report = hfc.compare(models, **QUICK)
+    assert "float32: full, other; bfloat16: half" in report.to_markdown()
