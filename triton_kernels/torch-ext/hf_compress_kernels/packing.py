@@ -68,6 +68,10 @@ def unpack_rows(words: Tensor, bits: int, length: int) -> Tensor:
         raise ValueError(
             f"{length} values of {bits} bits take {expected} words, got {words.shape[-1]} (shape {tuple(words.shape)})."
         )
+    if WORD % bits == 0:  # no value crosses a byte
+        octets = words.contiguous().view(torch.uint8)
+        parts = [(octets >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits)] if bits < 8 else [octets]
+        return torch.stack(parts, dim=-1).flatten(-2)[..., :length].contiguous()
     stream = torch.nn.functional.pad(words, (0, -expected % bits)).unflatten(-1, (-1, bits))  # (..., U, bits)
     values = torch.empty(*stream.shape[:-1], WORD, dtype=torch.uint8, device=words.device)  # (..., U, 32)
     mask = (1 << bits) - 1
