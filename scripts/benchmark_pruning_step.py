@@ -21,6 +21,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -61,7 +62,9 @@ def median_step(options: argparse.Namespace, tokenizer, rows, callback) -> float
         )  # fmt: skip
         callbacks = [callback, times] if callback else [times]
         collator = DataCollatorWithPadding(tokenizer, padding="max_length", max_length=64)
-        Trainer(model, args, train_dataset=rows, data_collator=collator, callbacks=callbacks).train()
+        trainer = Trainer(model, args, train_dataset=rows, data_collator=collator, callbacks=callbacks)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
     return quantile(times.seconds[1:-1], 0.5)  # the first step allocates, the last may update masks
 
 
