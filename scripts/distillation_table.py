@@ -31,11 +31,11 @@ class Cell:
         return self.difference is not None and self.difference.p_value < SIGNIFICANT
 
     def __str__(self) -> str:
-        text = f"{self.mean:.1%} ± {self.spread:.1%}"
+        text = f"{self.mean:.1%}" + (f" ± {self.spread:.1%}" if len(self.accuracies) > 1 else "")
         if self.difference is None:
             return text
         star = "\\*" if self.is_significant else ""
-        return f"{text} ({100 * self.difference.value.value:+.1f}{star})"
+        return f"{text} ({100 * self.difference.interval.value:+.1f}{star})"
 
 
 def answers(lines: Sequence[dict]) -> torch.Tensor:
@@ -85,7 +85,7 @@ def picture(results: Sequence[dict], file: Path) -> None:
             cell = column[method]
             colour = POINT
             if cell.is_significant:
-                colour = BETTER if cell.difference.value.value > 0 else WORSE
+                colour = BETTER if cell.difference.interval.value > 0 else WORSE
             axes.plot([100 * a for a in cell.accuracies], [y] * len(cell.accuracies), "|", color=colour, markersize=9)
             axes.plot(100 * cell.mean, y, "o", color=colour)
         axes.set_title(f"student {student}", fontsize=10, color=INK)

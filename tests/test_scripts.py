@@ -103,3 +103,19 @@ def test_a_bilstm_learns_from_an_encoder(tiny_folder, tmp_path):
 def test_benchmark_of_distillation_on_words():
     printed = run("scripts/benchmark_word_level.py", "--batch_size=2", "--length=8", "--vocabulary=64", "--steps=1")
     assert "memory" in printed and "time" in printed
+
+
+def test_the_table_of_distillation_methods(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from distillation_table import picture, table
+
+    def line(run, seed, wrong):
+        return {"run": run, "seed": seed, "accuracy": 1 - wrong / 200, "correct": "0" * wrong + "1" * (200 - wrong)}
+
+    results = [line("teacher", 0, 10), line("b: alone", 0, 60), line("b: alone", 1, 62), line("b: TinyBERT", 0, 20)]
+    text = table([*results, line("a: alone", 0, 30)])
+    assert "Teacher: 95.0%." in text and "| method | a | b |" in text
+    assert "| alone | 85.0% | 69.5% ± 0.7% |" in text
+    assert "| TinyBERT |  | 90.0% (+20.5\\*) |" in text
+    picture(results, tmp_path / "methods.png")
+    assert (tmp_path / "methods.png").stat().st_size > 5000
