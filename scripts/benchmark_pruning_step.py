@@ -9,7 +9,6 @@ step to its end. Printed are the quartiles over turns of the ratio to the plain 
 import argparse
 import json
 import logging
-import platform
 import tempfile
 import time
 from pathlib import Path
@@ -29,6 +28,7 @@ from transformers import (
 
 import hf_compress as hfc
 from hf_compress.data import load_texts, tokenize
+from hf_compress.measure import device_name
 
 CALLBACKS = {  # each updates its masks before or after the steps that are timed
     "heads": lambda: hfc.HeadPruning(0.4, begin=0.0, end=1.0, num_updates=1),
@@ -91,7 +91,7 @@ def main():
         plain.append(median_step(options, tokenizer, rows, None))
         for name, seconds in found.items():
             ratios[name].append(seconds / (sum(plain) / 2))
-    facts = {"device": platform.processor(), "threads": torch.get_num_threads(), "torch": torch.__version__,
+    facts = {"device": device_name(torch.device("cpu")), "threads": torch.get_num_threads(), "torch": torch.__version__,
              "transformers": transformers.__version__, "plain_seconds": round(sum(plain) / 2, 4)}  # fmt: skip
     for name, values in ratios.items():
         facts[name] = [round(quantile(values, share), 3) for share in (0.25, 0.5, 0.75)]
