@@ -22,6 +22,7 @@ from hf_compress.distillation.cache_files import (
     check_settings,
     find_faults,
     is_cache,
+    joined,
     plain_config,
     read_manifest,
     read_notes,
@@ -282,7 +283,7 @@ def _missing(
 
 
 def _joined(held: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.cat([tensors[name] for tensors in held]) for name in held[0]}
+    return {name: joined([tensors[name] for tensors in held]) for name in held[0]}
 
 
 def _length(row) -> int:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -149,3 +149,9 @@ def check_settings(folder: Path, found: dict, expected: dict, names: Iterable[st
                 f"The cache in {folder} belongs to another {name}: it has {found[name]!r}, now it is "
                 f"{expected[name]!r}. Choose another folder, or delete this one."
             )
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """One tensor after the other, also under a caller's autocast, which refuses to join float16 on a CPU."""
+    with torch.autocast("cpu", enabled=False):
+        return torch.cat(list(tensors))

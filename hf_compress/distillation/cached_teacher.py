@@ -16,6 +16,7 @@ from transformers.modeling_outputs import ModelOutput
 from hf_compress.distillation.cache_files import (
     check_settings,
     find_faults,
+    joined,
     read_manifest,
     tokenizer_fingerprint,
 )
@@ -63,7 +64,7 @@ class CachedTeacher(nn.Module):
             if f"{side}_lengths" in self._shards[0]
         }
         self._in_memory = {  # small: one row of classes for each example
-            name: torch.cat([shard[name] for shard in self._shards])[order]
+            name: joined([shard[name] for shard in self._shards])[order]
             for name, side in self.manifest["stored"].items()
             if side == "example" and self._shards[0][name].dim() == 2
         }
@@ -171,7 +172,7 @@ class CachedTeacher(nn.Module):
         for shard, row in zip(shards, rows, strict=True):
             ends = self._ends[side][shard]
             parts.append(self._shards[shard][name][ends[row - 1] if row else 0 : ends[row]])
-        tokens = _exact(torch.cat(parts).to(device))  # (real tokens, ...)
+        tokens = _exact(joined(parts).to(device))  # (real tokens, ...)
         mask = real_tokens(inputs, side).to(device)
         values = tokens.new_zeros(*mask.shape, *tokens.shape[1:])
         values[mask] = tokens

@@ -112,6 +112,12 @@ def bucketed(student, teacher, k):
     return total
 
 
+def test_half_precision_can_be_cached_under_autocast(tmp_path):
+    with torch.autocast("cpu", torch.bfloat16):
+        cached = cache_teacher(teacher_of(), rows(6), tmp_path, dtype=torch.float16, batch_size=2)
+    assert len(cached) == 6
+
+
 @pytest.mark.parametrize("k", [1, 5, 12])
 def test_the_largest_logits_and_the_mass_of_the_rest(k):
     generator = torch.Generator().manual_seed(0)
