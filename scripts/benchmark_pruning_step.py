@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from demo import has_fast_bf16
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -28,7 +27,7 @@ from transformers import (
 
 import hf_compress as hfc
 from hf_compress.data import load_texts, tokenize
-from hf_compress.measure import device_name
+from hf_compress.measure import device_name, has_fast_bf16
 
 CALLBACKS = {  # each updates its masks before or after the steps that are timed
     "heads": lambda: hfc.HeadPruning(0.4, begin=0.0, end=1.0, num_updates=1),

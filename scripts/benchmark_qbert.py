@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 from datasets import concatenate_datasets
-from demo import has_fast_bf16
 from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,
@@ -34,6 +33,7 @@ from transformers import (
 
 import hf_compress as hfc
 from hf_compress.data import load_texts, tokenize
+from hf_compress.measure import has_fast_bf16
 
 CALIBRATION_ROWS = 512
 TINY = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from datasets import concatenate_datasets
-from demo import embedded_model, has_fast_bf16, untrained
+from demo import embedded_model, untrained
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForSequenceClassification,
@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from hf_compress.data import label_names, load_texts, tokenize
+from hf_compress.measure import has_fast_bf16
 
 MAX_LENGTH = 64
 TEACHER_EPOCHS = 3

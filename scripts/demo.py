@@ -25,6 +25,7 @@ from transformers import (
 
 import hf_compress as hfc
 from hf_compress.data import label_names, load_texts, tokenize
+from hf_compress.measure import has_fast_bf16
 from hf_compress.report.card import Stage, model_card
 
 LEARNING_RATE = 1e-4
@@ -169,15 +170,6 @@ def training_args(kind, args: DemoArguments, epochs: float, learning_rate: float
         bf16=has_fast_bf16(),
         use_cpu=not torch.cuda.is_available(),
         **options,
-    )
-
-
-def has_fast_bf16() -> bool:
-    """Whether bf16 autocast pays: on CPUs with AMX it is several times faster than float32, elsewhere it is not."""
-    return (
-        torch.cuda.is_bf16_supported()
-        if torch.cuda.is_available()
-        else torch.cpu.get_capabilities().get("amx_bf16", False)
     )
 
 

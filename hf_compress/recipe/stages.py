@@ -9,6 +9,7 @@ import torch
 from transformers import TrainingArguments
 
 from hf_compress import distillation, pruning, quantization
+from hf_compress.measure import has_fast_bf16
 from hf_compress.recipe import one_shot
 from hf_compress.recipe.evaluate import EvaluateOptions
 from hf_compress.recipe.options import RecipeError, build, split_options, unknown
@@ -183,13 +184,6 @@ def training_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
         use_cpu=not torch.accelerator.is_available(),
     )  # fmt: skip
     return {name: value for name, value in defaults.items() if name not in given}
-
-
-def has_fast_bf16() -> bool:
-    """Whether bf16 autocast pays: on CPUs with AMX it is several times faster than float32, elsewhere it is not."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    return torch.cpu.get_capabilities().get("amx_bf16", False)
 
 
 TOGETHER = ("fine-tune", "distil", "prune", "quantize")
