@@ -66,8 +66,11 @@ class _Step(NamedTuple):
     soft_weight: float
 
     def __call__(self, logits: Tensor, teacher_states: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Uses up `logits`."""
         teacher = self.teacher_logits(teacher_states).to(logits.dtype)  # (m, Vt)
         classes = min(logits.shape[-1], teacher.shape[-1])  # beyond it is padding of a vocabulary
+        if self.temperature == 1 and classes == logits.shape[-1] and not self._is_fused(logits):
+            return self._at_once(logits, teacher[:, :classes], labels)
         soft, grad = self._soft(logits[:, :classes], teacher[:, :classes])
         grad = F.pad(grad.mul_(self.soft_weight), (0, logits.shape[-1] - classes))
         task = soft.new_zeros(())
@@ -78,13 +81,29 @@ class _Step(NamedTuple):
             grad[torch.arange(len(labels), device=labels.device), labels] -= self.task_weight
         return task, soft, grad
 
+    def _at_once(self, logits: Tensor, teacher: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """At temperature 1 cross entropy and distance are of the same probabilities: one softmax serves both."""
+        log_student, log_teacher = (z.clamp_(min=LOWEST).log_softmax(dim=-1) for z in (logits, teacher))
+        task = logits.new_zeros(())
+        own = None if labels is None else log_student.gather(1, labels[:, None])  # (m, 1), before it is used up
+        distance, grad = self.divergence(log_student, log_teacher)
+        grad.mul_(self.soft_weight)
+        if own is not None:
+            task = -own.sum()
+            grad.add_(log_student, alpha=self.task_weight)  # probabilities by now
+            grad.scatter_add_(1, labels[:, None], grad.new_full((len(grad), 1), -self.task_weight))
+        return task, distance.sum(), grad
+
     def _soft(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         T = self.temperature
-        if self.divergence is forward_kl and student.is_cuda:
+        if self._is_fused(student):
             return fused_forward_kl(student, teacher, T)
         log_student, log_teacher = ((z / T).clamp_(min=LOWEST).log_softmax(dim=-1) for z in (student, teacher))
         distance, grad = self.divergence(log_student, log_teacher)
         return T**2 * distance.sum(), grad.mul_(T)
+
+    def _is_fused(self, student: Tensor) -> bool:
+        return self.divergence is forward_kl and student.is_cuda
 
 
 def fused_forward_kl(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """Distances of two distributions over a vocabulary, with their gradients written out.
 
-Rows are positions. Each function takes log-probabilities (M, V) of student and teacher, float32 or float64, whose
-memory it uses up, and returns the distance of each row (M,) and its gradient to the student's logits (M, V).
+Rows are positions. Each function takes log-probabilities (M, V) of student and teacher, float32 or float64, and returns
+the distance of each row (M,) and its gradient to the student's logits (M, V). The memory of both is used up: the
+student's holds its probabilities afterwards.
 """
 
 import math
@@ -17,7 +18,8 @@ def forward_kl(log_student: Tensor, log_teacher: Tensor) -> tuple[Tensor, Tensor
     """KL(teacher || student); gradient p_s - p_t."""
     ratio = log_teacher - log_student
     p_t = log_teacher.exp_()
-    return torch.linalg.vecdot(p_t, ratio), log_student.exp_().sub_(p_t)
+    distance = torch.linalg.vecdot(p_t, ratio)
+    return distance, torch.sub(log_student.exp_(), p_t, out=ratio)
 
 
 def reverse_kl(log_student: Tensor, log_teacher: Tensor) -> tuple[Tensor, Tensor]:
