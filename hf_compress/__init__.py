@@ -43,6 +43,7 @@ _HOMES = {  # public name -> module that defines it
     "HeadGatesConfig": "hf_compress.pruning.hard_concrete",
     "HeadGatesTrainer": "hf_compress.pruning.hard_concrete",
     "export": "hf_compress.checkpoint.export",
+    "load_compressed_tensors": "hf_compress.checkpoint.compressed_tensors_reader",
     "load_gptq": "hf_compress.checkpoint.gptq_format",
     "quantize": "hf_compress.quantization.quantize",
     "AdapterTeacher": "hf_compress.distillation.adapter_teacher",

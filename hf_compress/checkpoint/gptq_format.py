@@ -12,14 +12,13 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-import transformers
-from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 import hf_compress
 from hf_compress.checkpoint.bits import packed_modules, settle_bits
+from hf_compress.checkpoint.foreign import find_folder, model_class
 from hf_compress.layers.packed_linear import PackedLinear
 from hf_compress.layers.scheme import BITS, WeightScheme
 from hf_compress.ops import pack_zeros
@@ -28,7 +27,6 @@ from hf_compress.record import QUANT_METHOD, VERSION
 logger = logging.getLogger(__name__)
 
 ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}  # what a format subtracts from each zero point
-FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
 def load_gptq(folder_or_id: str | Path, **kwargs) -> PreTrainedModel:
@@ -39,18 +37,14 @@ def load_gptq(folder_or_id: str | Path, **kwargs) -> PreTrainedModel:
 
     Raises ValueError, naming the tensor, for shapes, bits or indices that do not fit together.
     """
-    folder = Path(folder_or_id)
-    if not folder.is_dir():
-        folder = Path(snapshot_download(str(folder_or_id), allow_patterns=FILES))
+    folder = find_folder(folder_or_id)
     config = AutoConfig.from_pretrained(folder)
     settings = _settings(config, folder)
     shapes = _tensor_shapes(folder)
     names = sorted(name.removesuffix(".qweight") for name in shapes if name.endswith(".qweight"))
     if not names:
         raise ValueError(f"{folder} holds no `qweight` tensor: it is not a GPTQ checkpoint.")
-    if not config.architectures:
-        raise ValueError(f"{folder}/config.json does not name its architecture.")
-    kind = getattr(transformers, config.architectures[0])
+    kind = model_class(config, folder)
     prefix = f"{kind.base_model_prefix}."
     bits = {name.removeprefix(prefix): _scheme(name, shapes, settings).to_dict() for name in names}
     config.quantization_config = {"quant_method": QUANT_METHOD, "version": VERSION, "bits": bits}

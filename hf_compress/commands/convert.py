@@ -5,6 +5,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer
 
+from hf_compress.checkpoint.compressed_tensors_reader import load_compressed_tensors
 from hf_compress.checkpoint.export import FORMATS, export
 from hf_compress.checkpoint.gptq_format import load_gptq
 from hf_compress.commands.parser import Parser
@@ -12,6 +13,7 @@ from hf_compress.measure import load_model
 from hf_compress.recipe.options import RecipeError
 
 OWN = "hf_compress"
+READERS = {"compressed-tensors": load_compressed_tensors, "gptq": load_gptq}  # formats of others
 
 
 def run(verb: str, arguments: list[str]) -> int:
@@ -22,7 +24,7 @@ def run(verb: str, arguments: list[str]) -> int:
     if output.exists() and any(output.iterdir()):
         raise RecipeError(f"{output} is not empty. Choose another folder, so that nothing is lost.")
     method = (getattr(AutoConfig.from_pretrained(source), "quantization_config", None) or {}).get("quant_method")
-    model = load_gptq(source) if method == "gptq" else load_model(source, device="cpu")
+    model = READERS[method](source) if method in READERS else load_model(source, device="cpu")
     if given.format == OWN:
         model.save_pretrained(output)
     else:
@@ -34,8 +36,8 @@ def run(verb: str, arguments: list[str]) -> int:
 
 
 def convert_parser() -> Parser:
-    parser = Parser("hf-compress convert", description="Write a model in another format. GPTQ checkpoints of others "
-                    "can be read as well.")  # fmt: skip
+    parser = Parser("hf-compress convert", description="Write a model in another format. GPTQ and "
+                    "compressed-tensors checkpoints of others can be read as well.")  # fmt: skip
     parser.add_argument("model", help="A folder or Hub name.")
     parser.add_argument("output", help="An empty or new folder.")
     parser.add_argument("--format", default=OWN, help=f"{', '.join((OWN, *FORMATS))}. Default: {OWN}.")
