@@ -69,15 +69,17 @@ def contestants(args: Arguments, folder: Path, *, masked: bool) -> dict[str, Cal
     trainers = {
         "alone": Trainer(model(args, kind, args.num_layers), TrainingArguments(folder, **common), train_dataset=rows)
     }
+    trainer, config = (
+        (hfc.WordLevelTrainer, hfc.WordLevelConfig) if masked else (hfc.DistillationTrainer, hfc.DistillationConfig)
+    )
     for name, options in caches.items():
         cached = hfc.cache_teacher(teacher, rows, folder / name, **options)
-        config = hfc.DistillationConfig(folder, **common)
-        trainers[name] = hfc.DistillationTrainer(
-            model(args, kind, args.num_layers), config, teacher_model=cached, train_dataset=rows
+        trainers[name] = trainer(
+            model(args, kind, args.num_layers), config(folder, **common), teacher_model=cached, train_dataset=rows
         )
-    for trainer in trainers.values():
-        trainer.remove_callback(PrinterCallback)
-    return {name: trainer.train for name, trainer in trainers.items()}
+    for one in trainers.values():
+        one.remove_callback(PrinterCallback)
+    return {name: one.train for name, one in trainers.items()}
 
 
 def main():

@@ -94,7 +94,7 @@ def step(args: BenchmarkArguments, way: str, divergence: str, head: nn.Linear, t
         loss = 0.5 * F.cross_entropy(logits, labels, reduction="sum") + 0.5 * PLAIN[divergence](logits, teacher_logits)
     else:
         loss = head_losses(
-            states, head, teacher_states, teacher_head, labels, DIVERGENCES[divergence],
+            states, head, [teacher_states], teacher_head, labels, DIVERGENCES[divergence],
             temperature=1.0, task_weight=0.5, soft_weight=0.5, chunk_size=args.chunk_size,
         ).total  # fmt: skip
     (loss / positions).backward()

@@ -4,12 +4,13 @@ import inspect
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -103,18 +104,36 @@ def cache_teacher(
             "classes": outputs.classes,
             "stored": outputs.stored,
         }
-        shards = _open(path, manifest, state)
-        known = set()
-        for name in shards:
-            known.update(load_file(path / name)["keys"].tolist())
-        for tensors in _missing(outputs, rows, known, batch_size, shard_size, state):
-            write_shard(path, tensors)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        write_manifest(path, {**manifest, "is_complete": True, "shards": {**shards, **read_notes(path)}})
-        remove_notes(path)
+        with _only_writer(path, state):
+            shards = _open(path, manifest, state)
+            known = set()
+            for name in shards:
+                known.update(load_file(path / name)["keys"].tolist())
+            for tensors in _missing(outputs, rows, known, batch_size, shard_size, state):
+                write_shard(path, tensors)
+            state.wait_for_everyone()
+            if state.is_main_process:
+                write_manifest(path, {**manifest, "is_complete": True, "shards": {**shards, **read_notes(path)}})
+                remove_notes(path)
     state.wait_for_everyone()
     return CachedTeacher(path)
+
+
+@contextmanager
+def _only_writer(path: Path, state: PartialState) -> Iterator[None]:
+    """Wait until no other job writes to `path`. A lock of the system: a killed process leaves none behind."""
+    with ExitStack() as held:
+        if state.is_main_process:
+            path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(path / ".lock")
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                logger.warning("Another process writes the cache in %s: waiting for it to finish.", path)
+                lock.acquire()
+            held.callback(lock.release)
+        state.wait_for_everyone()
+        yield
 
 
 def _open(path: Path, manifest: dict, state: PartialState) -> dict[str, dict]:

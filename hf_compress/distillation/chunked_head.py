@@ -3,14 +3,15 @@
 The gradients are made in the forward pass, chunk by chunk, so that the heads run once, as they do without chunks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_compress.distillation.divergences import Divergence, forward_kl
+from hf_compress.distillation.cached_teacher import complete
+from hf_compress.distillation.divergences import Divergence, forward_kl, top_k_forward_kl
 from hf_compress.ops import kl_from_logits
 
 LOWEST = -1e30  # a logit of -inf counts as this, so that differences of two of them stay finite
@@ -27,8 +28,8 @@ class HeadLosses(NamedTuple):
 def head_losses(
     states: Tensor,
     head: nn.Linear,
-    teacher_states: Tensor,
-    teacher_head: nn.Module,
+    teacher: Sequence[Tensor],
+    teacher_head: nn.Module | None,
     labels: Tensor | None,
     divergence: Divergence,
     *,
@@ -37,21 +38,25 @@ def head_losses(
     soft_weight: float,
     chunk_size: int,
 ) -> HeadLosses:
-    """The losses of positions with hidden states (M, Ds) and (M, Dt) under the heads of student and teacher.
+    """The losses of positions with hidden states (M, Ds) under the student's head.
 
-    The distance, times temperature^2, is over the classes that both heads have; the cross entropy to `labels` (M,) over
-    all of the student's. Sums are float32 (float64 for float64 states). Differentiable in the student's states, weight
+    teacher  with `teacher_head`: its hidden states (M, Dt), alone in the sequence. Without: what a cache holds, its
+             logits (M, V), or its largest logits (M, k), their classes (M, k) and the log mass of the rest (M, 1).
+
+    The distance, times temperature^2, is over the classes that both have; the cross entropy to `labels` (M,) over all
+    of the student's. Sums are float32 (float64 for float64 states). Differentiable in the student's states, weight
     and bias, through `total` alone.
     """
     device = states.device.type
     is_mixed = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if is_mixed else head.weight.dtype
-    step = _Step(_logits_of(teacher_head, dtype), divergence, temperature, task_weight, soft_weight)
+    of_teacher = _as_they_are if teacher_head is None else _logits_of(teacher_head, dtype)
+    step = _Step(of_teacher, divergence, temperature, task_weight, soft_weight)
     needs_gradient = torch.is_grad_enabled()
     with torch.autocast(device, enabled=False):
         return HeadLosses(
             *_ChunkedHead.apply(
-                states, head.weight, head.bias, teacher_states, labels, step, chunk_size, dtype, needs_gradient
+                states, head.weight, head.bias, tuple(teacher), labels, step, chunk_size, dtype, needs_gradient
             )
         )
 
@@ -65,9 +70,13 @@ class _Step(NamedTuple):
     task_weight: float
     soft_weight: float
 
-    def __call__(self, logits: Tensor, teacher_states: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(
+        self, logits: Tensor, teacher: Sequence[Tensor], labels: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Uses up `logits`."""
-        teacher = self.teacher_logits(teacher_states).to(logits.dtype)  # (m, Vt)
+        if len(teacher) == 3 and self.temperature == 1:
+            return self._at_once(logits, teacher, labels)
+        teacher = self._all_logits(teacher, logits)
         classes = min(logits.shape[-1], teacher.shape[-1])  # beyond it is padding of a vocabulary
         if self.temperature == 1 and classes == logits.shape[-1] and not self._is_fused(logits):
             return self._at_once(logits, teacher[:, :classes], labels)
@@ -81,12 +90,17 @@ class _Step(NamedTuple):
             grad[torch.arange(len(labels), device=labels.device), labels] -= self.task_weight
         return task, soft, grad
 
-    def _at_once(self, logits: Tensor, teacher: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _at_once(
+        self, logits: Tensor, teacher: Tensor | Sequence[Tensor], labels: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """At temperature 1 cross entropy and distance are of the same probabilities: one softmax serves both."""
-        log_student, log_teacher = (z.clamp_(min=LOWEST).log_softmax(dim=-1) for z in (logits, teacher))
+        log_student = logits.clamp_(min=LOWEST).log_softmax(dim=-1)
         task = logits.new_zeros(())
         own = None if labels is None else log_student.gather(1, labels[:, None])  # (m, 1), before it is used up
-        distance, grad = self.divergence(log_student, log_teacher)
+        if isinstance(teacher, Tensor):
+            distance, grad = self.divergence(log_student, teacher.clamp_(min=LOWEST).log_softmax(dim=-1))
+        else:
+            distance, grad = top_k_forward_kl(log_student, *teacher)
         grad.mul_(self.soft_weight)
         if own is not None:
             task = -own.sum()
@@ -101,6 +115,11 @@ class _Step(NamedTuple):
         log_student, log_teacher = ((z / T).clamp_(min=LOWEST).log_softmax(dim=-1) for z in (student, teacher))
         distance, grad = self.divergence(log_student, log_teacher)
         return T**2 * distance.sum(), grad.mul_(T)
+
+    def _all_logits(self, teacher: Sequence[Tensor], logits: Tensor) -> Tensor:
+        if len(teacher) == 3:
+            return complete(*teacher, logits, classes=logits.shape[-1]).to(logits.dtype)
+        return self.teacher_logits(*teacher).to(logits.dtype)  # (m, Vt)
 
     def _is_fused(self, student: Tensor) -> bool:
         return self.divergence is forward_kl and student.is_cuda
@@ -122,9 +141,13 @@ def _logits_of(head: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor
     return head.forward
 
 
+def _as_they_are(logits: Tensor) -> Tensor:
+    return logits.clone()  # what a chunk is given is used up
+
+
 class _ChunkedHead(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, states, weight, bias, teacher_states, labels, step, chunk_size, dtype, needs_gradient):
+    def forward(ctx, states, weight, bias, teacher, labels, step, chunk_size, dtype, needs_gradient):
         accumulator = torch.promote_types(dtype, torch.float32)
         own, own_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         task, soft = (states.new_zeros((), dtype=accumulator) for _ in range(2))
@@ -133,7 +156,9 @@ class _ChunkedHead(torch.autograd.Function):
             rows = slice(start, start + chunk_size)
             chunk = states[rows].to(dtype)
             logits = F.linear(chunk, own, own_bias).to(accumulator)  # (m, V)
-            of_task, of_soft, grad = step(logits, teacher_states[rows], None if labels is None else labels[rows])
+            of_task, of_soft, grad = step(
+                logits, [one[rows] for one in teacher], None if labels is None else labels[rows]
+            )
             del logits
             task += of_task
             soft += of_soft

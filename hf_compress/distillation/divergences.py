@@ -41,3 +41,25 @@ def jensen_shannon(log_student: Tensor, log_teacher: Tensor, *, beta: float) -> 
     student_to_m = torch.linalg.vecdot(p_s, ratio_s)
     distance = beta * torch.linalg.vecdot(p_t, ratio_t) + (1 - beta) * student_to_m
     return distance, ratio_s.sub_(student_to_m[:, None]).mul_(p_s).mul_(1 - beta)
+
+
+def top_k_forward_kl(log_student: Tensor, logits: Tensor, classes: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(teacher || student) over the teacher's k largest logits and one class for all others; gradient as above.
+
+    logits, classes  (M, k)
+    rest             (M, 1)  log of the sum of exp over the teacher's other logits
+
+    The others get p_s (1 - r_t / r_s), where r are the masses of all others together.
+    """
+    classes, known, rest = classes.long(), logits.to(log_student.dtype), rest.to(log_student.dtype)
+    total = torch.logaddexp(known.logsumexp(dim=-1, keepdim=True), rest)
+    log_t, log_r_t = known - total, rest - total  # (M, k), (M, 1)
+    log_s = log_student.gather(1, classes)
+    p_t, r_t, own = log_t.exp(), log_r_t.exp(), log_s.exp()
+    p_s = log_student.exp_()
+    # not 1 less the others, which loses what is small
+    r_s = p_s.scatter_(1, classes, 0).sum(dim=-1, keepdim=True).clamp_(min=torch.finfo(p_s.dtype).tiny)
+    p_s.scatter_(1, classes, own)
+    of_rest = torch.where(r_t > 0, r_t * (log_r_t - r_s.log()), 0)
+    grad = (p_s * (1 - r_t / r_s)).scatter_(1, classes, own - p_t)
+    return (p_t * (log_t - log_s)).sum(dim=-1) + of_rest[:, 0], grad

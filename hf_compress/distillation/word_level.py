@@ -21,6 +21,7 @@ from hf_compress.distillation.losses import Loss
 from hf_compress.distillation.tasks import LANGUAGE_MODELS, WithoutLogits, auto_class_name, plain_model
 from hf_compress.distillation.trainer import DistillationConfig, DistillationTrainer, Run
 
+TOP_K = "top_logits", "top_indices", "rest"
 DIVERGENCES = {"forward": forward_kl, "reverse": reverse_kl, "jensen-shannon": jensen_shannon}
 
 
@@ -74,20 +75,17 @@ class WordLevelTrainer(DistillationTrainer):
 
     def check_layers(self) -> None:
         super().check_layers()
-        if isinstance(self.teacher, CachedTeacher):
-            raise ValueError(
-                f"{type(self).__name__} runs the teacher's head itself, but a cache has its logits. Pass the teacher, "
-                "or use DistillationTrainer with the cache."
-            )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(
                 f"{type(self).__name__} needs the whole head in each process, which FSDP and DeepSpeed cut into "
                 "shards. Use DDP, or DistillationTrainer."
             )
-        for model in (self.model, self.teacher):
+        if isinstance(self.teacher, CachedTeacher):
+            self._check_cache(self.teacher)
+        for model in self._with_heads:
             if auto_class_name(model) not in LANGUAGE_MODELS:
                 raise ValueError(
-                    f"{type(self).__name__} needs two language models, got {type(plain_model(model)).__name__}. Load "
+                    f"{type(self).__name__} needs language models, got {type(plain_model(model)).__name__}. Load "
                     f"it with one of {', '.join(LANGUAGE_MODELS)}, or use DistillationTrainer."
                 )
         head = output_head(self.model)
@@ -101,6 +99,26 @@ class WordLevelTrainer(DistillationTrainer):
         is_mixture = self.args.divergence == "jensen-shannon"
         self.divergence = partial(jensen_shannon, beta=beta) if is_mixture else DIVERGENCES[self.args.divergence]
 
+    @property
+    def _with_heads(self) -> list[nn.Module]:
+        return [self.model] if isinstance(self.teacher, CachedTeacher) else [self.model, self.teacher]
+
+    def _check_cache(self, teacher: CachedTeacher) -> None:
+        if "top_logits" not in teacher.manifest["stored"]:
+            return
+        if self.args.divergence != "forward":
+            raise ValueError(
+                f"divergence={self.args.divergence!r} needs all of the teacher's logits, but the cache in "
+                f"{teacher.path} holds the {teacher.manifest['top_k']} largest. Use divergence='forward', or the "
+                "teacher itself."
+            )
+        mine, theirs = output_head(self.model).weight.shape[0], teacher.manifest["classes"]
+        if mine != theirs:
+            raise ValueError(
+                f"The student's head has {mine} classes and the teacher of the cache in {teacher.path} {theirs}. "
+                "Resize the student's embeddings, or use DistillationTrainer."
+            )
+
     def student_inputs(self, student: nn.Module, inputs: dict) -> dict:
         return {k: v for k, v in super().student_inputs(student, inputs).items() if k not in self._label_columns}
 
@@ -108,19 +126,20 @@ class WordLevelTrainer(DistillationTrainer):
         student = self.accelerator.unwrap_model(model, keep_fp32_wrapper=True, keep_torch_compile=False)
         with ExitStack() as heads:
             mine = heads.enter_context(head_only_on(student, _all if self._keeps_logits else _first))
-            theirs = heads.enter_context(head_only_on(self.teacher, _first))
+            is_cached = isinstance(self.teacher, CachedTeacher)
+            theirs = [] if is_cached else heads.enter_context(head_only_on(self.teacher, _first))
             self._states = mine, theirs
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     def distillation_losses(self, student: Run, teacher: Run, inputs: dict) -> dict[str, Loss]:
-        args, models, runs = self.args, (self.model, self.teacher), (student, teacher)
-        states = [seen[0] for seen in self._states]  # (B, T, D)
+        args, (mine, theirs) = self.args, self._states  # each [(B, T, D)], or [] for a cache
         if not self._is_checked:
-            for model, run, own in zip(models, runs, states, strict=True):
-                _check_logits(model, own, run.outputs["logits"])
+            for model, run, seen in zip(self._with_heads, (student, teacher), self._states, strict=False):
+                _check_logits(model, seen[0], run.outputs["logits"])
             self._is_checked = True
         counted = self.task.counted(inputs)  # (B, T), or one shorter
-        mine, theirs = (own[:, : counted.shape[1]][counted] for own in states)  # (M, D)
+        theirs = theirs or [teacher.outputs[name] for name in ("logits", *TOP_K) if name in teacher.outputs]
+        states, *of_teacher = (own[:, : counted.shape[1]][counted] for own in (*mine, *theirs))  # (M, ...)
         labels = None
         if args.alpha < 1:
             if "labels" not in inputs:
@@ -130,10 +149,10 @@ class WordLevelTrainer(DistillationTrainer):
                 )
             labels = inputs["labels"][:, -counted.shape[1] :][counted]
         total, task, soft = head_losses(
-            mine,
+            states,
             output_head(self.model),
-            theirs.to(mine.device),
-            output_head(self.teacher),
+            [one.to(states.device) for one in of_teacher],
+            None if isinstance(self.teacher, CachedTeacher) else output_head(self.teacher),
             labels,
             self.divergence,
             temperature=args.temperature,
@@ -145,6 +164,9 @@ class WordLevelTrainer(DistillationTrainer):
         # Both parts' gradient is that of `total`: a term of value zero carries it, at the weight of the soft loss.
         losses["soft_loss"] = Loss(soft + (total - total.detach()) / args.alpha, "label", args.alpha)
         return {**losses, **self.hint_losses(student, teacher, inputs)}
+
+    def teacher_logits(self, outputs, student_logits: Tensor, inputs: dict) -> Tensor:
+        return student_logits  # none: `distillation_losses` makes them in chunks
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         self._keeps_logits = not prediction_loss_only

@@ -3,10 +3,13 @@
 import json
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from helpers import tiny_model
 from torch import nn
 from transformers import default_data_collator
@@ -349,6 +352,25 @@ from helpers import tiny_model
 from hf_compress.distillation.cache import cache_teacher
 cache_teacher(tiny_model("bert", seed=3), rows(20), sys.argv[2], batch_size=4, shard_size=4)
 """
+
+
+def test_jobs_that_were_started_apart_write_one_after_the_other(tmp_path, caplog):
+    (tmp_path / "cache").mkdir()
+    held, written_before = threading.Event(), []
+
+    def another_job():
+        with FileLock(tmp_path / "cache" / ".lock"):
+            held.set()
+            time.sleep(0.5)
+            written_before.extend(tmp_path.glob("cache/*.*"))
+
+    other = threading.Thread(target=another_job)
+    other.start()
+    held.wait()
+    cached = cache_teacher(teacher_of(), rows(6), tmp_path / "cache")
+    other.join()
+    assert len(cached) == 6 and not [file for file in written_before if file.name != ".lock"]
+    assert "waiting for it to finish" in caplog.text
 
 
 def test_two_processes_write_one_cache(tmp_path):

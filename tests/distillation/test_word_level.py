@@ -9,8 +9,9 @@ from helpers import tiny_batch, tiny_model
 from torch import nn
 
 from distillation.data import rows
+from hf_compress.distillation.cache import cache_teacher
 from hf_compress.distillation.chunked_head import fused_forward_kl, head_losses
-from hf_compress.distillation.divergences import forward_kl, jensen_shannon, reverse_kl
+from hf_compress.distillation.divergences import forward_kl, jensen_shannon, reverse_kl, top_k_forward_kl
 from hf_compress.distillation.students import make_student
 from hf_compress.distillation.trainer import DistillationTrainer
 from hf_compress.distillation.word_level import WordLevelConfig, WordLevelTrainer
@@ -47,7 +48,7 @@ def problem(student_classes=11, teacher_classes=11, positions=7, bias=True):
 def test_losses_and_gradients_are_those_of_the_equations(kind, mine, theirs, chunk_size):
     states, head, teacher_states, teacher_head, labels = problem(mine, theirs)
     options = dict(temperature=1.7, task_weight=0.4, soft_weight=0.6, chunk_size=chunk_size)
-    total, task, soft = head_losses(states, head, teacher_states, teacher_head, labels, DIVERGENCES[kind], **options)
+    total, task, soft = head_losses(states, head, [teacher_states], teacher_head, labels, DIVERGENCES[kind], **options)
     gradients = torch.autograd.grad(3 * total, [states, head.weight, head.bias])
 
     logits, teacher_logits = head(states), teacher_head(teacher_states)
@@ -77,7 +78,7 @@ def test_logits_of_minus_infinity_have_no_share():
         teacher_head.bias[3] = -math.inf
     options = dict(temperature=1.0, task_weight=0.0, soft_weight=1.0, chunk_size=4)
     for kind in ("forward", "jensen-shannon"):
-        total, *_ = head_losses(states, head, teacher_states, teacher_head, None, DIVERGENCES[kind], **options)
+        total, *_ = head_losses(states, head, [teacher_states], teacher_head, None, DIVERGENCES[kind], **options)
         assert total.isfinite() and torch.autograd.grad(total, states)[0].isfinite().all()
 
 
@@ -89,12 +90,65 @@ def test_the_fused_operator_computes_the_same_forward_kl():
     torch.testing.assert_close(grad, 1.7 * of_row)
 
 
+@pytest.mark.parametrize("k", [1, 5, 11])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_largest_logits_of_a_cache(k, temperature):
+    states, head, teacher_states, teacher_head, labels = problem()
+    teacher = 3 * teacher_head(teacher_states).detach()
+    top, indices = teacher.topk(k)
+    rest = teacher.scatter(-1, indices, -torch.inf).logsumexp(-1, keepdim=True)
+    options = dict(temperature=temperature, task_weight=0.4, soft_weight=0.6, chunk_size=3)
+    total, task, soft = head_losses(states, head, [top, indices.int(), rest], None, labels, forward_kl, **options)
+    gradients = torch.autograd.grad(total, [states, head.weight, head.bias])
+
+    logits = head(states)
+    others = logits.detach().scatter(-1, indices, -torch.inf)
+    completed = (others + rest - others.logsumexp(-1, keepdim=True)).scatter(-1, indices, top)
+    p_t, p_s = (completed / temperature).softmax(-1), (logits / temperature).softmax(-1)
+    expected_soft = temperature**2 * (p_t * (p_t / p_s).log()).sum()
+    expected_task = -logits.log_softmax(-1)[torch.arange(7), labels].sum()
+    expected = torch.autograd.grad(0.4 * expected_task + 0.6 * expected_soft, [states, head.weight, head.bias])
+    torch.testing.assert_close([task, soft], [expected_task, expected_soft], check_dtype=False)
+    # `complete` works in float32
+    torch.testing.assert_close(gradients, expected, **({} if temperature == 1 else dict(rtol=1e-4, atol=1e-5)))
+
+
+def test_the_rest_may_be_smaller_than_rounding():
+    """The student is sure of what the teacher doubts a little, and the other way round."""
+    student = torch.tensor([[40.0, 0.0, 0.0], [0.0, 0.0, 40.0]])
+    log_student = student.log_softmax(-1)
+    teacher = torch.tensor([[0.0], [0.0]]), torch.tensor([[0], [0]]), torch.tensor([[-20.0], [-1e30]])
+    distance, grad = top_k_forward_kl(log_student, *teacher)
+    r = math.exp(-20)
+    assert distance.tolist() == pytest.approx([r * (-20 + 40 - math.log(2)), 40], rel=1e-3, abs=1e-8)
+    torch.testing.assert_close(grad[:, 1:], torch.tensor([[-r / 2, -r / 2], [0.0, 1.0]]), rtol=1e-3, atol=1e-10)
+
+
+@pytest.mark.parametrize(("family", "task", "kd"), [("llama", None, "clm"), ("bert", "mlm", "mlm")])
+@pytest.mark.parametrize("top_k", [None, 8])
+def test_training_from_a_cache_is_that_of_the_plain_trainer(family, task, kd, top_k, tmp_path):
+    teacher, data = tiny_model(family, task, seed=3), rows(kind=kd)
+    cached = cache_teacher(teacher, data, tmp_path / "cache", top_k=top_k)
+    logs = []
+    for kind in (WordLevelTrainer, DistillationTrainer):
+        student = make_student(tiny_model(family, task, seed=3), num_hidden_layers=1, hidden_size=16)
+        args = config(tmp_path, kind.config_class, temperature=1.0, alpha=0.7)
+        trainer = kind(student, args, teacher_model=cached, train_dataset=data)
+        trainer.train()
+        logs.append([entry[name] for entry in trainer.state.log_history[:-1] for name in ("soft_loss", "task_loss")])
+    assert logs[0] == pytest.approx(logs[1], rel=1e-4)
+    if top_k:
+        with pytest.raises(ValueError, match="holds the 8 largest. Use divergence"):
+            args = config(tmp_path, divergence="reverse")
+            WordLevelTrainer(student, args, teacher_model=cached, train_dataset=data)
+
+
 def test_mixed_precision_and_a_head_without_bias():
     states, head, teacher_states, teacher_head, labels = problem(bias=False)
     states, teacher_states = states.detach().float().requires_grad_(), teacher_states.float()
     head.float(), teacher_head.float()
     options = dict(temperature=1.0, task_weight=0.5, soft_weight=0.5, chunk_size=3)
-    arguments = states, head, teacher_states, teacher_head, labels, forward_kl
+    arguments = states, head, [teacher_states], teacher_head, labels, forward_kl
     exact = head_losses(*arguments, **options)
     exact_grads = torch.autograd.grad(exact.total, [states, head.weight])
     with torch.autocast("cpu", torch.bfloat16):
@@ -200,7 +254,7 @@ def test_what_cannot_be_chunked_is_refused(tmp_path):
         with pytest.raises(ValueError, match=message):
             config(tmp_path, **options)
     student, teacher = tiny_model("bert"), tiny_model("bert", seed=1)
-    with pytest.raises(ValueError, match="needs two language models, got BertForSequenceClassification"):
+    with pytest.raises(ValueError, match="needs language models, got BertForSequenceClassification"):
         WordLevelTrainer(student, config(tmp_path), teacher_model=teacher, train_dataset=rows())
 
 
