@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_compress.layers.activations import activation_grid, round_per_token
@@ -18,9 +19,10 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, values: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-        position = values / scale + zero_point
-        ctx.save_for_backward((position >= -0.5) & (position <= 2**bits - 0.5))
-        return dequantize_from_grid(position.round().clamp(0, 2**bits - 1), scale, zero_point)
+        rounded = (values / scale).add_(zero_point).round_()
+        q = rounded.clamp(0, 2**bits - 1)
+        ctx.save_for_backward(q == rounded)  # inside the range
+        return q.sub_(zero_point).mul_(scale)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -129,6 +131,12 @@ class WeightQuantizer(nn.Module):
         values = fake_quantize(self.blocks(weight.float()), self.stored_scale(), self.zero_point, self.bits,
                                learned=self.learned)  # fmt: skip
         return self.unblocks(values).to(weight.dtype)
+
+    def look_up(self, input: Tensor, weight: Tensor, padding_idx: int | None) -> Tensor:
+        """`forward(weight)[input]` for a grid of one scale a row, without a pass over the rows that nobody asks for."""
+        rows = F.embedding(input, weight, padding_idx)
+        scale, zero_point = self.stored_scale()[:, 0][input], self.zero_point[:, 0][input]  # (..., 1)
+        return fake_quantize(rows.float(), scale, zero_point, self.bits, learned=self.learned).to(weight.dtype)
 
     @torch.no_grad()
     def quantize(self, weight: Tensor) -> QuantizedWeight:

@@ -16,7 +16,7 @@ from hf_compress.anatomy import anatomy, out_features
 from hf_compress.checkpoint.bits import settle_bits
 from hf_compress.quantization.fake_quantize import ActivationQuantizer, WeightQuantizer
 from hf_compress.quantization.modules import choose_modules, install, matrix
-from hf_compress.training_state import STATE_NAME
+from hf_compress.training_state import STATE_NAME, check_whole
 
 WIDTHS = (8, 4, 3, 2)  # the way down when bits are lowered in stages
 
@@ -33,7 +33,10 @@ class FakeQuantized:
         return self.input_quantizer.to(x.device).train(self.training)(x)
 
     def fake_weight(self) -> Tensor:
-        return self.weight_quantizer.to(self.weight.device).train(self.training)(matrix(self))  # (N, K)
+        return self._quantizer()(matrix(self))  # (N, K)
+
+    def _quantizer(self) -> WeightQuantizer:
+        return self.weight_quantizer.to(self.weight.device).train(self.training)
 
 
 class FakeQuantLinear(FakeQuantized, nn.Linear):
@@ -48,7 +51,7 @@ class FakeQuantConv1D(FakeQuantized, Conv1D):
 
 class FakeQuantEmbedding(FakeQuantized, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
-        return F.embedding(input, self.fake_weight(), self.padding_idx)
+        return self._quantizer().look_up(input, self.weight, self.padding_idx)
 
 
 def prepare_qat(
@@ -180,6 +183,7 @@ class QuantizationAware(TrainerCallback):
         found = dict(fake_modules(model))
         if not found:
             raise ValueError("QuantizationAware needs a model made by `prepare_qat`.")
+        check_whole(model, "Quantization")
         if any(m.weight_quantizer.learned for m in found.values()) and not hasattr(model, STATE_NAME):
             raise ValueError("Learned step sizes need a trainer with TrainingState: use one of hf_compress.")
         self.targets = self.targets or {name: module.weight_quantizer.bits for name, module in found.items()}

@@ -139,3 +139,16 @@ def test_bad_settings_are_refused(tmp_path):
                       callbacks=[QuantizationAware()])  # fmt: skip
     with pytest.raises(ValueError, match="TrainingState"):
         trainer.train()
+
+
+def test_looking_up_quantizes_the_same_rows():
+    torch.manual_seed(0)
+    table = torch.randn(20, 64, requires_grad=True)
+    quantizer = WeightQuantizer(table.detach(), 2, range_method="mse")  # clips, so that some gradients are zero
+    ids = torch.tensor([[1, 4, 1], [7, 0, 19]])
+    upstream = torch.randn(2, 3, 64)
+    looked_up, whole = quantizer.look_up(ids, table, None), quantizer(table)[ids]
+    torch.testing.assert_close(looked_up, whole, rtol=0, atol=0)
+    mine, theirs = (torch.autograd.grad((rows * upstream).sum(), table)[0] for rows in (looked_up, whole))
+    torch.testing.assert_close(mine, theirs)
+    assert (mine[[1, 4, 7, 0, 19]] == 0).any() and (mine[1] != 0).any()
