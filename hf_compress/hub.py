@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoConfig, PreTrainedModel, Trainer
 
@@ -195,24 +195,36 @@ def upload(
     folder: Path,
     repo_id: str,
     *,
-    private: bool = True,
+    private: bool | None = True,
     token: str | None = None,
     endpoint: str | None = None,
     revision: str | None = None,
     message: str = "Upload model",
+    repo_type: str = "model",
+    replaces: str | None = None,
     sleep: Callable[[float], None] = time.sleep,
 ) -> str:
-    """Send everything in `folder` in one commit, trying again what may pass. Returns the commit's URL."""
+    """Send everything in `folder` in one commit, trying again what may pass. Returns the commit's URL.
+
+    `replaces` is a folder of the repository: the same commit takes out what is there and is not sent again. With
+    `private=None` the account's own habit decides.
+    """
     api = HfApi(token=token, endpoint=endpoint)
     files = sorted(file for file in folder.rglob("*") if file.is_file())  # upload_folder would make several commits
     with _hub_errors(repo_id):
         for attempt in range(ATTEMPTS):
             try:
-                api.create_repo(repo_id, private=private, exist_ok=True)
+                api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
                 if revision is not None:
-                    api.create_branch(repo_id, branch=revision, exist_ok=True)
-                additions = [CommitOperationAdd(str(file.relative_to(folder)), file) for file in files]
-                return api.create_commit(repo_id, additions, commit_message=message, revision=revision).commit_url
+                    api.create_branch(repo_id, repo_type=repo_type, branch=revision, exist_ok=True)
+                operations = [CommitOperationAdd(file.relative_to(folder).as_posix(), file) for file in files]
+                if replaces is not None:
+                    sent = {operation.path_in_repo for operation in operations}
+                    there = api.list_repo_files(repo_id, repo_type=repo_type, revision=revision)
+                    gone = [name for name in there if name.startswith(f"{replaces}/") and name not in sent]
+                    operations += [CommitOperationDelete(name) for name in gone]
+                where = {"repo_type": repo_type, "revision": revision}
+                return api.create_commit(repo_id, operations, commit_message=message, **where).commit_url
             except FAILURES as error:
                 if attempt + 1 == ATTEMPTS or not _may_pass(error):
                     raise

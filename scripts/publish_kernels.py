@@ -18,6 +18,7 @@ import tomllib
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from hf_compress.hub import HubError, HubPermissionError, upload  # noqa: E402
 from scripts.stage_hub import PROJECT, stage  # noqa: E402
 
 
@@ -41,26 +42,7 @@ def check_build(build: Path) -> None:
     subprocess.run([sys.executable, "-c", code, str(build)], check=True)
 
 
-def upload(build: Path, repo_id: str, version: int) -> str:
-    """Create the repository and branch where they are missing, replace the branch's files, return the commit's URL."""
-    from huggingface_hub import HfApi
-
-    api = HfApi()
-    api.create_repo(repo_id, repo_type="kernel", exist_ok=True)
-    branch = f"v{version}"
-    api.create_branch(repo_id, branch=branch, repo_type="kernel", exist_ok=True)
-    commit = api.upload_folder(
-        repo_id=repo_id,
-        repo_type="kernel",
-        folder_path=build,
-        revision=branch,
-        commit_message=f"Build of version {version}",
-        delete_patterns=["build/**"],
-    )
-    return commit.commit_url
-
-
-def main() -> None:
+def main() -> int:
     general = tomllib.loads((PROJECT / "build.toml").read_text())["general"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repo-id", default=general["hub"]["repo-id"], help="Where to publish. Default: build.toml's.")
@@ -79,8 +61,15 @@ def main() -> None:
         if args.dry_run:
             print(f"Dry run: nothing was sent to {args.repo_id}.")
         else:
-            print(upload(build, args.repo_id, general["version"]))
+            version = general["version"]
+            try:
+                print(upload(build, args.repo_id, private=None, repo_type="kernel", revision=f"v{version}",
+                             message=f"Build of version {version}", replaces="build"))  # fmt: skip
+            except HubError as error:
+                print(error, file=sys.stderr)
+                return 2 if isinstance(error, HubPermissionError) else 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,8 +2,10 @@
 
     server = HubServer(); server.start(); ...; server.url; server.fail["commit"] = [500, 500]; server.stop()
 
-`fail` maps a step (create, preupload, lfs, put, commit, resolve) to the answers it gives before it works again: a
-status, or "drop" to close the connection in the middle.
+`fail` maps a step (create, branch, preupload, lfs, put, part, complete, verify, commit, resolve) to the answers it gives
+before it works again: a status, "drop" to close the connection unanswered, "cut" to close it before all has been sent, or
+None to work this once.
+Large files beyond `part_bytes`, where that is given, are asked for in parts of so many bytes.
 """
 
 import base64
@@ -12,11 +14,15 @@ import json
 import threading
 import uuid
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKEN = "test-token"
 LARGE = (".safetensors", ".bin")
 KINDS = {"models": "model", "datasets": "dataset", "kernels": "kernel"}
+
+
+def etag(data):
+    return f'"{hashlib.md5(data).hexdigest()}"'
 
 
 class Repo:
@@ -25,8 +31,10 @@ class Repo:
 
     def files(self, revision):
         """path -> content at a branch or commit, None if there is no such revision."""
-        commit = self.branches.get(revision, revision)
-        return self.commits.get(commit)
+        return self.commits.get(self.commit_of(revision))
+
+    def commit_of(self, revision):
+        return self.branches.get(revision.removeprefix("refs/heads/"), revision)
 
     def commit(self, branch, files):
         oid = hashlib.sha1(uuid.uuid4().bytes).hexdigest()
@@ -36,9 +44,9 @@ class Repo:
 
 
 class HubServer:
-    def __init__(self, *, token=TOKEN, writable=True):
-        self.token, self.writable = token, writable
-        self.repos, self.blobs, self.requests = {}, {}, []
+    def __init__(self, *, token=TOKEN, writable=True, part_bytes=None):
+        self.token, self.writable, self.part_bytes = token, writable, part_bytes
+        self.repos, self.blobs, self.parts, self.requests = {}, {}, {}, []
         self.fail = {}
         hub = self
 
@@ -88,11 +96,24 @@ class _Handler(BaseHTTPRequestHandler):
         if not answers:
             return False
         answer = answers.pop(0)
+        if answer is None:
+            return False
         if answer == "drop":
             self.close_connection = True
             self.connection.close()
         else:
             self.reply(answer, {"error": f"told to answer {answer}"})
+        return True
+
+    def cuts(self, step):
+        """Whether this request was told to break off after a few of its bytes, and has."""
+        if (self.server_hub.fail.get(step) or [None])[0] != "cut":
+            return False
+        self.server_hub.fail[step].pop(0)
+        self.server_hub.requests.append(step)
+        self.rfile.read(min(100, int(self.headers.get("Content-Length") or 100)))
+        self.close_connection = True
+        self.connection.close()
         return True
 
     def body(self):
@@ -149,10 +170,13 @@ class _Handler(BaseHTTPRequestHandler):
                 return None
             objects = []
             for one in json.loads(body)["objects"]:
-                upload = {"href": f"{hub.url}/blobs/{one['oid']}", "header": {}}
                 known = one["oid"] in hub.blobs
-                objects.append({**one, "authenticated": True, **({} if known else {"actions": {"upload": upload}})})
+                objects.append({**one, "authenticated": True, **({} if known else {"actions": self.actions(one)})})
             return self.reply(200, {"transfer": "basic", "objects": objects})
+        if parts[0] == "complete":
+            return None if self.fails("complete") else self.complete(json.loads(body))
+        if parts[0] == "verify":
+            return None if self.fails("verify") or not self.may_write() else self.verify(json.loads(body))
         if parts[0] == "api" and parts[1] in KINDS and len(parts) >= 6:
             step, revision = parts[4], "/".join(parts[5:])
             if step not in ("preupload", "commit", "branch"):
@@ -162,6 +186,36 @@ class _Handler(BaseHTTPRequestHandler):
             repo = self.repo(KINDS[parts[1]], f"{parts[2]}/{parts[3]}")
             return None if repo is None else getattr(self, step)(repo, revision, body)
         return self.reply(404, {"error": path})
+
+    def actions(self, one):
+        """Where a large file is to be put: at once, or in parts whose addresses are headers called 1, 2, ..."""
+        hub, oid = self.server_hub, one["oid"]
+        verify = {"href": f"{hub.url}/verify/{oid}", "header": {}}
+        if hub.part_bytes is None or one["size"] <= hub.part_bytes:
+            return {"upload": {"href": f"{hub.url}/blobs/{oid}", "header": {}}, "verify": verify}
+        number = -(-one["size"] // hub.part_bytes)
+        header = {str(i): f"{hub.url}/parts/{oid}/{i}" for i in range(1, number + 1)}
+        header["chunk_size"] = str(hub.part_bytes)
+        return {"upload": {"href": f"{hub.url}/complete/{oid}", "header": header}, "verify": verify}
+
+    def complete(self, wanted):
+        """Put the parts together, in the order of their numbers."""
+        hub = self.server_hub
+        kept = [hub.parts.get((wanted["oid"], part["partNumber"])) for part in wanted["parts"]]
+        if any(data is None or etag(data) != p["etag"] for data, p in zip(kept, wanted["parts"], strict=True)):
+            return self.reply(400, {"error": "a part is not what was sent"})
+        return self.keep(wanted["oid"], b"".join(kept))
+
+    def verify(self, wanted):
+        blob = self.server_hub.blobs.get(wanted["oid"])
+        whole = blob is not None and len(blob) == wanted["size"]
+        return self.reply(200 if whole else 404, {} if whole else {"error": "the file is not whole"})
+
+    def keep(self, oid, data):
+        if hashlib.sha256(data).hexdigest() != oid:
+            return self.reply(400, {"error": "the content is not what its name says"})
+        self.server_hub.blobs[oid] = data
+        return self.reply(200, {})
 
     def preupload(self, repo, revision, body):
         files = [{"path": f["path"], "uploadMode": "lfs" if f["path"].endswith(LARGE) else "regular",
@@ -193,17 +247,21 @@ class _Handler(BaseHTTPRequestHandler):
         return self.reply(200, {"success": True, "commitOid": oid, "commitUrl": f"{hub.url}/{repo.name}/commit/{oid}"})
 
     def do_PUT(self):
-        oid, data = self.path.rpartition("/")[2], self.body()
-        if self.fails("put"):
+        parts = self.path.strip("/").split("/")
+        step = {"blobs": "put", "parts": "part"}[parts[0]]
+        if self.cuts(step):
             return None
-        if hashlib.sha256(data).hexdigest() != oid:
-            return self.reply(400, {"error": "the content is not what its name says"})
-        self.server_hub.blobs[oid] = data
-        return self.reply(200)
+        data = self.body()
+        if self.fails(step):
+            return None
+        if step == "put":
+            return self.keep(parts[1], data)
+        self.server_hub.parts[parts[1], int(parts[2])] = data
+        return self.reply(200, headers={"ETag": etag(data)})
 
     def do_GET(self):
-        path = unquote(urlsplit(self.path).path)
-        parts = path.strip("/").split("/")
+        path = urlsplit(self.path).path
+        parts = [unquote(part) for part in path.strip("/").split("/")]
         if path == "/api/whoami-v2":
             return self.reply(200, {"name": "me", "type": "user", "orgs": []})
         if parts[0] == "api" and len(parts) >= 4 and parts[1] in KINDS:
@@ -221,13 +279,25 @@ class _Handler(BaseHTTPRequestHandler):
             name = "/".join(parts[4:])
             if name not in files:
                 return self.reply(404, {"error": "no such file"}, code="EntryNotFound")
-            commit = repo.branches.get(parts[3], parts[3])
+            commit = repo.commit_of(parts[3])
             headers = {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha256(files[name]).hexdigest()}"',
                        "Content-Type": "application/octet-stream"}  # fmt: skip
             return self.reply(200, files[name], headers=headers)
         return self.reply(404, {"error": path})
 
     do_HEAD = do_GET
+
+    def tree(self, files, folder):
+        """The files in `folder`, and the folders in it unless those are to be looked into as well."""
+        inside = f"{folder}/" if folder else ""
+        found = {name: data for name, data in files.items() if name.startswith(inside)}
+        entries = [{"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                   for name, data in found.items()]  # fmt: skip
+        if parse_qs(urlsplit(self.path).query).get("recursive", ["false"])[0].lower() in ("true", "1"):
+            return entries
+        names = sorted({name.removeprefix(inside).split("/")[0] for name in found if "/" in name.removeprefix(inside)})
+        folders = [{"type": "directory", "path": inside + name, "oid": "0" * 40} for name in names]
+        return folders + [entry for entry in entries if "/" not in entry["path"].removeprefix(inside)]
 
     def describe(self, parts):
         repo = self.repo(KINDS[parts[1]], f"{parts[2]}/{parts[3]}")
@@ -241,11 +311,9 @@ class _Handler(BaseHTTPRequestHandler):
         files = repo.files(revision)
         if files is None:
             return self.reply(404, {"error": "no such revision"}, code="RevisionNotFound")
-        commit = repo.branches.get(revision, revision)
+        commit = repo.commit_of(revision)
         if rest[:1] == ["tree"]:
-            tree = [{"type": "file", "path": n, "size": len(d), "oid": hashlib.sha1(d).hexdigest()}
-                    for n, d in files.items()]  # fmt: skip
-            return self.reply(200, tree)
+            return self.reply(200, self.tree(files, "/".join(rest[2:])))
         name, siblings = f"{parts[2]}/{parts[3]}", [{"rfilename": n} for n in files]
         about = {"id": name, "modelId": name, "sha": commit, "private": repo.private, "tags": [], "downloads": 0}
         return self.reply(200, {**about, "siblings": siblings, "likes": 0})

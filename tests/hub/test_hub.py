@@ -4,16 +4,12 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import tiny_model
 from hub.server import TOKEN, HubServer
-from huggingface_hub import constants
-from huggingface_hub.utils import _http
 from recipe_run import tiny_folder
 
 import hf_compress as hfc
@@ -49,13 +45,6 @@ def folder(tmp_path):
     (folder / "training_args.bin").write_bytes(b"pickle")
     (folder / "notes.txt").write_text(SECRET)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """No waiting between tries, and the large-file protocol that our server speaks."""
-    monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda seconds: None, time=time.time))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
 
 
 def send(folder, hub, report, **options):
