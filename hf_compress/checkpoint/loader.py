@@ -94,10 +94,14 @@ class HfCompressQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """What is saved: the stored tensors, and an empty one under each sentinel's name."""
+        """What is saved: the stored tensors, and an empty one under each sentinel's name.
+
+        No metadata of our own: safetensors writes several entries in an order of chance, and the same model would not
+        be the same bytes.
+        """
         state = model.state_dict()
         state.update({name: torch.empty(0) for name in self._sentinels(model)})
-        return state, {QUANT_METHOD: str(VERSION)}
+        return state, {}
 
     def _dequantize(self, model, dtype: torch.dtype | None = None):
         """`model.dequantize()`: packed modules become ordinary ones, what pruning changed stays."""

@@ -1,5 +1,6 @@
 """The texts of a recipe: opened once, tokenized as the model of each stage wants them, known by their content."""
 
+import copy
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -87,6 +88,7 @@ class RecipeData:
 
     def tokenized(self, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig | None = None) -> DatasetDict:
         """Rows for `Trainer`. With `config`, labels are numbered as that model numbers them."""
+        tokenizer = copy.deepcopy(tokenizer)  # cutting texts is remembered by a tokenizer, and saved with it
         if self.task == CLASSIFICATION:
             texts = self.texts if config is None else _numbered_as(self.texts, config)
             return tokenize(texts, tokenizer, self.options.max_length)

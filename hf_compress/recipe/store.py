@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_compress.recipe.options import RecipeError
+from hf_compress.resume import publish
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +42,13 @@ class Store:
         file = folder / RECORD
         if not file.is_file():
             return None
-        record = json.loads(file.read_text())
-        sizes = {name: (folder / name).stat().st_size for name in record["files"] if (folder / name).is_file()}
-        if sizes != record["files"]:
+        try:
+            record = json.loads(file.read_text())
+            sizes = {name: (folder / name).stat().st_size for name in record["files"] if (folder / name).is_file()}
+            whole = sizes == record["files"]
+        except (ValueError, KeyError, TypeError):  # what a disk left that lost its power
+            whole = False
+        if not whole:
             logger.warning("%s was changed since it was made: the stage runs again.", folder.name)
             return None
         return record
@@ -57,13 +62,13 @@ class Store:
         return partial
 
     def finish(self, folder: Path, record: dict[str, Any]) -> None:
-        """Rename the working folder of a stage that is done; from then on it counts."""
+        """Rename the working folder of a stage that is done, once the disk holds it; from then on it counts."""
         partial = folder.with_name(folder.name + PARTIAL)
         shutil.rmtree(partial / "trainer", ignore_errors=True)  # checkpoints: what they were for is there
         files = {str(p.relative_to(partial)): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file()}
         files.pop(RECORD, None)
         (partial / RECORD).write_text(json.dumps({**record, "files": files}, indent=2))
-        partial.rename(folder)
+        publish(partial, folder)
 
     def copy_out(self, source: Path, name: str) -> Path:
         """Copy a file or folder of a stage to `output/name`, whole or not at all."""

@@ -99,6 +99,10 @@ def test_a_damaged_stage_runs_again(work, finished):
     weights.write_bytes(content[:100])
     recipe.run(output)
     assert weights.read_bytes() == content
+    record = weights.parents[1] / "stage.json"
+    record.write_text("")  # as a disk leaves it that lost its power
+    recipe.run(output)
+    assert json.loads(record.read_text())["name"] == "vocabulary"
 
 
 def test_together_distils_prunes_and_quantizes_in_one_run(work, finished):
