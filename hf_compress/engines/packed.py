@@ -41,24 +41,26 @@ def packed_linear(x: Tensor, bias: Tensor | None, stored: Stored, route: str) ->
 
 
 def _multiply(x: Tensor, bias: Tensor | None, stored: Stored, route: str) -> Tensor:
-    tokens = x.shape[0]
-    if not tokens:
+    if not len(x):
         return x.new_empty(0, stored.out_features)
-    made = kept_for(stored[:4])
-    key = (route, tokens, x.dtype)
-    engine = made.get(key)
-    if engine is None:
-        engine = made[key] = _engine(stored, *key, made)
+    engine = find_engine(stored, route, len(x), x.dtype, kept_for(stored[:4]))
     if isinstance(engine, torch.dtype):
         return _once(x, bias, stored, engine)
     return engine(x, bias)
 
 
-def _engine(stored: Stored, route: str, tokens: int, dtype: torch.dtype, made: dict) -> Body | torch.dtype:
+def find_engine(stored: Stored, route: str, tokens: int, dtype: torch.dtype, made: dict) -> Body | torch.dtype:
     """The first engine of the table that can be made, or the dtype to dequantize to in each call.
 
-    What it returns must hold none of the stored tensors: they would keep themselves alive.
+    `made` is what `kept_for` gives. The engine must hold none of the stored tensors: they would keep themselves alive.
     """
+    key = (route, tokens, dtype)
+    if key not in made:
+        made[key] = _first_of_table(stored, *key, made)
+    return made[key]
+
+
+def _first_of_table(stored: Stored, route: str, tokens: int, dtype: torch.dtype, made: dict) -> Body | torch.dtype:
     for name in _names(stored, route, tokens, dtype):
         if name in ONCE:
             return ONCE[name]

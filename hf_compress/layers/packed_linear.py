@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_compress.engines.direct import DirectCalls
 from hf_compress.engines.integers import Stored
 from hf_compress.engines.packed import packed_linear
 from hf_compress.engines.processor import choose_route
@@ -24,6 +25,8 @@ from hf_compress.ops import (
 )
 
 logger = logging.getLogger(__name__)
+
+ENGINE_DTYPES = torch.float32, torch.bfloat16
 
 
 class ReadOnlyWeight(Tensor):
@@ -100,6 +103,7 @@ class PackedLinear(PackedModule, nn.Linear):
         self.is_conv1d = is_conv1d  # what it was, for `dequantize`
         self.runtime = None  # the kernels' layout, see `prepare`
         self.route = None  # how the CPU's engines run it; None: without one
+        self.direct = None  # the engines it has used
         self.compute_dtype = dtype or torch.get_default_dtype()
         groups = scheme.num_groups(in_features)
         words = words_per_row(in_features, scheme.bits)
@@ -167,9 +171,13 @@ class PackedLinear(PackedModule, nn.Linear):
         return weight.to(dtype or self.compute_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not (torch.compiler.is_compiling() or torch.is_grad_enabled()) and type(x) is Tensor:
+            y = self._direct(x)
+            if y is not None:
+                return y
         if torch.is_autocast_enabled(x.device.type):  # as nn.Linear does
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        on_engine = self.route is not None and x.dtype in (torch.float32, torch.bfloat16)
+        on_engine = self.route is not None and x.dtype in ENGINE_DTYPES
         if self.scheme.activation_range is not None:
             x = round_to_range(x, *self.scheme.activation_range)
         elif self.scheme.activation_bits is not None:
@@ -184,6 +192,25 @@ class PackedLinear(PackedModule, nn.Linear):
         if self.runtime is not None and x.dtype == self.runtime.dtype:
             return wna16_linear(x, self.runtime, self.bias)
         return F.linear(x, self.dequantize(x.dtype), self.bias)
+
+    def _direct(self, x: Tensor) -> Tensor | None:
+        """What the CPU's engines make of `x`, without asking anew which one; None for another way."""
+        if self.route is None or x.dtype not in ENGINE_DTYPES or torch.is_autocast_enabled("cpu"):
+            return None
+        if self.direct is None or not self.direct.are_of(self._buffers):
+            stored = self._stored()
+            if self.scheme.activation_range is not None or not DirectCalls.are_possible(stored):
+                return None
+            route = self.route
+            if self.scheme.activation_bits is not None:
+                if not self.is_int8 or route == "exact":
+                    return None
+                route = "int8"
+            self.direct = DirectCalls(stored, route)
+        return self.direct(x, self._parameters.get("bias"))
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "direct": None}
 
     def _stored(self) -> Stored:
         return Stored(self.qweight, self.scales, self.qzeros, self.g_idx, self.scheme.bits, self.out_features,
@@ -201,7 +228,7 @@ class PackedLinear(PackedModule, nn.Linear):
         On the CPU the engines of `hf_compress.engines` run it. A small weight there, and groups that the kernels' tiles
         do not fit, are dequantized on the fly.
         """
-        self.runtime, self.route = None, None
+        self.runtime, self.route, self.direct = None, None, None
         if self.qweight.device.type == "meta":
             return
         if self.qweight.device.type == "cpu":

@@ -263,3 +263,17 @@ def test_autocast_runs_it_in_the_lower_precision():
     layer = packed_layer(SCHEMES["4-bit"])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert layer(torch.randn(2, K)).dtype is torch.bfloat16
+
+
+@needs_avx512
+def test_the_short_way_to_an_engine_is_no_state():
+    layer, x = packed_layer(SCHEMES["4-bit"]), torch.randn(3, K)
+    with torch.no_grad():
+        first, again = layer(x), layer(x)
+    assert layer.direct is not None
+    torch.testing.assert_close(first, again, rtol=0, atol=0)
+    torch.testing.assert_close(layer(x).detach(), first, rtol=0, atol=0)  # with gradients, by the operator
+    assert copy.deepcopy(layer).direct is None and pickle.loads(pickle.dumps(layer)).direct is None
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    assert layer.double().direct is None
