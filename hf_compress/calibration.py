@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -267,6 +268,15 @@ class InputMoments:
         if exact is not None:
             self.cross.addmm_(exact.float().t(), x)
         self.num_samples += len(x)
+
+    def sum_over_ranks(self) -> None:
+        """Make the sums those of all ranks, each of which has added its own part of the calibration."""
+        for tensor in (self.sum, self.cross):
+            if tensor is not None:
+                dist.all_reduce(tensor)
+        count = torch.tensor(self.num_samples, device=self.sum.device)
+        dist.all_reduce(count)
+        self.num_samples = int(count)
 
     def hessian(self) -> Tensor:
         """2 X X^T / number of samples."""

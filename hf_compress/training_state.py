@@ -246,6 +246,15 @@ def has_own_mean(model: nn.Module) -> bool:
     return "loss_fct" in source and "loss_function" not in source
 
 
+def check_whole(model: nn.Module, what: str) -> None:
+    """Raise ValueError if the weights are sharded over ranks: blocks, groups and ranges would lie across the pieces."""
+    if any(hasattr(p, "device_mesh") or hasattr(p, "ds_id") for p in model.parameters()):
+        raise ValueError(
+            f"{what} while training needs whole weights on each rank, but these are sharded (FSDP or ZeRO-3). Train "
+            "with DDP or on one device, or do it before or after training."
+        )
+
+
 def _whole(tensor: Tensor) -> Tensor:
     """The tensor as one process would hold it: FSDP's shards gathered, on CPU, its own memory."""
     tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

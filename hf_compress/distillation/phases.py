@@ -65,14 +65,10 @@ class TwoPhaseTrainer(DistillationTrainer):
             return self.intermediate_losses(student, teacher, inputs)
         return super().distillation_losses(student, teacher, inputs)
 
-    def prediction_step(self, model, inputs, prediction_loss_only: bool, ignore_keys: list[str] | None = None):
-        """The losses of the first phase need no labels, so plain text is evaluated by them as well."""
-        if not self.is_intermediate or self._label_columns & inputs.keys():
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
-        logits = tuple(value for name, value in outputs.items() if name != "loss")
-        return loss, None if prediction_loss_only else logits[0] if len(logits) == 1 else logits, None
+    @property
+    def needs_labels(self) -> bool:
+        """The losses of the first phase need none, so plain text is evaluated by them as well."""
+        return not self.is_intermediate and super().needs_labels
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         """Linear warm-up and decay, once for each phase; another `lr_scheduler_type` spans both phases as usual."""

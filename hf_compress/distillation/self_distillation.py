@@ -54,6 +54,7 @@ class SelfDistillationTrainer(DistillationTrainer):
     """
 
     config_class = SelfDistillationConfig
+    needs_labels = True
 
     def __init__(self, model=None, args=None, **kwargs):
         super().__init__(model, args, teacher_model=_Itself(), **kwargs)

@@ -25,6 +25,7 @@ from hf_compress.distillation.losses import Loss
 from hf_compress.distillation.phases import TwoPhaseConfig, TwoPhaseTrainer
 from hf_compress.distillation.several_teachers import SeveralTeachers
 from hf_compress.distillation.tasks import plain_model
+from hf_compress.distillation.teacher import frozen
 from hf_compress.distillation.trainer import Run
 
 
@@ -83,6 +84,11 @@ class TheseusTrainer(TwoPhaseTrainer):
     """
 
     config_class = TheseusConfig
+    needs_labels = True
+
+    def prepare_teacher(self, teacher: nn.Module) -> nn.Module:
+        """Whole on each process, under FSDP2 too: its layers run without the model around them."""
+        return frozen(teacher, self.args.device)
 
     def check_layers(self) -> None:
         super().check_layers()

@@ -30,6 +30,7 @@ from hf_compress.distillation.losses import (
     soft_loss,
 )
 from hf_compress.distillation.several_teachers import Kind, SeveralTeachers, mean_logits, teachers_of
+from hf_compress.distillation.sharded_student import output_of_highest
 from hf_compress.distillation.tasks import Task, plain_model, problem_of
 from hf_compress.distillation.teacher import check_data, check_match, frozen, open_teacher
 from hf_compress.distillation.terms import LoggedTermsMixin
@@ -145,6 +146,13 @@ class DistillationTrainer(LoggedTermsMixin, TrainingStateMixin):
             )
         _ = self.training_state  # built now, so that what is wrong with it is said before training
 
+    def _hp_search_setup(self, trial) -> None:
+        """In a hyper-parameter search each trial has its own settings, the layers that are named in them included."""
+        super()._hp_search_setup(trial)
+        if trial is not None:
+            self.check_layers()
+            self._check_signals()
+
     # What the methods override
 
     def prepare_teacher(self, teacher: nn.Module) -> nn.Module:
@@ -243,6 +251,20 @@ class DistillationTrainer(LoggedTermsMixin, TrainingStateMixin):
         stacks = anatomy(plain_model(self.model)).stacks
         return len(stacks) > 1 and number > len(stacks[0].layers)
 
+    @property
+    def needs_labels(self) -> bool:
+        """Whether a loss of this step, or of an evaluation after it, reads labels."""
+        return self.args.alpha < 1
+
+    def prediction_step(self, model, inputs, prediction_loss_only: bool, ignore_keys: list[str] | None = None):
+        """As in `Trainer`, but losses that read no labels are told of batches without them as well."""
+        if self.needs_labels or self._label_columns & inputs.keys():
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
+        logits = tuple(value for name, value in outputs.items() if name != "loss")
+        return loss, None if prediction_loss_only else logits[0] if len(logits) == 1 else logits, None
+
     # Running both models
 
     def run_teacher(self, inputs: dict) -> Run:
@@ -326,9 +348,12 @@ class DistillationTrainer(LoggedTermsMixin, TrainingStateMixin):
                 require_gradients([*run.hidden_states.values(), *(a.query for a in run.attention.values())])
             losses = self.distillation_losses(run, teacher, inputs)
             loss = self.total(losses, self.task.count(inputs), training=model.training)
+            loss = loss + sum(0 * states.sum() for states in entered)
             return ModelOutput(loss=loss, **{k: v.detach() for k, v in outputs.items() if k.endswith("logits")})
 
-        with capture(student, **self.student_signals()) as signals:
+        wanted = self.student_signals()
+        inside = wanted.get("attention", ()) if self.accelerator.is_fsdp2 and model.training else ()
+        with capture(student, **wanted) as signals, output_of_highest(student, inside) as entered:
             if self.args.torch_compile:
                 outputs = add_losses(student, (), model(**student_inputs))
             else:

@@ -19,7 +19,7 @@ from hf_compress.pruning.schedules import TwoSlopes, check_schedule, make_schedu
 from hf_compress.pruning.scores import Magnitude, Score
 from hf_compress.pruning.selection import SCOPES, keep_above, keep_largest
 from hf_compress.pruning.silent import cut_silent
-from hf_compress.training_state import STATE_NAME, TrainingState
+from hf_compress.training_state import STATE_NAME, TrainingState, check_whole
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ class Pruning(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module = None, **kwargs
     ) -> None:
-        check_whole(model)
+        check_whole(model, "Pruning")
         self._state = getattr(model, STATE_NAME, None)
         if self._state is None:
             self._state = self._state_of_stock_trainer(model, state)
@@ -209,15 +209,6 @@ class Pruning(TrainerCallback):
         for handle in self._handles:
             handle.remove()
         self._handles = []
-
-
-def check_whole(model: nn.Module) -> None:
-    """Raise ValueError if the weights are sharded over ranks: blocks would lie across the pieces."""
-    if any(hasattr(p, "device_mesh") or hasattr(p, "ds_id") for p in model.parameters()):
-        raise ValueError(
-            "Pruning while training needs whole weights on each rank, but these are sharded (FSDP or ZeRO-3). "
-            "Train with DDP or on one device, or prune before training."
-        )
 
 
 def per_matrix_importance(importance: Tensor, matrices: Sequence[Blocks], what: str) -> Tensor:

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 
-from hf_compress.pruning.callback import check_whole
 from hf_compress.pruning.heads import HeadPruning
 from hf_compress.pruning.masks import Blocks
 from hf_compress.pruning.silent import cut_silent
 from hf_compress.pruning.trainer import PruningTrainer
-from hf_compress.training_state import STATE_NAME
+from hf_compress.training_state import STATE_NAME, check_whole
 
 G, Z, B = -0.1, 1.1, 2 / 3  # stretch limits and temperature
 
@@ -77,7 +76,7 @@ class HeadGates(TrainerCallback):
         return [settled_gates(self.log_alpha(i)).detach() for i in range(len(self._matrices))]
 
     def on_train_begin(self, args: TrainingArguments, state, control, model: nn.Module = None, **kwargs) -> None:
-        check_whole(model)
+        check_whole(model, "Pruning")
         self._state = getattr(model, STATE_NAME, None)
         if not hasattr(self._state, f"{self.name}_0"):
             raise ValueError(

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -54,6 +55,7 @@ class GPTQOptions:
     batch_size         rows run at once
     offload            where the layer's inputs wait: "cpu" or "disk"
     resume_dir         finished layers are kept here; a run that was cut off goes on after the last of them
+    split_over_ranks   each rank passes its own part of the calibration, and all get the model made from the whole of it
     exact_products     multiply in float32 where the processor could multiply in bfloat16 (several times slower)
     """
 
@@ -67,6 +69,7 @@ class GPTQOptions:
     batch_size: int = 8
     offload: str = "cpu"
     resume_dir: str | None = None
+    split_over_ranks: bool = False
     exact_products: bool = False
 
     def __post_init__(self):
@@ -82,6 +85,11 @@ class GPTQOptions:
             )
         if self.refinements < 0 or self.batch_size < 1:
             raise ValueError(f"refinements and batch_size must be positive, got {self.refinements}, {self.batch_size}.")
+        if self.split_over_ranks and (self.resume_dir is not None or not dist.is_initialized()):
+            raise ValueError(
+                "split_over_ranks needs several processes under torch.distributed, and no resume_dir: got "
+                f"resume_dir={self.resume_dir!r}, distributed={dist.is_initialized()}."
+            )
 
     @property
     def stores_g_idx(self) -> bool:
@@ -98,7 +106,7 @@ def quantize_block_by_block(
 ) -> None:
     """Replace the linear modules named in `schemes` by packed ones, in place."""
     batches = calibration_batches(calibration, model, batch_size=options.batch_size)
-    _check_amount(model, schemes, batches)
+    _check_amount(model, schemes, batches, options.split_over_ranks)
     was_training = model.training
     model.eval()
     progress = transformers_logging.tqdm(total=len(schemes), desc="Quantizing", unit="module")
@@ -112,11 +120,17 @@ def quantize_block_by_block(
         model.train(was_training)
 
 
-def _check_amount(model: PreTrainedModel, schemes: Mapping[str, WeightScheme], batches: Sequence[Mapping]) -> None:
+def _check_amount(
+    model: PreTrainedModel, schemes: Mapping[str, WeightScheme], batches: Sequence[Mapping], is_split: bool
+) -> None:
     if any("input_ids" not in batch for batch in batches):
         return
     masks = [batch.get("attention_mask", torch.ones_like(batch["input_ids"])) for batch in batches]
     tokens = sum(int(mask.sum()) for mask in masks)
+    if is_split:
+        all_tokens = torch.tensor(tokens, device=next(model.parameters()).device)
+        dist.all_reduce(all_tokens)
+        tokens = int(all_tokens)
     widest = max(schemes, key=lambda name: in_features(model.get_submodule(name)))
     columns = in_features(model.get_submodule(widest))
     if tokens < columns:
@@ -136,7 +150,9 @@ class _Run:
         self.cross_inputs = {m for a in anatomy(model).attentions if a.is_cross for m in (a.key, a.value)}
         self.finished = None
         if options.resume_dir is not None:
-            settings = {k: v for k, v in asdict(options).items() if k not in ("offload", "resume_dir")}
+            settings = {
+                k: v for k, v in asdict(options).items() if k not in ("offload", "resume_dir", "split_over_ranks")
+            }
             settings["range_method"] = range_method
             self.finished = FinishedLayers(Path(options.resume_dir), model, schemes, batches, settings)
 
@@ -213,7 +229,12 @@ class _Run:
                     None if wanted is None else token_rows(wanted[f"{order.index(name)}.{batch}"].to(x.device), mask)
                 )
                 moments[name].add(token_rows(x, mask), exact)
+        self._share(moments.values())
         return moments
+
+    def _share(self, moments: Iterable[InputMoments]) -> None:
+        for one in moments if self.options.split_over_ranks else ():
+            one.sum_over_ranks()
 
     def _weight(self, name: str, module: nn.Module, moments: InputMoments) -> QuantizedWeight:
         scheme, options = self.schemes[name], self.options
@@ -259,6 +280,7 @@ class _Run:
                 x = _inputs_of({group[0]: modules[group[0]]}, lambda b=batch: run_model(self.model, b))[group[0]]
                 mask = batch.get("attention_mask")
                 moments.add(token_rows(x, None if mask is None else mask.bool()))
+            self._share([moments])
             for name in group:
                 install(self.model, name, self._weight(name, modules[name], moments), self.schemes[name])
 
