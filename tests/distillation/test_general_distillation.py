@@ -10,7 +10,7 @@ from hf_compress.distillation.students import make_student
 from hf_compress.distillation.tinybert import TinyBertConfig, TinyBertTrainer
 
 
-@pytest.mark.parametrize("kind", ["base"])
+@pytest.mark.parametrize("kind", ["base", "masked language model"])
 def test_plain_text_teaches_a_model_without_labels(kind, tmp_path):
     task = tiny_model("bert", "mlm", seed=3)
     folder = tmp_path / "teacher"

@@ -5,10 +5,11 @@ import torch
 from datasets import Dataset
 from helpers import tiny_model
 from tokenizers import Tokenizer, models
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast
+from transformers import DataCollatorForSeq2Seq, GenerationConfig, PreTrainedTokenizerFast
 
 import hf_compress as hfc
 from distillation.data import rows
+from hf_compress.distillation.sequence_level import generated
 
 ENDS = list(range(2, 16))  # many, so that some targets end before the limit
 OPTIONS = dict(num_beams=3, max_new_tokens=6)
@@ -48,6 +49,23 @@ def test_targets_are_what_the_teacher_writes_for_each_row_alone(family, tmp_path
             assert (row["input_ids"], row["labels"]) == (prompt + target, [-100] * len(prompt) + target)
         assert row["attention_mask"] == [1] * len(row["input_ids"])
     assert len(lengths) > 1 or family == "bart"  # some targets ended before the limit
+
+
+class BartLike:
+    """Writes what a summarizer does: it starts with its end token, a word, the end, padding."""
+
+    device = torch.device("cpu")
+
+    def __init__(self):
+        self.config = tiny_model("bart").config
+        self.generation_config = GenerationConfig(eos_token_id=2, pad_token_id=1, decoder_start_token_id=2)
+
+    def generate(self, input_ids, **options):
+        return torch.tensor([[2, 0, 9, 2, 1, 1], [2, 0, 9, 8, 7, 2]])
+
+
+def test_an_end_token_that_also_starts_is_kept_once():
+    assert generated(BartLike(), [[0, 5, 2], [0, 6, 2]], {}) == [[0, 9, 2], [0, 9, 8, 7, 2]]
 
 
 def test_a_stopped_run_goes_on_and_other_settings_are_refused(tmp_path):
