@@ -31,12 +31,16 @@ class EvaluateOptions:
         default=None, metadata={"help": "Tokens of the texts that speed is measured on; the data's max_length."}
     )
     batch_size: int = field(default=32, metadata={"help": "Of the evaluation; speed is always measured at 1 and 32."})
-    latency_rounds: int = field(default=50, metadata={"help": "How often the latency of each model is taken."})
-    throughput_rounds: int = field(default=10, metadata={"help": "How often the throughput of each model is taken."})
+    latency_rounds: int = field(default=200, metadata={"help": "How often the latency of each model is taken."})
+    throughput_rounds: int = field(default=30, metadata={"help": "How often the throughput of each model is taken."})
     float32: bool = field(default=False, metadata={"help": "Run all models in float32; by default as each is stored."})
 
     isolate: bool | None = field(
-        default=None, metadata={"help": "Measure each model in a process of its own; by default where one is packed."}
+        default=None,
+        metadata={
+            "help": "Measure each model in a process of its own; by default where one is packed and another "
+            "not, or in other bits."
+        },
     )
     tasks: str | None = field(
         default=None, metadata={"help": "Tasks of lm-eval, with commas, for language models; needs lm_eval."}
@@ -79,7 +83,7 @@ def evaluate(options: EvaluateOptions, models: Mapping[str, Sources], data: Reci
         latency_rounds=options.latency_rounds,
         throughput_rounds=options.throughput_rounds,
         dtype=torch.float32 if options.float32 else None,
-        isolate=any(map(_is_packed, models.values())) if options.isolate is None else options.isolate,
+        isolate=len(set(map(_engine, models.values()))) > 1 if options.isolate is None else options.isolate,
         command=command,
     )
     if not options.tasks:
@@ -96,10 +100,16 @@ def _first(sources: Sources) -> str | Path:
     return sources if isinstance(sources, (str, Path)) else sources[0]
 
 
-def _is_packed(sources: Sources) -> bool:
-    """Whether it runs on engines of its own, which may keep threads of their own."""
-    record = getattr(AutoConfig.from_pretrained(_first(sources)), "quantization_config", None) or {}
-    return "bits" in record
+def _engine(sources: Sources) -> str:
+    """What says which engines a model runs on: they may keep threads of their own, and touch those of others.
+
+    Models on the same engines are measured in one process, where both are on the same cores: of two processes, a busy
+    machine may slow one for as long as it lives.
+    """
+    config = AutoConfig.from_pretrained(_first(sources))
+    record = (getattr(config, "quantization_config", None) or {}).get("bits") or {}
+    widths = {(entry.get("bits"), entry.get("activation_bits")) for entry in record.values()}
+    return repr((sorted(widths, key=str), config.dtype if record else None))
 
 
 def main_figures(report: Report) -> dict[str, Any]:

@@ -26,10 +26,12 @@ from hf_compress.report.quality import (
     check_labels,
     example_scores,
     padding_collator,
+    tokenizer_beside,
+    unknown_tokens,
     usable_rows,
 )
 from hf_compress.report.result import Difference, Entry, Interval, Report
-from hf_compress.report.significance import bootstrap_interval, mcnemar_p_value, permutation_p_value
+from hf_compress.report.significance import bootstrap_interval, mcnemar_p_value, median_interval, permutation_p_value
 from hf_compress.timing import Spread
 
 logger = logging.getLogger(__name__)
@@ -49,8 +51,8 @@ def compare(
     reference: str | None = None,
     batch_size: int = 32,
     sequence_length: int = 128,
-    latency_rounds: int = 50,
-    throughput_rounds: int = 10,
+    latency_rounds: int = 200,
+    throughput_rounds: int = 30,
     dtype: torch.dtype | None = None,
     device: str | None = None,
     command: str | None = None,
@@ -84,6 +86,7 @@ def compare(
         raise ValueError("isolate=True loads each model in a process of its own: give folders or Hub names.")
     firsts = {name: load_model(sources[0], dtype=dtype, device=device) for name, sources in entries.items()}
     scores: dict[str, Tensor] = {}  # name -> (seeds, examples)
+    read: dict[str, tuple[int, int] | None] = {}  # name -> tokens that its tokenizer does not know, and all tokens
     if eval_dataset is not None:
         if metric is accuracy:
             check_labels(firsts, reference)
@@ -96,6 +99,7 @@ def compare(
             )
             others = (load_model(source, dtype=dtype, device=device) for source in sources[1:])
             logger.info("evaluating %s on %d examples", name, len(rows))
+            read[name] = unknown_tokens(rows, processing_class or tokenizer_beside(entries[pads_by][0]))
             scores[name] = torch.stack(
                 [
                     example_scores(model, rows, collator, metric=metric, batch_size=batch_size)
@@ -125,6 +129,8 @@ def compare(
                 latency_speed_up=median_ratio(base.latency_ms, cost.latency_ms),
                 throughput_speed_up=median_ratio(cost.throughput, base.throughput),
                 layers=layer_facts(model),
+                unknown_tokens=read[name][0] if read.get(name) else None,
+                num_tokens=read[name][1] if read.get(name) else None,
             )
         )
     return Report(
@@ -196,8 +202,7 @@ def median_ratio(above: Spread, below: Spread) -> Interval:
     On a busy machine the ratio of the two medians scatters several times as much; on a quiet one they agree.
     """
     ratios = torch.tensor(above.samples, dtype=torch.double) / torch.tensor(below.samples, dtype=torch.double)
-    interval = bootstrap_interval(ratios, lambda drawn: drawn.quantile(0.5, dim=1))
-    return Interval(ratios.quantile(0.5).item(), *interval)
+    return Interval(ratios.quantile(0.5).item(), *median_interval(ratios))
 
 
 def structure(model: PreTrainedModel) -> dict[str, int | list[int]] | None:

@@ -83,6 +83,29 @@ def usable_rows(eval_dataset: Sequence[Mapping], model: PreTrainedModel, metric:
     return [{column: row[column] for column in wanted} for row in (eval_dataset[i] for i in range(len(eval_dataset)))]
 
 
+def unknown_tokens(rows: Sequence[Mapping], tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, int] | None:
+    """How many tokens of the rows' texts the tokenizer does not know, and how many there are, special ones left out.
+
+    None without a tokenizer, or with one that knows every text and so has no token for what is unknown.
+    """
+    if tokenizer is None or tokenizer.unk_token_id is None or "input_ids" not in rows[0]:
+        return None
+    unknown = tokenizer.unk_token_id
+    special = {getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos", "cls", "sep", "mask")}
+    if unknown in special:  # GPT-2 calls the end of a text unknown as well
+        return None
+    tokens = [token for row in rows for token in row["input_ids"] if token not in special]
+    return tokens.count(unknown), len(tokens)
+
+
+def tokenizer_beside(source: Source) -> PreTrainedTokenizerBase | None:
+    """The tokenizer stored with a model, None where there is none."""
+    folder = local_folder(source)
+    if isinstance(source, PreTrainedModel) or (folder and not (folder / "tokenizer_config.json").is_file()):
+        return None
+    return AutoTokenizer.from_pretrained(source)
+
+
 def padding_collator(
     rows: Sequence[Mapping], processing_class: PreTrainedTokenizerBase | None, reference: Source, main_input: str
 ) -> Callable:

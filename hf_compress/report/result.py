@@ -19,6 +19,7 @@ from hf_compress.timing import Spread
 logger = logging.getLogger(__name__)
 
 SIGNIFICANCE_LEVEL = 0.05
+SPEED_MARGIN = 0.02  # where tensors happen to lie in memory makes a model faster or slower than itself by about so much
 NOTABLE_SPARSITY = 0.01  # zeros in less than this share of the weights are not worth a word
 
 
@@ -30,9 +31,12 @@ class Interval:
     low: float
     high: float
 
-    def verdict(self, neutral: float) -> str:
-        """ "better" or "worse" when all of the interval is above or below `neutral`, else "no difference"."""
-        return "better" if self.low > neutral else "worse" if self.high < neutral else "no difference"
+    @property
+    def speed_verdict(self) -> str:
+        """Of a ratio: "better" or "worse" when all of the interval is beyond the margin around 1."""
+        if self.low > 1 + SPEED_MARGIN:
+            return "better"
+        return "worse" if self.high < 1 / (1 + SPEED_MARGIN) else "no difference"
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,8 @@ class Entry:
     latency_speed_up: Interval
     throughput_speed_up: Interval
     layers: tuple[LayerFacts, ...] = ()  # empty where the anatomy is not known
+    unknown_tokens: int | None = None  # of the evaluated texts, that its tokenizer does not know; None: not counted
+    num_tokens: int | None = None  # of these texts, without special ones
 
     @property
     def quality(self) -> float | None:
@@ -113,6 +119,13 @@ class Report:
                     f"{entry.name}: quality is the mean of {len(entry.seed_qualities)} seeds, ± their standard "
                     "deviation; size and speed are of the first."
                 )
+        counts = {entry.name: (entry.unknown_tokens, entry.num_tokens) for entry in self.entries if entry.num_tokens}
+        if any(unknown or counts.get(self.reference) != (unknown, tokens) for unknown, tokens in counts.values()):
+            told = [
+                f"{name} {unknown:,} of {number:,} ({unknown / number:.2%})"
+                for name, (unknown, number) in counts.items()
+            ]
+            notes.append(f"Tokens of these texts that a model does not know: {'; '.join(told)}.")
         return notes
 
     def table(self) -> str:
@@ -198,5 +211,7 @@ def _entry(plain: Mapping[str, Any]) -> Entry:
         "latency_speed_up": interval(plain["latency_speed_up"]),
         "throughput_speed_up": interval(plain["throughput_speed_up"]),
         "layers": tuple(LayerFacts(**layer) for layer in plain.get("layers", ())),
+        "unknown_tokens": plain.get("unknown_tokens"),
+        "num_tokens": plain.get("num_tokens"),
     }
     return Entry(**built, **_own_fields(Entry, plain, without=tuple(built)))

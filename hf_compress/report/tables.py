@@ -21,7 +21,8 @@ def terminal_table(report: Report) -> str:
 def markdown(report: Report) -> str:
     parts = [_markdown_table(main_rows(report)), _markdown_table(cost_rows(report))]
     parts += [_markdown_table(task_rows(report))] * bool(report.tasks)
-    parts += ["\n".join(f"- {line}" for line in [*verdicts(report), *report.notes])] * bool(verdicts(report))
+    lines = [*verdicts(report), *report.notes]
+    parts += ["\n".join(f"- {line}" for line in lines)] * bool(lines)
     parts += [conditions(report), f"Command: `{report.command}`"]
     return "\n\n".join(parts) + "\n"
 
@@ -32,7 +33,8 @@ CSV_COLUMNS = (
     "examples_per_second_10", "examples_per_second_90", "parameter_rate", "byte_rate", "latency_speed_up",
     "latency_speed_up_low", "latency_speed_up_high", "throughput_speed_up", "throughput_speed_up_low",
     "throughput_speed_up_high", "quality_difference", "quality_difference_low", "quality_difference_high", "p_value",
-    "zero_weights", "reference", "metric", "dataset", "num_examples", "device", "threads", "dtype", "command",
+    "zero_weights", "unknown_tokens", "num_tokens", "reference", "metric", "dataset", "num_examples", "device",
+    "threads", "dtype", "command",
 )  # fmt: skip
 
 
@@ -54,7 +56,8 @@ def _csv_row(report: Report, entry: Entry) -> dict[str, object]:
         "latency_ms_90": cost.latency_ms.high, "examples_per_second": cost.throughput.median,
         "examples_per_second_10": cost.throughput.low, "examples_per_second_90": cost.throughput.high,
         "parameter_rate": entry.parameter_rate, "byte_rate": entry.byte_rate,
-        "zero_weights": cost.sparsity.get("weights", 0.0), "reference": report.reference, "metric": report.metric,
+        "zero_weights": cost.sparsity.get("weights", 0.0), "unknown_tokens": entry.unknown_tokens,
+        "num_tokens": entry.num_tokens, "reference": report.reference, "metric": report.metric,
         "dataset": report.dataset, "num_examples": report.num_examples, "command": report.command,
         "p_value": None if difference is None else difference.p_value,
     }  # fmt: skip
@@ -94,7 +97,7 @@ def verdicts(report: Report) -> list[str]:
 def _speed_sentence(report: Report, entry: Entry) -> str:
     figures = []
     for what, speed_up in (("latency", entry.latency_speed_up), ("throughput", entry.throughput_speed_up)):
-        words = {"no difference": "no difference found", "better": "faster", "worse": "slower"}[speed_up.verdict(1.0)]
+        words = {"no difference": "no difference found", "better": "faster", "worse": "slower"}[speed_up.speed_verdict]
         figures.append(f"{what} {speed_up.value:.2f}x, {speed_up.low:.2f} to {speed_up.high:.2f} ({words})")
     return f"{entry.name}: speed-up over {report.reference}, 95% intervals: {'; '.join(figures)}."
 

@@ -10,7 +10,7 @@ from transformers import BertTokenizer
 
 import hf_compress as hfc
 from hf_compress.report import result
-from hf_compress.report.quality import accuracy, example_scores, padding_collator, usable_rows
+from hf_compress.report.quality import accuracy, example_scores, padding_collator, unknown_tokens, usable_rows
 
 NUM_LABELS = 3
 QUICK = dict(sequence_length=8, latency_rounds=5, throughput_rounds=5)
@@ -85,7 +85,7 @@ def test_a_model_and_itself_do_not_differ(tokenizer):
     entry = report["same"]
     assert entry.difference.verdict == "no difference"
     assert entry.difference.p_value == 1.0
-    assert entry.latency_speed_up.verdict(1.0) == entry.throughput_speed_up.verdict(1.0) == "no difference"
+    assert entry.latency_speed_up.speed_verdict == entry.throughput_speed_up.speed_verdict == "no difference"
     assert entry.parameter_rate == entry.byte_rate == 1.0
     assert "no difference from m found" in report.table()
 
@@ -94,7 +94,7 @@ def test_an_injected_slow_down_is_found():
     model, slow = classifier(), classifier()
     report = hfc.compare({"m": model, "slow": slow}, clock=FakeClock({model: 0.010, slow: 0.011}), **QUICK)
     entry = report["slow"]
-    assert entry.latency_speed_up.verdict(1.0) == entry.throughput_speed_up.verdict(1.0) == "worse"
+    assert entry.latency_speed_up.speed_verdict == entry.throughput_speed_up.speed_verdict == "worse"
     assert entry.throughput_speed_up.value == pytest.approx(10 / 11, rel=0.02)  # the clock's unevenness
     assert "slower" in report.table()
 
@@ -264,3 +264,24 @@ def test_models_of_two_dtypes_are_told_apart(tmp_path):
     models = {"full": classifier(), "half": classifier().to(torch.bfloat16), "other": classifier(seed=1)}
     report = hfc.compare(models, **QUICK)
     assert "float32: full, other; bfloat16: half" in report.to_markdown()
+
+
+def test_tokens_that_a_tokenizer_does_not_know_are_told_everywhere(tokenizer):
+    """[CLS], [SEP] and [PAD] are no tokens of a text: 2 of the 3 + 5 that are left are [UNK]."""
+    model, small = classifier(), classifier(num_hidden_layers=2)
+    known = [{"input_ids": [2, 7, 8, 9, 3], "label": 0}, {"input_ids": [2, 7, 8, 9, 10, 3], "label": 1}]
+    cut = [{"input_ids": [2, 7, 8, 1, 3], "label": 0}, {"input_ids": [2, 7, 1, 9, 10, 11, 3, 0], "label": 1}]
+    report = hfc.compare({"m": model, "cut": small}, eval_dataset={"m": known, "cut": cut}, processing_class=tokenizer,
+                         **QUICK)  # fmt: skip
+    assert (report["m"].unknown_tokens, report["m"].num_tokens) == (0, 7)
+    assert (report["cut"].unknown_tokens, report["cut"].num_tokens) == (2, 8)
+    told = "Tokens of these texts that a model does not know: m 0 of 7 (0.00%); cut 2 of 8 (25.00%)."
+    assert told in report.table() and told in report.to_markdown() and told in report.to_html()
+    assert json.loads(report.to_json())["entries"][1]["unknown_tokens"] == 2
+    assert result.Report.from_json(report.to_json()) == report
+    line = report.to_csv().splitlines()[2].split(",")
+    assert (line[report.to_csv().splitlines()[0].split(",").index("unknown_tokens")]) == "2"
+    same = hfc.compare({"m": model, "again": model}, eval_dataset=known, processing_class=tokenizer, **QUICK)
+    assert same["again"].num_tokens == 7 and not same.notes, "nothing was lost: nothing to say"
+    gpt = BertTokenizer(vocab=tokenizer.get_vocab(), unk_token="[SEP]")
+    assert unknown_tokens(known, gpt) is None, "a token that ends texts as well is no sign of unknown words"

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from hf_compress.report.significance import bootstrap_interval, mcnemar_p_value, permutation_p_value
+from hf_compress.report.significance import bootstrap_interval, mcnemar_p_value, median_interval, permutation_p_value
 
 
 @pytest.mark.parametrize(("only_first", "only_second"), [(0, 0), (1, 0), (2, 7), (5, 5), (0, 9)])
@@ -59,3 +59,34 @@ def test_pairs_stay_together():
     pairs = torch.stack([2 * column, column], dim=1)
     low, high = bootstrap_interval(pairs, lambda drawn: drawn[:, :, 0].sum(1) / drawn[:, :, 1].sum(1))
     assert (low, high) == (pytest.approx(2.0), pytest.approx(2.0))
+
+
+def test_median_interval_of_ten_values():
+    """10 / 2 - 1.96 sqrt(10) / 2 = 1.9: the second and the ninth; outside with probability 2 (1 + 10) / 1024."""
+    mixed = torch.tensor([3.0, 8, 1, 9, 0, 6, 4, 2, 7, 5])  # above and below the median by turns, nearly
+    assert median_interval(mixed) == (1.0, 8.0)
+    assert median_interval(torch.tensor([2.0, 1.0, 4.0])) == (1.0, 4.0), "three say no more than their range"
+    assert median_interval(torch.ones(50)) == (1.0, 1.0)
+
+
+def covers(n, rho, draws=400):
+    """Share of intervals that hold the true median 0 of n values, each rho times the one before plus noise."""
+    generator = torch.Generator().manual_seed(n)
+    noise = torch.randn(draws, n + 30, generator=generator, dtype=torch.double)
+    series = torch.zeros(draws)
+    columns = []
+    for step in noise.unbind(1):
+        series = rho * series + step
+        columns.append(series)
+    intervals = [median_interval(values) for values in torch.stack(columns[30:], dim=1)]
+    return sum(low <= 0 <= high for low, high in intervals) / draws
+
+
+@pytest.mark.parametrize("n", [20, 200])
+def test_median_interval_holds_the_median_as_often_as_it_says(n):
+    assert covers(n, rho=0.0) > 0.93  # 0.95 or a little more; a standard error of 1.1 points
+
+
+def test_median_interval_is_wider_where_slow_times_come_in_runs():
+    """A plain interval of 200 such values holds the median in 3 of 4 cases."""
+    assert covers(200, rho=0.6) > 0.88
