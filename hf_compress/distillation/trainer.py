@@ -30,7 +30,7 @@ from hf_compress.distillation.losses import (
     soft_loss,
 )
 from hf_compress.distillation.several_teachers import Kind, SeveralTeachers, mean_logits, teachers_of
-from hf_compress.distillation.sharded_student import output_of_highest
+from hf_compress.distillation.sharded_student import gather_highest
 from hf_compress.distillation.tasks import Task, plain_model, problem_of
 from hf_compress.distillation.teacher import check_data, check_match, frozen, open_teacher
 from hf_compress.distillation.terms import LoggedTermsMixin
@@ -348,12 +348,12 @@ class DistillationTrainer(LoggedTermsMixin, TrainingStateMixin):
                 require_gradients([*run.hidden_states.values(), *(a.query for a in run.attention.values())])
             losses = self.distillation_losses(run, teacher, inputs)
             loss = self.total(losses, self.task.count(inputs), training=model.training)
-            loss = loss + sum(0 * states.sum() for states in entered)
+            gather_highest(student, inside)
             return ModelOutput(loss=loss, **{k: v.detach() for k, v in outputs.items() if k.endswith("logits")})
 
         wanted = self.student_signals()
         inside = wanted.get("attention", ()) if self.accelerator.is_fsdp2 and model.training else ()
-        with capture(student, **wanted) as signals, output_of_highest(student, inside) as entered:
+        with capture(student, **wanted) as signals:
             if self.args.torch_compile:
                 outputs = add_losses(student, (), model(**student_inputs))
             else:

@@ -3,10 +3,21 @@
 import os
 import socket
 import traceback
+from unittest import mock
 
 import pytest
 import torch
-from trust.trainers import TRAINERS, run
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from distillation.data import rows
+from helpers import tiny_model
+from transformers import TrainerCallback
+from trust.trainers import TRAINERS, build, run
+
+import hf_compress as hfc
+from hf_compress.quantization import block_by_block
+from hf_compress.quantization.gptq import quantize_weight
 
 # one process's batch is 8, two have 4 each: their losses are sums over the same 8 examples, in another order
 TOLERANCE = 1e-4
@@ -14,6 +25,30 @@ ALIKE = [
     name for name in TRAINERS if name != "RelationalTrainer"
 ]  # relations are those of examples in a batch together
 OPTIONS = {"DistillationTrainer": {"teacher_noise": 0.0}}  # the noise of an example is drawn by its place in the batch
+DRAWING = (
+    "HeadGatesTrainer",
+    "LayerPruningTrainer",
+    "TheseusTrainer",
+)  # each rank has generators of its own
+WHOLE_WEIGHTS = ("BlockPruningTrainer", "HeadGatesTrainer", "HeadPruningTrainer", "NeuronPruningTrainer",
+                 "QBertTrainer", "WeightPruningTrainer", "WordLevelTrainer")  # fmt: skip
+# MiniLM's student begins as a copy whose relations are the teacher's but for rounding, which Adam makes steps of
+SHARED = [n for n in ALIKE if n not in (*WHOLE_WEIGHTS, "MiniLMTrainer")] + ["relations-from-scratch"]
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+         "FSDP_TRANSFORMER_CLS_TO_WRAP": "BertLayer", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+         "FSDP_CPU_RAM_EFFICIENT_LOADING": "false", "FSDP_RESHARD_AFTER_FORWARD": "true"}  # fmt: skip
+
+
+class Masks(TrainerCallback):
+    """Every mask after every step, by step and name."""
+
+    def __init__(self):
+        self.seen: dict[str, torch.Tensor] = {}
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        for name, buffer in getattr(model, "hfc_training_state", torch.nn.Module()).named_buffers():
+            if buffer.dtype == torch.bool:
+                self.seen[f"{state.global_step}.{name}"] = buffer.clone()
 
 
 def ranks(job, number: int) -> None:
@@ -41,26 +76,146 @@ def ranks(job, number: int) -> None:
     assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0] * number
 
 
+def job_of(name, folder, number, resume=None, environment=None):
+    """A run on one of `number` ranks, kept in `folder` beside the masks of all steps."""
+
+    def train(rank):
+        os.environ.update(environment or {})
+        masks = Masks()
+        result = run(name, folder, resume, dropout=0.0, per_device_train_batch_size=8 // number, save_strategy="steps",
+                     save_steps=3, extra={"callbacks": [masks]}, **OPTIONS.get(name, {}))  # fmt: skip
+        torch.save((*result, masks.seen), folder / f"rank-{rank}.pt")
+
+    folder.mkdir(exist_ok=True)
+    return train
+
+
+def losses_of(logs):
+    return [{k: v for k, v in entry.items() if k.endswith("loss")} for entry in logs if "loss" in entry]
+
+
+def assert_close(found, expected):
+    assert len(found) == len(expected) > 2
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine == pytest.approx(theirs, rel=TOLERANCE, abs=1e-6)
+
+
+def of_rank(folder, rank):
+    return torch.load(folder / f"rank-{rank}.pt", weights_only=True)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("name", ALIKE)
-def test_two_processes_follow_one(name, tmp_path):
-    def job(number):
-        def train(rank):
-            result = run(name, tmp_path / str(number), dropout=0.0, per_device_train_batch_size=8 // number,
-                         save_strategy="steps", save_steps=3, **OPTIONS.get(name, {}))  # fmt: skip
-            torch.save(result, tmp_path / f"{number}-{rank}.pt")
-
-        return train
-
-    for number in (1, 2):
-        ranks(job(number), number)
-    one, first, second = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in ("1-0", "2-0", "2-1"))
+def test_two_processes_follow_one_and_each_takes_up_the_others_checkpoint(name, tmp_path):
+    folders = {number: tmp_path / str(number) for number in (1, 2)}
+    for number, folder in folders.items():
+        ranks(job_of(name, folder, number), number)
+    one, first, second = of_rank(folders[1], 0), of_rank(folders[2], 0), of_rank(folders[2], 1)
     for key, tensor in first[0].items():
         if key.startswith((".model", ".state", "end")) and "input_range" not in key:  # a range is each rank's own
             assert torch.equal(tensor, second[0][key]), key
-    losses = [[{k: v for k, v in e.items() if k.endswith("loss")} for e in r[1] if "loss" in e] for r in (one, first)]
-    assert len(losses[0]) == len(losses[1]) == 6
-    for mine, theirs in zip(*losses, strict=True):
-        assert theirs == pytest.approx(mine, rel=TOLERANCE, abs=1e-6)
-    names = [sorted(p.name for p in (tmp_path / n / "checkpoint-3").iterdir()) for n in "12"]
+    assert first[2].keys() == second[2].keys()
+    assert all(torch.equal(mask, second[2][key]) for key, mask in first[2].items())
+    assert len(losses_of(one[1])) == 6
+    assert_close(losses_of(first[1]), losses_of(one[1]))
+    names = [sorted(p.name for p in (folder / "checkpoint-3").iterdir()) for folder in folders.values()]
     assert [n for n in names[1] if "rng_state" not in n] == [n for n in names[0] if "rng_state" not in n]
+    for number, other in ((1, 2), (2, 1)):
+        folder = tmp_path / f"{other}-by-{number}"
+        ranks(job_of(name, folder, number, resume=str(folders[other] / "checkpoint-3")), number)
+        resumed = of_rank(folder, 0)
+        assert resumed[1][-1]["step"] == 6
+        if name not in DRAWING:
+            assert_close(losses_of(resumed[1]), losses_of(one[1]))
+
+
+@pytest.fixture
+def fsdp2_on_cpu(monkeypatch):
+    """Accelerate shards models on accelerators only: in this process and its forks it takes the CPU for one."""
+    make = AcceleratorState.__init__
+
+    def make_for_accelerator(self, *args, **kwargs):
+        if PartialState._shared_state.get("distributed_type") == DistributedType.MULTI_CPU:
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        make(self, *args, **kwargs)
+
+    monkeypatch.setattr(AcceleratorState, "__init__", make_for_accelerator)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", SHARED)
+def test_two_processes_that_share_the_weights_follow_one(name, tmp_path, fsdp2_on_cpu):
+    """FSDP2: each holds half of the student, of what trains with it and of the teacher."""
+    ranks(job_of(name, tmp_path / "1", 1), 1)
+    ranks(job_of(name, tmp_path / "2", 2, environment=FSDP2), 2)
+    one, two = of_rank(tmp_path / "1", 0), of_rank(tmp_path / "2", 0)
+    assert_close(losses_of(two[1]), losses_of(one[1]))
+    for key, tensor in one[0].items():
+        if key.startswith(".model") and "input_range" not in key:
+            torch.testing.assert_close(two[0][key], tensor, rtol=1e-3, atol=1e-5, msg=key)
+
+
+@pytest.mark.long
+def test_sharded_weights_and_what_trains_with_them_are_resumed(tmp_path, fsdp2_on_cpu):
+    """The exits of self-distillation are a training state with weights of its own."""
+    folders, name = [tmp_path / n for n in ("whole", "resumed")], "SelfDistillationTrainer"
+    ranks(job_of(name, folders[0], 2, environment=FSDP2), 2)
+    checkpoint = folders[0] / "checkpoint-3"
+    ranks(job_of(name, folders[1], 2, resume=str(checkpoint), environment=FSDP2), 2)
+    whole, resumed = of_rank(folders[0], 0), of_rank(folders[1], 1)
+    assert resumed[1] == whole[1]
+    kept = {key: tensor for key, tensor in whole[0].items() if key.startswith((".model", ".state", ".optimizer"))}
+    assert any(key.startswith(".state") for key in kept)
+    assert all(torch.equal(tensor, resumed[0][key]) for key, tensor in kept.items())
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "HeadPruningTrainer" else pytest.mark.long)
+                                  for n in WHOLE_WEIGHTS])  # fmt: skip
+def test_what_needs_whole_weights_is_refused_before_training(name, tmp_path, fsdp2_on_cpu):
+    def refused(rank):
+        os.environ.update(FSDP2)
+        with pytest.raises(ValueError, match=r"whole (weights|head) (on|in) each"):
+            build(name, tmp_path).train()
+
+    ranks(refused, 2)
+
+
+def calibrated(folder, number):
+    """GPTQ on one of `number` ranks, each with its part of 24 rows: every Hessian, and the model."""
+
+    def job(rank):
+        if number > 1:
+            dist.init_process_group("gloo")
+        hessians = {}
+
+        def keep(W, hessian, *args, name, **kwargs):
+            hessians[name] = hessian.clone()
+            return quantize_weight(W, hessian, *args, name=name, **kwargs)
+
+        with mock.patch.object(block_by_block, "quantize_weight", keep):
+            model = hfc.quantize(
+                tiny_model("llama"), 4, method="gptq", group_size=16, calibration=rows(24, kind="clm").select(
+                    range(rank * 24 // number, (rank + 1) * 24 // number)
+                ), batch_size=4, exact_products=True, split_over_ranks=number > 1,
+            )  # fmt: skip
+        torch.save((hessians, model.state_dict()), folder / f"{number}-{rank}.pt")
+
+    return job
+
+
+def test_calibration_split_over_ranks_gives_the_same_hessians(tmp_path):
+    """In exact arithmetic; in float32 the first layer's agree to rounding, later ones see what was rounded before."""
+    for number in (1, 2):
+        ranks(calibrated(tmp_path, number), number)
+    (one, _), (first, model), (second, other) = (torch.load(tmp_path / f"{n}.pt") for n in ("1-0", "2-0", "2-1"))
+    assert one.keys() == first.keys() and len(one) == 28
+    assert all(torch.equal(hessian, second[name]) for name, hessian in first.items())
+    assert all(torch.equal(tensor, other[name]) for name, tensor in model.items())
+    for name, hessian in one.items():
+        tolerance = 1e-5 if "layers.0." in name and "down" not in name else 5e-2
+        assert (first[name] - hessian).norm() < tolerance * hessian.norm(), name
+
+
+def test_ranks_that_do_not_exist_are_not_split_over():
+    with pytest.raises(ValueError, match="split_over_ranks needs several processes"):
+        hfc.quantize(tiny_model("bert"), 4, method="gptq", calibration=rows(4), split_over_ranks=True)

@@ -5,8 +5,11 @@ import signal
 
 import pytest
 import torch
+from helpers import tiny_model
 from pruning.test_callbacks import OurTrainer, arguments
-from trust.trainers import TRAINERS, assert_same, build, child, data_of, run
+from transformers import TrainerCallback
+from trust.compositions import COMPOSITIONS
+from trust.trainers import TRAINERS, assert_same, build, child, data_of, flat, run
 
 import hf_compress as hfc
 from hf_compress.distillation import METHODS as DISTILLATION
@@ -15,7 +18,8 @@ from hf_compress.quantization import METHODS as QUANTIZATION
 from hf_compress.resume import last_complete_checkpoint
 
 QUICK = ("DistillationTrainer", "HeadPruningTrainer", "QBertTrainer")
-LONG = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.long) for name in TRAINERS]
+CASES = (*TRAINERS, *COMPOSITIONS)
+LONG = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.long) for name in CASES]
 SAVES = {"save_strategy": "steps", "save_steps": 1}
 NUM_KILLS = 10
 
@@ -23,6 +27,13 @@ NUM_KILLS = 10
 def test_every_method_is_among_the_trainers():
     methods = {entry[2] for methods in (DISTILLATION, PRUNING, QUANTIZATION) for entry in methods.values()}
     assert methods <= set(TRAINERS)
+
+
+def test_every_callback_is_among_the_compositions():
+    kinds = {
+        name for name in hfc.__all__ if isinstance(k := getattr(hfc, name), type) and issubclass(k, TrainerCallback)
+    }
+    assert kinds == {type(callback).__name__ for case in COMPOSITIONS.values() for callback in case.callbacks()}
 
 
 @pytest.mark.parametrize("name", LONG)
@@ -44,28 +55,49 @@ def resumed(name, folder, keep):
     return job
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("name", TRAINERS)
-def test_a_run_killed_at_ten_random_moments_ends_in_the_same_bits(name, tmp_path):
-    folders = {n: tmp_path / n for n in ("whole", "killed")}
-    for folder in folders.values():
-        folder.mkdir()
-    status, events = child(resumed(name, folders["whole"], tmp_path / "whole.pt"), folders["whole"])
+def killed_and_whole(job, folder, seed):
+    """What `job(folder, file)` leaves in its file, killed at ten random moments and begun again; and never killed."""
+    folders = {n: folder / n for n in ("whole", "killed")}
+    jobs = {n: job(f, folder / f"{n}.pt") for n, f in folders.items()}
+    for one in folders.values():
+        one.mkdir()
+    status, events = child(jobs["whole"], folders["whole"])
     assert status == 0 and events > 50
-    rng, kills = random.Random(name), 0
+    rng, kills = random.Random(seed), 0
     while kills < NUM_KILLS:
-        kill_at = rng.randrange(1, events // 4)
-        status, _ = child(resumed(name, folders["killed"], tmp_path / "killed.pt"), folders["killed"], kill_at)
+        status, _ = child(jobs["killed"], folders["killed"], rng.randrange(1, events // 4))
         if status == 0:  # what was left to do was over before the kill
             break
         assert status == -signal.SIGKILL
         kills += 1
     assert kills > 3
-    status, _ = child(resumed(name, folders["killed"], tmp_path / "killed.pt"), folders["killed"])
+    status, _ = child(jobs["killed"], folders["killed"])
     assert status == 0
-    found, expected = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in ("killed", "whole"))
-    assert_same(found, expected)
-    assert not list(folders["killed"].glob(".unfinished-*")) and len(list(folders["killed"].glob("checkpoint-*"))) == 2
+    return (torch.load(folder / f"{n}.pt", weights_only=True) for n in ("killed", "whole"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_killed_at_ten_random_moments_ends_in_the_same_bits(name, tmp_path):
+    assert_same(*killed_and_whole(lambda folder, keep: resumed(name, folder, keep), tmp_path, seed=name))
+    folder = tmp_path / "killed"
+    assert not list(folder.glob(".unfinished-*")) and len(list(folder.glob("checkpoint-*"))) == 2
+
+
+@pytest.mark.long
+def test_a_chain_of_assistants_killed_at_ten_random_moments_ends_in_the_same_bits(tmp_path):
+    def job(folder, keep):
+        def chain():
+            args = hfc.DistillationConfig(str(folder), use_cpu=True, max_steps=4, report_to="none", disable_tqdm=True,
+                                          save_total_limit=2, per_device_train_batch_size=4, **SAVES)  # fmt: skip
+            sizes = [{"num_hidden_layers": 3}, {"num_hidden_layers": 2}]
+            data = data_of("DistillationTrainer")
+            student = hfc.distil_through_assistants(tiny_model("bert", seed=3), sizes, args, train_dataset=data)
+            torch.save((flat(student.state_dict()), []), keep)
+
+        return chain
+
+    assert_same(*killed_and_whole(job, tmp_path, seed="assistants"))
 
 
 def test_a_kill_anywhere_in_a_save_leaves_the_last_checkpoint_or_the_new_one(tmp_path):

@@ -14,6 +14,7 @@ from distillation.data import rows
 from helpers import tiny_model
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
+from trust.compositions import COMPOSITIONS, QUICK, Composition
 
 import hf_compress as hfc
 from hf_compress.distillation.students import make_student
@@ -21,7 +22,6 @@ from hf_compress.distillation.trainer import DistillationTrainer
 
 TRAINERS = tuple(name for name in hfc.__all__ if name.endswith("Trainer"))
 CAUSAL = ("WordLevelTrainer",)
-QUICK = {"begin": 0.0, "end": 0.8, "num_updates": 3}
 OPTIONS = {
     "BlockPruningTrainer": {**QUICK, "block_size": 8, "method": "movement"},
     "DistillationTrainer": {"hints": "1:2,2:4", "teacher_noise": 0.1},
@@ -48,21 +48,25 @@ def data_of(name: str, number: int = 24, seed: int = 0):
 
 def build(name: str, folder: Path, *, seed: int = 0, dropout: float | None = None, extra: dict | None = None,
           **options) -> Trainer:  # fmt: skip
-    """The trainer `name` with a fresh model. `options` go to its config, `extra` to the trainer itself."""
+    """The trainer or composition `name` with a fresh model. `options` go to its config, `extra` to the trainer."""
+    case = COMPOSITIONS.get(name, Composition(name))
+    name = case.trainer
     kind, config = getattr(hfc, name), getattr(hfc, name.replace("Trainer", "Config"))
     family, changes = ("llama", {}) if name in CAUSAL else ("bert", quiet(dropout))
     teacher = tiny_model(family, seed=3, **changes)
     torch.manual_seed(seed)
-    arguments = {"train_dataset": data_of(name), "eval_dataset": data_of(name, 8, seed=1)}
+    student = case.student(make_student(teacher, num_hidden_layers=2))
+    arguments = {"train_dataset": data_of(name), "eval_dataset": data_of(name, 8, seed=1), **(extra or {})}
+    arguments["callbacks"] = [*case.callbacks(), *arguments.get("callbacks", ())]
     if name == "MutualTrainer":
         arguments["peers"] = [tiny_model(family, seed=seed + 4, num_hidden_layers=1, **changes)]
     elif issubclass(kind, DistillationTrainer) and name != "SelfDistillationTrainer":
-        arguments["teacher_model"] = teacher
+        arguments["teacher_model"] = case.teacher(teacher, student, folder)
     torch.manual_seed(seed)
     defaults = dict(use_cpu=True, max_steps=6, per_device_train_batch_size=4, logging_steps=1, report_to="none",
                     save_strategy="no", disable_tqdm=True, learning_rate=1e-3)  # fmt: skip
-    args = config(str(folder), **{**defaults, **OPTIONS.get(name, {}), **options})
-    return kind(make_student(teacher, num_hidden_layers=2), args, **{**arguments, **(extra or {})})
+    args = config(str(folder), **{**defaults, **OPTIONS.get(name, {}), **case.options, **options})
+    return kind(None if "model_init" in arguments else student, args, **arguments)
 
 
 def flat(value, prefix: str = "") -> dict[str, Tensor]:
@@ -71,6 +75,7 @@ def flat(value, prefix: str = "") -> dict[str, Tensor]:
         items = value.items() if isinstance(value, dict) else enumerate(value)
         return {name: found for key, v in items for name, found in flat(v, f"{prefix}.{key}").items()}
     if isinstance(value, Tensor):
+        value = value.full_tensor() if hasattr(value, "full_tensor") else value  # sharded: what all ranks hold
         return {prefix: value.detach().clone()}
     return {prefix: torch.tensor(float(value))} if isinstance(value, (int, float)) else {}
 
