@@ -8,6 +8,7 @@ The p_l are targets: no gradient flows into them (eq. 1 to 4; eq. 7 for more tha
 step.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +50,7 @@ class MutualTrainer(DistillationTrainer):
     """
 
     config_class = MutualConfig
+    _starts: Sequence[dict[str, Tensor]] = ()  # the peers' weights before training, kept where `model_init` begins anew
 
     def __init__(self, model=None, args=None, peers: Sequence[nn.Module | str | Path] = (), **kwargs):
         if isinstance(peers, nn.Module | str | Path) or not len(peers):
@@ -58,7 +60,15 @@ class MutualTrainer(DistillationTrainer):
     def prepare_teacher(self, teacher: nn.Module) -> nn.Module:
         if unfit := [type(p).__name__ for p in teachers_of(teacher) if isinstance(p, CachedTeacher | AdapterTeacher)]:
             raise ValueError(f"Peers learn, so they must be models of their own, got {unfit[0]}.")
+        if self.model_init is not None:
+            self._starts = [copy.deepcopy(peer.state_dict()) for peer in teachers_of(teacher)]
         return teacher.to(self.args.device)
+
+    def call_model_init(self, trial=None):
+        """With a new model the peers, too, begin as they were given."""
+        for peer, start in zip(self.peers if self._starts else (), self._starts, strict=True):
+            peer.load_state_dict(start)
+        return super().call_model_init(trial)
 
     @property
     def peers(self) -> tuple[nn.Module, ...]:

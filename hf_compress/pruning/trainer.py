@@ -55,6 +55,14 @@ class PruningTrainer(TrainingStateMixin):
         super().__init__(model, args, callbacks=callbacks, **kwargs)
         _ = self.training_state  # built now, so that what is wrong with the model is said before training
 
+    def _hp_search_setup(self, trial) -> None:
+        """In a hyper-parameter search each trial has its own settings, and a callback made from them."""
+        super()._hp_search_setup(trial)
+        if trial is not None:
+            self.remove_callback(self.pruning)
+            self.pruning = self.args.callback()
+            self.add_callback(self.pruning)
+
     def train(self, *args, **kwargs):
         output = super().train(*args, **kwargs)
         self.finish()

@@ -65,14 +65,39 @@ class QBertTrainer(TrainingStateMixin, Trainer):
         model: fine-tuned already, which is where Q-BERT starts.
     """
 
-    def __init__(self, model: PreTrainedModel, args: QBertConfig, *, bits: Mapping[str, int] | None = None, **kwargs):
-        super().__init__(model, args, **kwargs)
-        if not any(isinstance(module, FakeQuantized) for module in model.modules()):
-            self.bits = dict(bits) if bits is not None else self.choose_bits()
-            prepare_qat(model, self.bits, num_groups=args.num_groups, embedding_bits=args.embedding_bits,
+    def __init__(
+        self,
+        model: PreTrainedModel | None = None,
+        args: QBertConfig | None = None,
+        *,
+        bits: Mapping[str, int] | None = None,
+        **kwargs,
+    ):
+        super().__init__(model, QBertConfig("trainer_output") if args is None else args, **kwargs)
+        self._given_bits, self._callback = bits, None
+        self._prepare()
+
+    def _hp_search_setup(self, trial) -> None:
+        """A new model of `model_init` is prepared as well, by the settings of its trial."""
+        super()._hp_search_setup(trial)
+        if not self._is_prepared:
+            self._prepare()
+
+    @property
+    def _is_prepared(self) -> bool:
+        return any(isinstance(module, FakeQuantized) for module in self.model.modules())
+
+    def _prepare(self) -> None:
+        args: QBertConfig = self.args
+        if not self._is_prepared:
+            self.bits = dict(self._given_bits) if self._given_bits is not None else self.choose_bits()
+            prepare_qat(self.model, self.bits, num_groups=args.num_groups, embedding_bits=args.embedding_bits,
                         learned_steps=args.learned_steps)  # fmt: skip
-        self.add_callback(QuantizationAware(refresh_steps=args.refresh_steps, start_bits=args.start_bits,
-                                            lowering_ratio=args.lowering_ratio))  # fmt: skip
+        if self._callback is not None:
+            self.remove_callback(self._callback)
+        self._callback = QuantizationAware(refresh_steps=args.refresh_steps, start_bits=args.start_bits,
+                                           lowering_ratio=args.lowering_ratio)  # fmt: skip
+        self.add_callback(self._callback)
 
     def choose_bits(self) -> dict[str, int]:
         """Bits for every linear map of the layers, from their sensitivity on a subsample of the training data."""

@@ -1,23 +1,28 @@
 """What users of `Trainer` rely on, for every trainer of the project: they are Trainers, so all of it works."""
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
-from distillation.data import rows
 from helpers import tiny_model
 from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, TrainerCallback
-from trust.trainers import TRAINERS, build, data_of, run
+from trust.trainers import CAUSAL, TRAINERS, build, data_of, run
 
 import hf_compress as hfc
 from hf_compress.distillation.students import make_student
+from hf_compress.distillation.trainer import DistillationTrainer
 from hf_compress.pruning.trainer import PruningTrainer
 
 QUICK = ("PKDTrainer", "BlockPruningTrainer", "QBertTrainer")
 LONG = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.long) for name in TRAINERS]
 # They draw anew in each forward, watch the range of each, or compare examples that are in a batch together.
 CUT_DEPENDENT = {"HeadGatesTrainer", "LayerPruningTrainer", "QBertTrainer", "RelationalTrainer", "TheseusTrainer"}
+# All that can learn from a teacher alone: there are labels behind the others' losses, whatever alpha is.
+DISTILLING = {n for n in TRAINERS if issubclass(getattr(hfc, n), DistillationTrainer)} - {
+    "SelfDistillationTrainer", "TheseusTrainer"
+}  # fmt: skip
 ACCUMULATING = [p for p in LONG if p.values[0] not in CUT_DEPENDENT]
 
 
@@ -82,22 +87,75 @@ def test_iterable_datasets_are_trained_on_for_max_steps(name, tmp_path):
     assert sum("loss" in entry for entry in trainer.state.log_history) == 3
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("name", ["DistillationTrainer", "HeadPruningTrainer"])
-def test_hyper_parameter_search_starts_each_trial_afresh(name, tmp_path):
+# What a trial changes, so that nothing of it is passed over, beside a setting that every trial has alike.
+SEARCHED = {
+    "HeadPruningTrainer": ("sparsity", 0.2),
+    "QBertTrainer": ("average_bits", 8.0),
+    "DistillationTrainer": ("hints", "1:1"),
+    "SelfDistillationTrainer": ("hint_weight", 0.0),
+    "MutualTrainer": ("alpha", 0.0),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_hyper_parameter_search_starts_each_trial_afresh_by_its_settings(name, tmp_path):
+    """Two trials with the same settings end alike, bit for bit; one with others does not."""
     pytest.importorskip("optuna")
-    kind, config = getattr(hfc, name), getattr(hfc, name.replace("Trainer", "Config"))
-    teacher = tiny_model("bert", seed=3)
+    setting, value = SEARCHED.get(name, ("learning_rate", 5e-3))
+    plain, changed = {"learning_rate": 1e-3}, {"learning_rate": 1e-3, setting: value}
+    losses = []
+    family = "llama" if name in CAUSAL else "bert"
+    student = make_student(tiny_model(family, seed=3), num_hidden_layers=2)
 
-    def model_init(trial=None):
-        torch.manual_seed(0)
-        return make_student(teacher, num_hidden_layers=2)
+    def objective(metrics):
+        losses.append(metrics["eval_loss"])
+        return metrics["eval_loss"]
 
-    args = config(str(tmp_path), use_cpu=True, max_steps=6, report_to="none", disable_tqdm=True, save_strategy="no",
-                  eval_strategy="steps", eval_steps=6)  # fmt: skip
-    extra = {"teacher_model": teacher} if name == "DistillationTrainer" else {}
-    trainer = kind(None, args, model_init=model_init, train_dataset=rows(), eval_dataset=rows(8), **extra)
-    best = trainer.hyperparameter_search(
-        lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-3)}, n_trials=2, backend="optuna"
-    )
-    assert best.objective > 0 and 1e-4 <= best.hyperparameters["learning_rate"] <= 1e-3
+    saves = {"save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps", "eval_steps": 3}
+    trainer = build(name, tmp_path, max_steps=3, **saves, extra={"model_init": lambda: copy.deepcopy(student)})
+    trainer.hyperparameter_search(lambda trial: (plain, plain, changed)[trial.number], compute_objective=objective,
+                                  n_trials=3, backend="optuna")  # fmt: skip
+    assert losses[0] == losses[1] != losses[2] and all(loss > 0 for loss in losses)
+    assert {p.name for p in tmp_path.iterdir()} >= {"run-0", "run-1", "run-2"}
+
+
+class Start(TrainerCallback):
+    """What the model and the training state hold before the first step that is trained."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        self.state = {name: tensor.clone() for name, tensor in model.hfc_training_state.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_a_run_goes_on_with_another_batch_size(name, tmp_path):
+    """From the checkpoint's weights and state, over the epoch's remaining examples, to the same number of steps."""
+    build(name, tmp_path, max_steps=4, save_strategy="steps", save_steps=2).train()
+    start, checkpoint = Start(), tmp_path / "checkpoint-2"
+    trainer = build(name, tmp_path, seed=9, max_steps=4, per_device_train_batch_size=2, extra={"callbacks": [start]})
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    weights = load_file(checkpoint / "model.safetensors")
+    assert weights and all(torch.equal(start.weights[key], tensor) for key, tensor in weights.items())
+    if start.state:
+        kept = load_file(checkpoint / "training_state.safetensors")
+        assert kept.keys() == start.state.keys() and all(torch.equal(start.state[key], t) for key, t in kept.items())
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2, 3, 4]
+
+
+WITHOUT_LABELS = [p for p in LONG if p.values[0] in DISTILLING]
+
+
+@pytest.mark.parametrize("name", WITHOUT_LABELS)
+def test_losses_that_read_no_labels_are_told_of_data_without_any(name, tmp_path):
+    """With alpha=1 a trainer trains, evaluates and predicts as it does where labels are there."""
+    data = data_of(name, 8)
+    trainer = build(name, tmp_path, alpha=1.0, max_steps=1)
+    expected = trainer.evaluate(data)
+    found = trainer.evaluate(data.remove_columns("labels"))
+    losses = {key: value for key, value in expected.items() if key.endswith("loss")}
+    assert len(losses) > 1
+    assert {key: found[key] for key in losses} == pytest.approx(losses, rel=1e-6)
+    output = trainer.predict(data.remove_columns("labels"))
+    assert len(output.predictions) == 8 and output.label_ids is None
+    trainer.train_dataset = data_of(name).remove_columns("labels")
+    assert trainer.train().global_step == 1

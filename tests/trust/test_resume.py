@@ -48,8 +48,8 @@ def resumed(name, folder, keep):
     """A run that goes on from the last whole checkpoint, if there is one."""
 
     def job():
-        result = run(name, folder, resume=last_complete_checkpoint(folder), seed=9 if any(folder.iterdir()) else 0,
-                     save_total_limit=2, **SAVES)  # fmt: skip
+        last = last_complete_checkpoint(folder)
+        result = run(name, folder, resume=last, seed=9 if last else 0, save_total_limit=2, **SAVES)
         torch.save(result, keep)
 
     return job
