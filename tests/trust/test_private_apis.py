@@ -1,12 +1,14 @@
 """What is relied on in Transformers without being promised by it: a version that has moved it fails here, by name."""
 
 import inspect
+from unittest import mock
 
 import pytest
 import transformers
-from helpers import tiny_model
+from helpers import tiny_batch, tiny_model
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.modeling_utils import AttentionInterface
 from transformers.quantizers import HfQuantizer
 
 WHERE = f"Transformers {transformers.__version__}"
@@ -15,6 +17,51 @@ OVERRIDDEN = (  # in hf_compress/training_state.py and the trainers made of it
     "_save_checkpoint", "_save_optimizer_and_scheduler", "_save_rng_state", "_save_scaler", "call_model_init",
     "save_model", "training_step",
 )  # fmt: skip
+
+CALLED = (  # by trainers of hf_compress
+    "_get_collator_with_removed_columns", "_prepare_inputs", "_remove_unused_columns",
+    "_set_signature_columns_if_needed", "compute_loss_context_manager", "create_scheduler", "evaluation_loop",
+    "get_batch_samples", "prediction_step",
+)  # fmt: skip
+ATTRIBUTES = (  # of a trainer, set by its __init__
+    "can_return_loss", "label_smoother", "loss_is_scaled_for_ga", "model_accepts_loss_kwargs", "_signature_columns",
+    "_created_lr_scheduler",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_the_trainer_has_what_ours_calls_and_extends(name):
+    assert hasattr(Trainer, name), f"{WHERE}: Trainer.{name} is gone; trainers of hf_compress call or extend it."
+
+
+def test_a_trainer_has_the_attributes_that_ours_read(tmp_path):
+    trainer = Trainer(tiny_model("bert"), TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
+    assert not (gone := [name for name in ATTRIBUTES if not hasattr(trainer, name)]), (
+        f"{WHERE}: a Trainer lacks {gone}."
+    )
+
+
+def test_attention_is_looked_up_where_a_capture_listens():
+    """`hf_compress/capture.py` replaces the look-up while it is open."""
+    seen, look_up = [], AttentionInterface.get_interface
+
+    def listen(self, name, default):
+        seen.append(name)
+        return look_up(self, name, default)
+
+    with mock.patch.object(AttentionInterface, "get_interface", listen):
+        model = tiny_model("bert")
+        model(**tiny_batch(model))
+    assert len(seen) == 4, f"{WHERE}: attention is not looked up by AttentionInterface.get_interface, once a layer."
+
+
+def test_models_say_what_is_tied_and_what_may_be_unexpected():
+    """`hf_compress/checkpoint` reads and changes both."""
+    model = tiny_model("bert", "mlm")
+    tied = getattr(model, "all_tied_weights_keys", {})
+    table = "bert.embeddings.word_embeddings.weight"
+    assert tied.get("cls.predictions.decoder.weight") == table, f"{WHERE}: all_tied_weights_keys is gone, or otherwise."
+    assert hasattr(model, "_keys_to_ignore_on_load_unexpected"), f"{WHERE}: models name no tensors to ignore any more."
 
 
 @pytest.mark.parametrize("name", OVERRIDDEN)
