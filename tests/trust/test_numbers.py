@@ -1,11 +1,14 @@
-"""NaN and infinity are found where they arise and named; training in bfloat16 stays finite."""
+"""NaN and infinity are found where they arise and named; half precision stays finite, deterministic mode repeats."""
 
 import math
+import os
+from functools import partial
+from unittest import mock
 
 import pytest
 import torch
 from helpers import tiny_model
-from trust.trainers import TRAINERS, build
+from trust.trainers import TRAINERS, assert_same, build, run
 
 from hf_compress.finite import find_not_finite
 
@@ -43,9 +46,33 @@ def test_the_layer_or_the_input_where_it_arises_is_named():
 
 
 @pytest.mark.parametrize("name", LONG)
-def test_training_in_bfloat16_stays_finite(name, tmp_path):
-    trainer = build(name, tmp_path, max_steps=3, bf16=True)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_training_in_half_precision_stays_finite(name, dtype, tmp_path):
+    """For float16 `Trainer` asks for a GPU, so its autocast is put in place by hand, without a loss scale."""
+    trainer = build(name, tmp_path, max_steps=3, bf16=dtype == torch.bfloat16)
+    if dtype == torch.float16:
+        trainer.compute_loss_context_manager = partial(torch.autocast, "cpu", dtype)
+    kinds = set()
+    projection = next(m for m in trainer.model.modules() if isinstance(m, torch.nn.Linear))
+    projection.register_forward_hook(lambda module, args, output: kinds.add(output.dtype))
     trainer.train()
     losses = [value for entry in trainer.state.log_history for key, value in entry.items() if key.endswith("loss")]
     assert len(losses) >= 3 and all(map(math.isfinite, losses))
     assert all(tensor.isfinite().all() for tensor in trainer.model.state_dict().values())
+    assert kinds == {dtype}
+
+
+@pytest.fixture
+def restored():
+    """Deterministic mode is a setting of the process."""
+    with mock.patch.dict(os.environ):
+        yield
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.deterministic = False
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_deterministic_mode_gives_the_same_bits_twice(name, tmp_path, restored):
+    first, second = (run(name, tmp_path / n, max_steps=3, full_determinism=True) for n in "12")
+    assert torch.are_deterministic_algorithms_enabled()
+    assert_same(first, second)
