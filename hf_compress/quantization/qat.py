@@ -4,6 +4,7 @@ The weights stay where they are and as precise as they are, so any `Trainer` tra
 is an ordinary one. The grids belong to the trainer, which saves them beside the optimiser (see `training_state`).
 """
 
+import logging
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -17,6 +18,8 @@ from hf_compress.checkpoint.bits import settle_bits
 from hf_compress.quantization.fake_quantize import ActivationQuantizer, WeightQuantizer
 from hf_compress.quantization.modules import choose_modules, install, matrix
 from hf_compress.training_state import STATE_NAME, check_whole
+
+logger = logging.getLogger(__name__)
 
 WIDTHS = (8, 4, 3, 2)  # the way down when bits are lowered in stages
 
@@ -157,7 +160,8 @@ class QuantizationAware(TrainerCallback):
     """Keeps the grids of a prepared model up to date in any of our trainers.
 
     refresh_steps    choose the grids anew after so many steps, where step sizes are not learned
-    start_bits       begin with so many bits and go down through 8, 4, 3 and 2 to each module's own
+    start_bits       begin with so many bits and go down through 8, 4, 3 and 2 to each module's own; with
+                     `load_best_model_at_end` only what was evaluated at the last of them counts
     lowering_ratio   share of the training that this takes
     """
 
@@ -194,14 +198,24 @@ class QuantizationAware(TrainerCallback):
             module.weight_quantizer.bits = width  # resumed: the grid of the step before came with the checkpoint
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
+        is_lower = False
         for name, module in fake_modules(model):
             quantizer = module.weight_quantizer
             width = self._width(self.targets[name], state.global_step, state.max_steps)
             is_due = state.global_step % self.refresh_steps == 0 and not quantizer.learned
+            is_lower |= width != quantizer.bits
             if is_due or width != quantizer.bits:
                 quantizer.refresh(matrix(module), width)
+        if is_lower:  # what more bits reached is no measure for fewer, and their grids fit no other width
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
+        for name, module in fake_modules(model):
+            if (bits := module.weight_quantizer.bits) != self.targets[name]:
+                logger.warning(f"The training ended early: {name} has {bits} bits instead of {self.targets[name]}.")
+                break
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None and hasattr(model, STATE_NAME):
+            return  # the grids came with the best checkpoint
         for _, module in fake_modules(model):
             if not module.weight_quantizer.learned:
                 module.weight_quantizer.refresh(matrix(module))

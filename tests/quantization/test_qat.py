@@ -3,7 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_compress.layers.packed_embedding import PackedEmbedding
 from hf_compress.layers.packed_linear import PackedLinear
@@ -63,8 +63,9 @@ def dataset(model, rows=32):
 
 
 def arguments(tmp_path, kind=QBertConfig, **options):
-    return kind(output_dir=str(tmp_path), per_device_train_batch_size=8, max_steps=6, learning_rate=1e-2,
-                report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True, **options)  # fmt: skip
+    defaults = dict(per_device_train_batch_size=8, max_steps=6, learning_rate=1e-2, save_strategy="no")
+    defaults |= dict(report_to="none", use_cpu=True, disable_tqdm=True)
+    return kind(output_dir=str(tmp_path), **{**defaults, **options})
 
 
 @pytest.mark.parametrize("options", [{}, {"learned_steps": True}, {"start_bits": 8, "lowering_ratio": 0.9}],
@@ -109,6 +110,41 @@ def test_bits_go_down_in_stages():
         (callback.on_train_begin if step == 0 else callback.on_step_begin)(None, state, None, model=model)
         seen.append(dict(fake_modules(model))["bert.encoder.layer.0.output.dense"].weight_quantizer.bits)
     assert seen == [8] * 4 + [4] * 4 + [3] * 4 + [2] * 20
+
+
+@pytest.mark.parametrize("learned", [False, True], ids=["searched", "learned"])
+def test_the_best_checkpoint_is_one_of_the_final_bits_and_comes_back_whole(learned, tmp_path):
+    """Every evaluation looks worse than the one before, so the first that counts is the best."""
+    model, seen = tiny_model("bert", num_hidden_layers=1), []
+
+    def worse_each_time(predictions):
+        seen.append(torch.tensor(predictions.predictions))
+        return {"score": -len(seen)}
+
+    data = dataset(model)
+    args = arguments(tmp_path, average_bits=2, start_bits=3, lowering_ratio=0.5, learned_steps=learned, refresh_steps=2,
+                     max_steps=4, eval_strategy="steps", save_strategy="steps", eval_steps=1, save_steps=1,
+                     load_best_model_at_end=True, metric_for_best_model="score")  # fmt: skip
+    trainer = QBertTrainer(model, args, train_dataset=data, eval_dataset=data, compute_metrics=worse_each_time)
+    trainer.train()
+    assert trainer.state.best_global_step == 2 and len(seen) == 4  # trained with 3, 2, 2 and 2 bits
+    assert {m.weight_quantizer.bits for n, m in fake_modules(model) if n in trainer.bits} == {2}
+    best = torch.tensor(trainer.predict(data).predictions)
+    assert torch.equal(best, seen[1]) and not torch.equal(best, seen[3])
+    batch = {"input_ids": torch.tensor(data["input_ids"])}
+    torch.testing.assert_close(trainer.pack().eval()(**batch).logits, best)
+
+
+class StopEarly(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = True
+
+
+def test_a_training_that_stops_before_its_bits_are_reached_says_so(tmp_path, caplog):
+    model = tiny_model("bert", num_hidden_layers=1)
+    args = arguments(tmp_path, average_bits=2, start_bits=8)
+    QBertTrainer(model, args, train_dataset=dataset(model), callbacks=[StopEarly()]).train()
+    assert "has 8 bits instead of 2" in caplog.text
 
 
 def test_a_prepared_model_saves_as_an_ordinary_one(tmp_path):
