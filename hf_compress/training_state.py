@@ -82,8 +82,11 @@ class TrainingStateMixin(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        if self.loss_is_scaled_for_ga is None and self.model is not None and has_own_mean(self.model):
-            self.model_accepts_loss_kwargs = False
+        if getattr(self, "loss_is_scaled_for_ga", None) is None:
+            if self.model is not None and has_own_mean(self.model):
+                self.model_accepts_loss_kwargs = False
+        elif not hasattr(Trainer, "loss_is_scaled_for_ga"):  # 5.17 leaves a loss undivided if there is such a function
+            self.compute_loss_func = self.compute_loss
 
     @property
     def training_state(self) -> TrainingState:

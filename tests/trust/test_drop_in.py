@@ -79,6 +79,21 @@ def test_gradient_accumulation_trains_as_the_whole_batch(name, tmp_path):
             torch.testing.assert_close(cut[key], tensor, rtol=1e-4, atol=1e-6, msg=key)
 
 
+def test_gradient_accumulation_without_labels_trains_as_the_whole_batch(tmp_path):
+    """`Trainer` counts labels to know whether a loss is divided already."""
+    data = data_of("DistillationTrainer").remove_columns("labels")
+    options = {"dropout": 0.0, "max_steps": 2, "optim": "sgd", "learning_rate": 1e-1, "alpha": 1.0,
+               "teacher_noise": 0.0, "extra": {"train_dataset": data}}  # fmt: skip
+    whole, _ = run("DistillationTrainer", tmp_path, per_device_train_batch_size=8, **options)
+    cut, _ = run(
+        "DistillationTrainer", tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4, **options
+    )
+    start = build("DistillationTrainer", tmp_path).model.state_dict()
+    moved = sum((whole[f"end.{key}"] - tensor).norm() for key, tensor in start.items())
+    apart = sum((whole[f"end.{key}"] - cut[f"end.{key}"]).norm() for key in start)
+    assert moved > 0 and apart < 1e-3 * moved
+
+
 @pytest.mark.parametrize("name", LONG)
 def test_iterable_datasets_are_trained_on_for_max_steps(name, tmp_path):
     data = data_of(name, 8).to_iterable_dataset()
