@@ -87,7 +87,7 @@ def _open(source: str) -> DatasetDict:
         if path.suffix not in kinds:
             raise ValueError(f"{source} must be a CSV, TSV, JSON or text file, got {path.suffix or 'no ending'}.")
         options = {"sep": "\t"} if path.suffix == ".tsv" else {}
-        return load_dataset(kinds[path.suffix], data_files={"train": str(path)}, **options)
+        return _load_files(kinds[path.suffix], {"train": str(path)}, source, **options)
     if path.is_dir():
         if (path / "dataset_dict.json").is_file():
             return DatasetDict.load_from_disk(source)
@@ -98,13 +98,21 @@ def _open(source: str) -> DatasetDict:
                 f"{source} has no train.csv or train.json: it has {sorted(p.name for p in path.iterdir())}."
             )
         kind = kinds[Path(files["train"]).suffix]
-        return load_dataset(kind, data_files={n: f for n, f in files.items() if n in ("train", "validation", "test")})
+        return _load_files(kind, {n: f for n, f in files.items() if n in ("train", "validation", "test")}, source)
     try:
         return load_dataset(source)
     except Exception as error:  # of many kinds: no network, no such name, no permission
         raise ValueError(
             f"{source!r} is no file or folder, and opening it as a dataset of the Hub failed: {error}"
         ) from error
+
+
+def _load_files(kind: str, files: dict[str, str], source: str, **options: str) -> DatasetDict:
+    try:
+        return load_dataset(kind, data_files=files, **options)
+    except Exception as error:  # of many kinds: nothing in it, lines of different lengths, another encoding
+        reason = str(error.__cause__ or error).partition("\n")[0]
+        raise ValueError(f"{source} cannot be read as {kind}, with at least one example: {reason}") from error
 
 
 def _choose(name: str | None, usual: tuple[str, ...], columns: list[str], source: str) -> str:
@@ -136,6 +144,12 @@ def _with_all_splits(splits: DatasetDict, stratify_by: str | None = "label") -> 
     size = len(splits["train"])
     for name in [name for name in ("validation", "test") if name not in splits]:
         share = round(size * HELD_OUT_SHARES[name])
-        parts = splits["train"].train_test_split(share, seed=0, stratify_by_column=stratify_by)
+        try:
+            parts = splits["train"].train_test_split(share, seed=0, stratify_by_column=stratify_by)
+        except ValueError as error:
+            raise ValueError(
+                f"{size} examples are too few to hold out {HELD_OUT_SHARES[name]:.0%} of each label for {name}: "
+                f"{error} Give more of them, or files for train, validation and test."
+            ) from error
         splits["train"], splits[name] = parts["train"], parts["test"]
     return splits

@@ -265,7 +265,8 @@ def _hub_errors(repo_id: str) -> Iterator[None]:
             409: f"{repo_id} was changed by someone else at the same time. Run the same command again",
             413: "the Hub finds a file too large. Save with a smaller max_shard_size",
         }
-        what = sentences.get(status, f"it answered {status}. Nothing of this commit can be seen; run the same again")
+        happened = f"it answered {status}" if isinstance(status, int) else f"the connection broke off ({status})"
+        what = sentences.get(status, f"{happened}. Nothing of this commit can be seen; run the same again")
         kind = HubPermissionError if status in (401, 403) else HubError
         raise kind(f"Publishing {repo_id} failed: {what}.") from error
 

@@ -132,7 +132,7 @@ def table(results: list[dict]) -> str:
     return "\n".join([*lines, f"{len(results)} comparisons, {seconds:.0f} s"])
 
 
-def power_table(draws: int = 1000) -> str:
+def power_table(draws: int = 2000) -> str:
     """How often McNemar's test finds a loss of `LOSS` on average, the sentences of each test set drawn at random."""
     shares, sizes = (0.03, 0.05, 0.08, 0.12, 0.16), (1000, 1500, 2500, 5000)
     lines = ["sentences  " + "  ".join(f"{share:>5.0%} differ" for share in shares)]
@@ -140,10 +140,9 @@ def power_table(draws: int = 1000) -> str:
     for size in sizes:
         cells = []
         for share in shares:
-            lost, won = (share + LOSS) / 2, (share - LOSS) / 2
-            kinds = torch.multinomial(torch.tensor([lost, won, 1 - share]), draws * size, replacement=True,
-                                      generator=generator).view(draws, size)  # fmt: skip
-            counts = zip((kinds == 0).sum(1).tolist(), (kinds == 1).sum(1).tolist(), strict=True)
+            differ = torch.binomial(torch.full((draws,), float(size)), torch.full((draws,), share), generator=generator)
+            lost = torch.binomial(differ, torch.full((draws,), (share + LOSS) / (2 * share)), generator=generator)
+            counts = zip(lost.int().tolist(), (differ - lost).int().tolist(), strict=True)
             cells.append(sum(p_value(only, other) < 0.05 and only > other for only, other in counts) / draws)
         lines.append(f"{size:>9}  " + "  ".join(f"{cell:>12.0%}" for cell in cells))
     return "\n".join(lines)

@@ -31,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [word for word in arguments if word != "--debug"]
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    level = logging.WARNING if _is_first() else logging.ERROR  # of several processes one tells how far they are
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     try:
         return _run(arguments)
     except SystemExit as stop:  # of --help
@@ -96,8 +97,12 @@ def _sentence(error: Exception) -> str:
     return " ".join(text.split())
 
 
+def _is_first() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 def _fail(text: str, code: int) -> int:
-    if int(os.environ.get("RANK", 0)) == 0:
+    if _is_first():
         sys.stderr.write(f"hf-compress: {text}\n")
     return code
 

@@ -8,7 +8,7 @@ import sys
 from hf_compress.commands.parser import Parser, add_options
 from hf_compress.recipe.data import DataOptions
 from hf_compress.recipe.options import RecipeError, read_yaml
-from hf_compress.recipe.recipe import Recipe, RecipeResult, ready_recipes
+from hf_compress.recipe.recipe import Recipe, RecipeResult, is_main, ready_recipes
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +112,9 @@ def command_line(verb: str, arguments: list[str]) -> str:
 
 
 def show(result: RecipeResult) -> None:
-    """Say where things are; the table of the last evaluation first."""
+    """Say where things are, once for all processes; the table of the last evaluation first."""
+    if not is_main():
+        return
     table = result.output / "report.md"
     lines = [table.read_text().partition("\n\n")[0], ""] if table.is_file() else []
     lines.append(f"model   {result.model}")

@@ -123,10 +123,12 @@ class Recipe:
         records: list[dict[str, Any]] = []
         for number, stage in enumerate(self.stages, 1):
             current = made[-1]
-            fingerprint = self._fingerprint(stage, made, data)
+            fingerprint = self._fingerprint(stage, made, data, records)
             folder = store.folder(number, stage.name, fingerprint)
             record = store.record(folder)
             if record is None:
+                if stage.kind == "publish" and is_main():  # whatever the Hub says, all that was made is in its place
+                    self._leave(store, made, records)
                 logger.warning("%d/%d %s", number, len(self.stages), stage.name)
                 record = self._run_stage(stage, store, folder, fingerprint, made, data, records, command)
             else:
@@ -135,43 +137,44 @@ class Recipe:
             if (folder / "model").is_dir():
                 current = Made(stage.name, folder / "model", fingerprint)
                 made.append(current)
-            if _is_main() and stage.kind == "evaluate":
+            if is_main() and stage.kind == "evaluate":
                 for file in REPORT_FILES:
                     if (folder / file).is_file():
                         store.copy_out(folder / file, file)
-        source = made[-1].source
-        if _is_main():
-            (store.output / "recipe.yaml").write_text(self.to_yaml())
-            (store.output / "stages.json").write_text(json.dumps(records, indent=2))
-            if len(made) > 1:
-                source = self._copy_model(store, made[-1])
+        source = self._leave(store, made, records) if is_main() else made[-1].source
         return RecipeResult(store.output, source, tuple(records))
+
+    def _leave(self, store: Store, made: Sequence[Made], records: Sequence[Mapping[str, Any]]) -> Path | str:
+        """Write what the output holds beside the stages. Returns where the model is."""
+        (store.output / "recipe.yaml").write_text(self.to_yaml())
+        (store.output / "stages.json").write_text(json.dumps(records, indent=2))
+        return self._copy_model(store, made[-1]) if len(made) > 1 else made[-1].source
 
     def _run_stage(
         self, stage: Stage, store: Store, folder: Path, fingerprint: str, made: Sequence[Made], data: RecipeData,
         before: Sequence[Mapping[str, Any]], command: str | None,
     ) -> dict[str, Any]:  # fmt: skip
         start = time.time()
-        partial = store.begin(folder) if _is_main() else folder.with_name(folder.name + ".partial")
+        partial = store.begin(folder) if is_main() else folder.with_name(folder.name + ".partial")
         _wait_for_all()
         record = {"name": stage.name, "kind": stage.kind, "options": dict(stage.given), "folder": folder.name,
                   "fingerprint": fingerprint, "version": __version__}  # fmt: skip
         if stage.kind == "evaluate":
             figures = {}
-            if _is_main():
+            if is_main():
                 sources = {one.name: one.source for one in made}
                 models = chosen_models(stage.own, sources, made[-1].name, self._reference(made))
                 report = evaluate(stage.own, models, data, command or f"hf-compress run {self.name}")
                 report.save(partial)
                 figures = main_figures(report)
         elif stage.kind == "publish":
-            figures = self._publish(stage, made, before, partial) if _is_main() else {}
+            figures = self._publish(stage, made, before, partial) if is_main() else {}
         else:
-            work = Work(partial, made[-1].source, self._teacher(stage, made), data, self.seed, saves=_is_main())
-            if stage.parts or stage.method.trains or _is_main():
+            work = Work(partial, made[-1].source, self._teacher(stage, made), data, self.seed, saves=is_main())
+            if stage.parts or stage.method.trains or is_main():
                 figures = change_model(stage, work)
         _wait_for_all()
-        if _is_main():
+        if is_main():
             store.finish(folder, {**record, "seconds": round(time.time() - start, 1), "figures": figures})
         _wait_for_all()
         return store.record(folder)
@@ -179,7 +182,7 @@ class Recipe:
     def _publish(
         self, stage: Stage, made: Sequence[Made], before: Sequence[Mapping[str, Any]], folder: Path
     ) -> dict[str, Any]:
-        report = next((r for r in reversed(before) if r["kind"] == "evaluate"), None)
+        report = _last_evaluation(before)
         options = stage.own
         found = publish(
             made[-1].source,
@@ -192,7 +195,9 @@ class Recipe:
         )
         return {"repo_id": found.repo_id, "files": found.files, "url": found.url}
 
-    def _fingerprint(self, stage: Stage, made: Sequence[Made], data: RecipeData) -> str:
+    def _fingerprint(
+        self, stage: Stage, made: Sequence[Made], data: RecipeData, before: Sequence[Mapping[str, Any]]
+    ) -> str:
         """Of everything that the result of `stage` depends on."""
         parts = stage.parts or (stage,)
         options = [[part.kind, part.method.name, *map(settings, part.options)] for part in parts]
@@ -201,6 +206,8 @@ class Recipe:
             sources = {one.name: one.source for one in made}
             chosen = chosen_models(stage.own, sources, made[-1].name, self._reference(made))
             others = {one.name: one.fingerprint for one in made if one.name in chosen}
+        if stage.kind == "publish" and (report := _last_evaluation(before)):
+            others["report"] = report["fingerprint"]
         teacher = self._teacher(stage, made)
         if teacher is not None:
             known = {one.source: one.fingerprint for one in made}
@@ -260,6 +267,10 @@ def card_stages(records: Sequence[Mapping[str, Any]]) -> list[CardStage]:
     return told
 
 
+def _last_evaluation(records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    return next((record for record in reversed(records) if record["kind"] == "evaluate"), None)
+
+
 def task_of(model: str | Path) -> str:
     """What a model is for, by the class that its config names."""
     names = AutoConfig.from_pretrained(model).architectures or []
@@ -286,7 +297,8 @@ def _read(source: str | Path) -> tuple[str, str]:
     raise unknown(str(source), ready_recipes(), "There is no file of that name, and the ready recipe")
 
 
-def _is_main() -> bool:
+def is_main() -> bool:
+    """Whether this is the process that writes: the only one, or the first that `accelerate launch` started."""
     return int(os.environ.get("RANK", 0)) == 0
 
 

@@ -2,10 +2,9 @@
 
     server = HubServer(); server.start(); ...; server.url; server.fail["commit"] = [500, 500]; server.stop()
 
-`fail` maps a step (create, branch, preupload, lfs, put, part, complete, verify, commit, resolve) to the answers it gives
-before it works again: a status, "drop" to close the connection unanswered, "cut" to close it before all has been sent, or
-None to work this once.
-Large files beyond `part_bytes`, where that is given, are asked for in parts of so many bytes.
+`fail` maps a step (create, branch, preupload, lfs, put, part, complete, verify, commit, resolve) to the answers that it
+gives before it works again: a status, "drop" to close the connection unanswered, "cut" to close it before all has been
+sent, or None to work this once. Large files beyond `part_bytes`, where given, are asked for in parts of so many bytes.
 """
 
 import base64

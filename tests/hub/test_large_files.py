@@ -1,5 +1,7 @@
 """Large files go up in parts; what breaks off halfway shows nothing, and the next try brings all of it."""
 
+from pathlib import Path
+
 import pytest
 from hub.server import TOKEN, HubServer
 from huggingface_hub import hf_hub_download
@@ -43,8 +45,7 @@ def test_parts_are_put_together(folder, hub, tmp_path):
     send(folder, hub)
     assert published(hub)["model.safetensors"] == WEIGHTS
     assert (hub.count("part"), hub.count("complete"), hub.count("put"), hub.count("verify")) == (5, 1, 0, 1)
-    with open(download(hub, tmp_path, "model.safetensors"), "rb") as stream:
-        assert stream.read() == WEIGHTS
+    assert Path(download(hub, tmp_path, "model.safetensors")).read_bytes() == WEIGHTS
 
 
 @pytest.mark.parametrize("step, answers", [

@@ -2,6 +2,10 @@
 
 import csv
 import io
+import json
+import re
+import shutil
+import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
@@ -57,6 +61,38 @@ def test_the_page_shows_every_figure_and_loads_nothing(report):
     assert all(link.startswith("data:image/png;base64,") for link in page.links) and len(page.links) == 1
     assert "script" not in page.tags and "link" not in page.tags and page.tags.count("svg") == 2
     assert 'name="viewport"' in report.to_html()
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_a_browser_shows_the_page_without_a_network(report, tmp_path):
+    """The browser writes what it shows; a script in this copy adds what it drew and whether a phone has to scroll."""
+    look = """<script>addEventListener("load", () => {
+        const tables = [...document.querySelectorAll("table")].map(table => table.parentElement.scrollWidth);
+        document.title = JSON.stringify({image: document.images[0].naturalWidth, tables: tables.length,
+            page: document.documentElement.scrollWidth, window: innerWidth});
+    })</script></body>"""
+    (tmp_path / "page.html").write_text(report.to_html().replace("</body>", look))
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=500,900", "--dump-dom",
+               "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path}",
+               str(tmp_path / "page.html")]  # fmt: skip
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    page = Page(shown)
+    assert page.rows[1][0] == "teacher" and page.tags.count("svg") == 2
+    seen = json.loads(shown.partition("<title>")[2].partition("</title>")[0])
+    assert seen["image"] > 300 and seen["tables"] == 2 and seen["page"] <= seen["window"]
+
+
+def test_everything_that_is_not_text_has_words_for_it(report):
+    page = report.to_html()
+    assert page.startswith('<!DOCTYPE html>\n<html lang="en">')
+    assert len(re.findall(r"<img alt=\"[^\"]{10,}\" src=", page)) == page.count("<img") == 1
+    assert (
+        len(re.findall(r"<svg [^>]*role=\"img\"[^>]*aria-label=\"Layers of [^\"]+\"", page)) == page.count("<svg") == 2
+    )
+    assert page.count('<th scope="col">') == 6 + 7 and page.count("<h1>") == 1
 
 
 def test_the_csv_holds_plain_numbers(report):

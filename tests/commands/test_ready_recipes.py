@@ -1,0 +1,57 @@
+"""Recipes that come with the package run from end to end, as a user would run them, on tiny models."""
+
+import json
+import random
+
+import pytest
+from recipe_run import TRAIN, reviews, tiny_folder
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from hf_compress.commands.main import main
+
+EVALUATE = {"latency_rounds": 2, "throughput_rounds": 2, "sequence_length": 8, "isolate": "false"}
+
+
+def run(name, folder, output, data, changes, capsys):
+    settings = {f"evaluate.{name}": value for name, value in EVALUATE.items()} | changes
+    words = [word for option, value in settings.items() for word in ("--set", f"{option}={str(value).lower()}")]
+    command = ["run", name, "--model", str(folder), "--data", str(data), "--output", str(output), *words]
+    assert main([*command, "--max-length", "16"]) == 0, capsys.readouterr().err
+    report = json.loads((output / "report.json").read_text())
+    assert (output / "report.html").is_file() and "| model |" in capsys.readouterr().out
+    return report["entries"]
+
+
+@pytest.fixture
+def texts(tmp_path):
+    words = random.Random(0).choices(["good", "bad", "film", "the", "was", "not", *"abcdefghij"], k=2000)
+    lines = [" ".join(words[i : i + 20]) for i in range(0, len(words), 20)]
+    (tmp_path / "texts.txt").write_text("\n".join(lines))
+    return tmp_path / "texts.txt"
+
+
+@pytest.mark.parametrize("name, changes", [
+    ("llm-4bit", {}),
+    ("llm-3bit-mixed", {"gptq.sensitivity_examples": 4}),
+], ids=["llm-4bit", "llm-3bit-mixed"])  # fmt: skip
+def test_a_language_model_in_few_bits(name, changes, texts, tmp_path, capsys):
+    folder = tiny_folder(tmp_path / "llama", "llama", hidden_size=64, intermediate_size=64, num_hidden_layers=2)
+    few = {"gptq.group_size": 32, "gptq.calibration_examples": 8, **changes}
+    start, packed = run(name, folder, tmp_path / "out", texts, few, capsys)
+    assert packed["measurement"]["bits_per_weight"] < start["measurement"]["bits_per_weight"]
+    # a random model gives each of 64 tokens about the same probability, and still does when it is rounded
+    assert packed["quality"] == pytest.approx(start["quality"], abs=0.2) and -4.4 < start["quality"] < -3.9
+    record = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model").config.quantization_config
+    bits = {entry["bits"] for entry in record["bits"].values()}
+    assert bits == {4} if name == "llm-4bit" else len(bits) > 1
+
+
+def test_an_encoder_of_sparse_blocks(tmp_path, capsys):
+    training = {f"{stage}.{name}": value for stage in ("fine-tune", "distil") for name, value in TRAIN.items()}
+    changes = {**training, "distil.hints": "1:1,2:2", "prune.num_updates": 2, "prune.end": 0.7}
+    data = reviews(tmp_path / "r.csv")
+    tuned, sparse = run("sparse-blocks", tiny_folder(tmp_path / "bert"), tmp_path / "out", data, changes, capsys)
+    assert sparse["measurement"]["sparsity"].get("dropped_blocks", 0) > 0, "what is left of cut matrices has holes"
+    assert sparse["measurement"]["parameters"] < tuned["measurement"]["parameters"] and tuned["name"] == "fine-tune"
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "model")
+    assert model.config.quantization_config["sparsity"]
