@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_compress.checkpoint.loader import HfCompressConfig, HfCompressQuantizer
+from hf_compress.checkpoint.packed_ties import restore_ties, tied_modules, untie_packed
 from hf_compress.layers.codebook_linear import CodebookLinear
-from hf_compress.layers.packed_embedding import PackedEmbedding, TiedHead
+from hf_compress.layers.packed_embedding import PackedEmbedding
 from hf_compress.layers.packed_linear import PackedLinear
 from hf_compress.layers.scheme import WeightScheme
 from hf_compress.record import QUANT_METHOD, find_name, stored_name, write_part
@@ -92,34 +93,11 @@ def settle_bits(model: PreTrainedModel) -> None:
     own._is_quantized = True
 
 
-def untie_packed(model: PreTrainedModel) -> None:
-    """Changes `model`: heads tied to a packed embedding use it without holding a weight of their own."""
-    for target, source in list(model.all_tied_weights_keys.items()):
-        embedding = model.get_submodule(source.rpartition(".")[0])
-        if not isinstance(embedding, PackedEmbedding):
-            continue
-        name = target.rpartition(".")[0]
-        head = model.get_submodule(name)
-        head = TiedHead(embedding, head.bias)
-        head._is_hf_initialized = True
-        model.set_submodule(name, head)
-        del model.all_tied_weights_keys[target]
-        model._tied_weights_keys = {k: v for k, v in model._tied_weights_keys.items() if k != target}
-
-
 @torch.no_grad()
 def unpack(model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
     """Changes `model`: packed modules become ordinary ones with the dequantized weights, ties are restored."""
-    heads = [(name, module) for name, module in model.named_modules() if isinstance(module, TiedHead)]
+    tied = tied_modules(model)
     tables = {module: name for name, module in packed_modules(model)}
     for module, name in tables.items():
         model.set_submodule(name, module.unpacked(dtype))
-    for name, module in heads:
-        table = model.get_submodule(tables[module.embedding])
-        linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-        linear.weight, linear.bias = table.weight, module.bias
-        model.set_submodule(name, linear)
-    if heads:
-        vars(model).pop("_tied_weights_keys", None)
-        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=False)
-        model.tie_weights()
+    restore_ties(model, {name: (module, tables[module.table]) for name, module in tied.items()})

@@ -1,4 +1,4 @@
-"""An embedding whose rows are stored in 2, 3, 4 or 8 bit, and the output head tied to it."""
+"""An embedding whose rows are stored in 2, 3, 4 or 8 bit, and what is tied to it: other embeddings, the output head."""
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ OWN = (
     "original_class",
     "route",
     "one_copy",
+    "table",
 )  # what an ordinary embedding lacks
 
 
@@ -91,13 +92,7 @@ class PackedEmbedding(PackedModule, nn.Embedding):
 
     def unpacked(self, dtype: torch.dtype | None = None) -> nn.Embedding:
         """The ordinary module with the dequantized table, of the class it had."""
-        kind = self.original_class
-        module = kind.__new__(kind)
-        nn.Module.__init__(module)
-        module.__dict__.update({k: v for k, v in vars(self).items() if not k.startswith("_") and k not in OWN})
-        for name, buffer in self.named_buffers(recurse=False):
-            if name not in OWN:
-                module.register_buffer(name, buffer, persistent=name not in self._non_persistent_buffers_set)
+        module = _without_weight(self.original_class, self)
         module.weight = nn.Parameter(self.dequantize(dtype))
         return module
 
@@ -136,23 +131,60 @@ class PackedEmbedding(PackedModule, nn.Embedding):
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.scheme}"
 
 
+def _without_weight(kind: type[nn.Embedding], like: nn.Embedding) -> nn.Embedding:
+    """A module of class `kind` with the attributes and buffers of `like`, of which only the table is missing."""
+    module = kind.__new__(kind)
+    nn.Module.__init__(module)
+    module.__dict__.update({k: v for k, v in vars(like).items() if not k.startswith("_") and k not in OWN})
+    for name, buffer in like.named_buffers(recurse=False):
+        if name not in OWN:
+            module.register_buffer(name, buffer, persistent=name not in like._non_persistent_buffers_set)
+    return module
+
+
+class TiedEmbedding(nn.Embedding):
+    """An embedding that shares a packed table: it looks its rows up there and holds nothing that is saved."""
+
+    @classmethod
+    def like(cls, module: nn.Embedding, table: PackedEmbedding) -> "TiedEmbedding":
+        """In place of `module`; what its class adds to a lookup stays."""
+        kind = type(module)
+        tied = _without_weight(cls if kind is nn.Embedding else type(f"Tied{kind.__name__}", (kind, cls), {}), module)
+        tied.original_class = kind
+        object.__setattr__(tied, "table", table)  # not registered: saved once, where it belongs
+        return tied
+
+    @property
+    def weight(self) -> Tensor:
+        return self.table.dequantize().as_subclass(ReadOnlyWeight)
+
+    def unpacked(self, weight: nn.Parameter) -> nn.Embedding:
+        """The ordinary module with the dequantized table of the other."""
+        module = _without_weight(self.original_class, self)
+        module.weight = weight
+        return module
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.table.dequantize(ids=input)
+
+
 class TiedHead(nn.Linear):
     """The output head that shares a packed embedding: it holds its own bias and only refers to the table."""
 
     def __init__(self, embedding: PackedEmbedding, bias: nn.Parameter | None):
         nn.Module.__init__(self)
         self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
-        object.__setattr__(self, "embedding", embedding)  # not registered: saved once, where it belongs
+        object.__setattr__(self, "table", embedding)  # not registered: saved once, where it belongs
         self.bias = bias
 
     @property
     def weight(self) -> Tensor:
-        return self.embedding.dequantize().as_subclass(ReadOnlyWeight)
+        return self.table.dequantize().as_subclass(ReadOnlyWeight)
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):  # as nn.Linear does
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        table = self.embedding
+        table = self.table
         if table.route is not None and x.dtype in (torch.float32, torch.bfloat16):
             return packed_linear(x, self.bias, table.stored(), table.route)
-        return F.linear(x, self.embedding.dequantize(x.dtype), self.bias)
+        return F.linear(x, table.dequantize(x.dtype), self.bias)

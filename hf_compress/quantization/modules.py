@@ -65,18 +65,22 @@ def check_quantizable(model: PreTrainedModel, name: str) -> nn.Module:
         raise ValueError(
             f"{name} is a {type(module).__name__}; only nn.Linear, Conv1D and embeddings can be quantized."
         )
-    if is_linear(module) and any(key.removesuffix(".weight") == name for key in model.all_tied_weights_keys):
-        raise ValueError(f"{name} shares its weight with an embedding. Quantize the embedding: this follows.")
+    source = model.all_tied_weights_keys.get(f"{name}.weight")
+    if source is not None:
+        raise ValueError(
+            f"{name} shares its weight with {source.removesuffix('.weight')}. Quantize that: this follows."
+        )
     return module
 
 
 def embedding_names(model: PreTrainedModel) -> list[str]:
-    """Word, position and token-type tables. Raises ValueError where several tables are one weight."""
+    """Word, position and token-type tables; where several are one weight, the one that holds it: the others follow."""
     tables = {name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
-    shared = [key for key in model.all_tied_weights_keys if key.removesuffix(".weight") in tables]
+    sources = {k.removesuffix(".weight"): s.removesuffix(".weight") for k, s in model.all_tied_weights_keys.items()}
+    shared = [f"{name} ({sources[name]})" for name in tables if sources.get(name, name) not in tables]
     if shared:
-        raise ValueError(f"The embeddings {shared} are one weight under several names; they cannot be packed.")
-    return list(tables)
+        raise ValueError(f"The embeddings {shared} take their weight from what is no embedding; they cannot be packed.")
+    return [name for name in tables if name not in sources]
 
 
 def scheme_for(module: nn.Module, name: str, bits: int, *, group_size: int | str, **options) -> WeightScheme:

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_compress.checkpoint.bits import packed_modules, settle_bits, untie_packed
+from hf_compress.checkpoint.bits import packed_modules, settle_bits
+from hf_compress.checkpoint.packed_ties import untie_packed
 from hf_compress.layers.packed_linear import PackedLinear
 from hf_compress.quantization.block_by_block import GPTQOptions, quantize_block_by_block
 from hf_compress.quantization.codebooks import CODEBOOKS, install_codebook

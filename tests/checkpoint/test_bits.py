@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, BertForSequenceClassification, BertModel
+from transformers import AutoModel, BertForSequenceClassification, BertModel, T5Config, T5ForConditionalGeneration
 
 import hf_compress as hfc
 from hf_compress.layers.packed_embedding import PackedEmbedding
@@ -50,6 +50,45 @@ def test_embeddings_and_tied_heads_round_trip(family, tmp_path):
     loaded.save_pretrained(tmp_path / "plain")
     again = type(model).from_pretrained(tmp_path / "plain")
     assert torch.equal(again(**batch).logits, loaded(**batch).logits)
+
+
+T5 = dict(d_model=32, d_ff=48, d_kv=8, num_layers=2, num_heads=4, vocab_size=64, decoder_start_token_id=0,
+          tie_word_embeddings=True)  # fmt: skip
+
+
+def tiny_encoder_decoder(family):
+    if family == "bart":
+        return tiny_model("bart", scale_embedding=True)
+    torch.manual_seed(0)
+    return T5ForConditionalGeneration(T5Config(**T5)).eval()
+
+
+@pytest.mark.parametrize(("family", "others"), [
+    ("bart", ["lm_head", "model.encoder.embed_tokens", "model.decoder.embed_tokens"]),
+    ("t5", ["lm_head", "encoder.embed_tokens", "decoder.embed_tokens"]),
+], ids=["bart", "t5"])  # fmt: skip
+def test_one_table_for_encoder_decoder_and_head_is_packed_once(family, others, tmp_path):
+    model = tiny_encoder_decoder(family)
+    batch, name = tiny_batch(model), "model.shared" if family == "bart" else "shared"
+    rounded = tiny_encoder_decoder(family)
+    saved(model, tmp_path / "packed", bits=8, embedding_bits=4)
+    for layer, module in model.named_modules():
+        if isinstance(module, (PackedLinear, PackedEmbedding)):
+            rounded.get_submodule(layer).weight.data.copy_(module.dequantize())
+    torch.testing.assert_close(model(**batch).logits, rounded(**batch).logits)
+    model.tie_weights()
+    names = load_file(tmp_path / "packed" / "model.safetensors").keys()
+    assert f"{name}.qweight" in names and not [key for key in names if key.startswith(tuple(others))]
+    loaded = type(model).from_pretrained(tmp_path / "packed")
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+    loaded.dequantize()
+    torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits)
+    assert all(loaded.get_submodule(other).weight is loaded.get_submodule(name).weight for other in others)
+    assert loaded.all_tied_weights_keys == rounded.all_tied_weights_keys
+    loaded.save_pretrained(tmp_path / "plain")
+    assert torch.equal(type(model).from_pretrained(tmp_path / "plain")(**batch).logits, loaded(**batch).logits)
+    with pytest.raises(ValueError, match=f"{others[1]} shares its weight with {name}"):
+        hfc.quantize(tiny_encoder_decoder(family), {others[1]: 4})
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8], ids="{}-bit".format)
