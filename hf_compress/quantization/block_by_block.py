@@ -300,7 +300,8 @@ def matching_weight(W: Tensor, H: Tensor, cross: Tensor, damp_percent: float) ->
     damp = damp_percent * H.diagonal().mean().double()
     damped = H.double() + damp * torch.eye(len(H), dtype=torch.double, device=H.device)
     right = W.double() @ cross.double() + damp * W.double()
-    return torch.linalg.solve(damped, right, left=False).to(W.dtype)
+    V, info = torch.linalg.solve_ex(damped, right, left=False)
+    return W if info else V.to(W.dtype)  # singular: `inverse_cholesky` damps it more or says whose it is
 
 
 def _inputs_of(modules: Mapping[str, nn.Module], run: Callable[[], object]) -> dict[str, Tensor]:

@@ -211,3 +211,16 @@ def test_damaged_tensors_are_named(part, value, message, tmp_path):
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(ValueError, match=f"encoder.layer.1.output.dense.*{message}"):
         BertForSequenceClassification.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "options", "value", "message"), [
+    ("bert.embeddings.word_embeddings.zeros", dict(bits=4, embedding_bits=3), 8, r"zeros must lie in \[0, 7\], got 8"),
+    ("bert.encoder.layer.1.output.dense.levels", dict(bits=2, grid="kmeans"), torch.inf, "NaN or infinity"),
+], ids=["zero-points", "levels"])  # fmt: skip
+def test_values_out_of_range_are_named(name, options, value, message, tmp_path):
+    saved(tiny_model("bert"), tmp_path, **options)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors[name].view(-1)[0] = value
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"{name.removeprefix('bert.').rpartition('.')[0]}.*{message}"):
+        BertForSequenceClassification.from_pretrained(tmp_path)

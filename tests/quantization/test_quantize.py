@@ -1,5 +1,7 @@
 """`quantize` on whole models of every family: GPTQ block by block, cut off and resumed, and what it refuses."""
 
+import copy
+
 import pytest
 import torch
 
@@ -178,7 +180,8 @@ def test_rows_are_padded_and_labels_left_out():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(bits=5), "bits must be one of"),
+        (dict(bits=5), "encoder.layer.0.*bits must be one of"),
+        (dict(bits={"bert.pooler.dense": 4, "classifier": 16}), "classifier: bits must be one of"),
         (dict(bits=4, group_size=7), "encoder.layer.0.*group_size must divide"),
         (dict(bits={"bert.nowhere": 4}), "no module called"),
         (dict(bits={"bert.encoder.layer.0.output.LayerNorm": 4}), "only nn.Linear"),
@@ -186,7 +189,10 @@ def test_rows_are_padded_and_labels_left_out():
         (dict(bits=4, method="gptq"), "needs `calibration`"),
         (dict(bits=4, method="gptq", calibration=[]), "calibration is empty"),
         (dict(bits=4, method="gptq", calibration=[{"input_ids": []}]), "without tokens"),
-        (dict(bits=4, method="gptq", calibration=[{"input_ids": [5, 6]}]), "too short: 2 tokens"),
+        (
+            dict(bits=4, method="gptq", calibration=[{"input_ids": [5, 6]}]),
+            "too short: 2 tokens.*48 columns of bert.encoder",
+        ),
         (dict(bits=4, method="gptq", calibration=[{"input_ids": [500] * 99}]), "token 500.*own tokenizer"),
         (dict(bits=4, method="gptq", calibration=[{"text": "hello"}]), "must hold `input_ids`"),
         (dict(bits=4, skip_modules=["no.such"]), "skip_modules"),
@@ -203,13 +209,21 @@ def test_nan_names_the_layer():
     data = calibration(model)
     with torch.no_grad():
         model.bert.encoder.layer[1].attention.self.key.weight[0, 0] = torch.nan
-    with pytest.raises(ValueError, match="encoder.layer.1.attention.self.key"):
-        hfc.quantize(model, 4)
+    for options in ({}, dict(method="gptq", calibration=data)):
+        with pytest.raises(ValueError, match="encoder.layer.1.attention.self.key"):
+            hfc.quantize(copy.deepcopy(model), 4, **options)
     model = tiny_model("bert")
     with torch.no_grad():
         model.bert.encoder.layer[1].output.LayerNorm.weight[0] = torch.inf
     with pytest.raises(ValueError, match="encoder.layer.2.attention.self.query.*calibration"):
         hfc.quantize(model, 4, method="gptq", calibration=data)
+
+
+def test_inputs_that_are_always_zero_leave_a_named_singular_hessian():
+    model = tiny_model("bert")
+    torch.nn.init.zeros_(model.bert.encoder.layer[0].output.LayerNorm.weight)
+    with pytest.raises(ValueError, match="encoder.layer.1.attention.self.query .*calibration samples.* stays singular"):
+        hfc.quantize(model, 4, method="gptq", calibration=calibration(model))
 
 
 def test_a_quantized_model_is_not_quantized_again():
