@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from hf_compress.finite import find_not_finite, is_finite
 from hf_compress.resume import find_fault, last_complete_checkpoint, publish, remove_leftovers, start_writing
@@ -255,6 +255,15 @@ def check_whole(model: nn.Module, what: str) -> None:
         raise ValueError(
             f"{what} while training needs whole weights on each rank, but these are sharded (FSDP or ZeRO-3). Train "
             "with DDP or on one device, or do it before or after training."
+        )
+
+
+def check_own_gradients(args: TrainingArguments, what: str) -> None:
+    """Raise ValueError under DeepSpeed, which keeps gradients and the weights it updates in buffers of its own."""
+    if getattr(args, "deepspeed", None) or getattr(args, "deepspeed_plugin", None):
+        raise ValueError(
+            f"{what} while training reads and changes gradients and weights, but DeepSpeed works on copies of its own. "
+            "Train with DDP or on one device, or do it before or after training."
         )
 
 

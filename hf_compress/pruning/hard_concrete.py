@@ -20,7 +20,7 @@ from hf_compress.pruning.heads import HeadPruning
 from hf_compress.pruning.masks import Blocks
 from hf_compress.pruning.silent import cut_silent
 from hf_compress.pruning.trainer import PruningTrainer
-from hf_compress.training_state import STATE_NAME, check_whole
+from hf_compress.training_state import STATE_NAME, check_own_gradients, check_whole
 
 G, Z, B = -0.1, 1.1, 2 / 3  # stretch limits and temperature
 
@@ -77,6 +77,7 @@ class HeadGates(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state, control, model: nn.Module = None, **kwargs) -> None:
         check_whole(model, "Pruning")
+        check_own_gradients(args, "Pruning")
         self._state = getattr(model, STATE_NAME, None)
         if not hasattr(self._state, f"{self.name}_0"):
             raise ValueError(

@@ -180,6 +180,15 @@ def test_what_needs_whole_weights_is_refused_before_training(name, tmp_path, fsd
     ranks(refused, 2)
 
 
+@pytest.mark.parametrize("name", ["HeadPruningTrainer", "HeadGatesTrainer"])
+def test_gradients_that_deepspeed_keeps_for_itself_are_not_pruned_by(name, tmp_path):
+    """Under ZeRO `grad` is empty: scores would stay at zero, and the penalty on gates would change nothing."""
+    trainer = build(name, tmp_path)
+    trainer.args.deepspeed_plugin = "there"
+    with pytest.raises(ValueError, match="DeepSpeed works on copies of its own"):
+        trainer.train()
+
+
 def calibrated(folder, number):
     """GPTQ on one of `number` ranks, each with its part of 24 rows: every Hessian, and the model."""
 
