@@ -24,6 +24,7 @@ from hf_compress.surgery.vocabulary import prune_vocabulary
 
 SENSITIVITY_BATCH = 8
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPE_HELP = "Of all that is not packed, and of the arithmetic: float32, bfloat16, float16; as it is."
 HEAD_BITS = 8  # of poolers and heads, where the bits of the layers are mixed
 
 
@@ -139,6 +140,16 @@ class WeightsOptions:
         return model, tokenizer
 
 
+def check_dtype(name: str | None) -> None:
+    if name not in (None, *DTYPES):
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}.")
+
+
+def cast(model: PreTrainedModel, name: str | None) -> PreTrainedModel:
+    """The model in the dtype of that name; as it is for None. Packed weights stay packed."""
+    return model if name is None else model.to(DTYPES[name])
+
+
 @dataclass(frozen=True)
 class RoundOptions:
     """Round the weights of all linear maps within the layers to few bits."""
@@ -157,18 +168,14 @@ class RoundOptions:
     skip_modules: str | None = field(default=None, metadata={"help": "Regular expressions of names, with commas."})
     range_method: str = field(default="mse", metadata={"help": "mse, minmax, percentile or kl."})
     scale_dtype: str = field(default="float16", metadata={"help": "float16 or float32."})
-    dtype: str | None = field(
-        default=None,
-        metadata={"help": "Of all that is not packed, and of the arithmetic: float32, bfloat16, float16; as it is."},
-    )
+    dtype: str | None = field(default=None, metadata={"help": DTYPE_HELP})
     sensitivity_examples: int = field(default=64, metadata={"help": "Examples of the Hessian for average_bits."})
     sensitivity_method: str = field(default="trace", metadata={"help": "trace or eigenvalue, for average_bits."})
 
     method = "rtn"
 
     def __post_init__(self):
-        if self.dtype not in (None, *DTYPES):
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
+        check_dtype(self.dtype)
 
     def apply(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: Samples):
         options = {field.name: getattr(self, field.name) for field in fields(RoundOptions)}
@@ -180,7 +187,7 @@ class RoundOptions:
             model, self.module_bits(model, samples), method=self.method, skip_modules=skip, **options,
             **self.extra(samples),
         )  # fmt: skip
-        return (model if self.dtype is None else model.to(DTYPES[self.dtype])), tokenizer
+        return cast(model, self.dtype), tokenizer
 
     def module_bits(self, model: PreTrainedModel, samples: Samples) -> int | dict[str, int]:
         if self.average_bits is None:

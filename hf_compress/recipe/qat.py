@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_compress.quantization.qat import QuantizationAware, fake_modules, pack_qat, prepare_qat
-from hf_compress.recipe.one_shot import linear_maps
+from hf_compress.recipe.one_shot import DTYPE_HELP, cast, check_dtype, linear_maps
 
 CALLBACK_OPTIONS = ("refresh_steps", "start_bits", "lowering_ratio")
 
@@ -29,12 +29,14 @@ class QATOptions:
     refresh_steps: int = field(default=100, metadata={"help": "Steps between two searches of the weight ranges."})
     start_bits: int | None = field(default=None, metadata={"help": "Begin with so many bits and go down."})
     lowering_ratio: float = field(default=0.3, metadata={"help": "Share of the training that lowering takes."})
+    dtype: str | None = field(default=None, metadata={"help": DTYPE_HELP})
 
     def __post_init__(self):
         self.callback()  # checks the values
+        check_dtype(self.dtype)
 
     def _preparation(self) -> dict[str, Any]:
-        left_out = (*CALLBACK_OPTIONS, "bits", "heads_too")
+        left_out = (*CALLBACK_OPTIONS, "bits", "heads_too", "dtype")
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
 
     def prepare(self, model: PreTrainedModel) -> PreTrainedModel:
@@ -54,7 +56,7 @@ class QATOptions:
             for name, module in fake_modules(model):
                 if name in ranges:
                     object.__setattr__(module, "input_quantizer", ranges[name])
-        return pack_qat(model)
+        return cast(pack_qat(model), self.dtype)
 
 
 def _unwrap(model: nn.Module) -> dict[str, Any]:

@@ -30,7 +30,7 @@ class Worker:
         request = {"source": str(source), "sequence_length": sequence_length, "device": device,
                    "dtype": None if dtype is None else str(dtype).removeprefix("torch.")}  # fmt: skip
         self.source = source
-        command = [sys.executable, "-m", __name__, json.dumps(request)]
+        command = [sys.executable, "-c", f"from {__name__} import main; main()", json.dumps(request)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def __enter__(self) -> "Worker":
@@ -127,7 +127,3 @@ def main() -> None:
         out.flush()
 
     serve(json.loads(sys.argv[1]), answer)
-
-
-if __name__ == "__main__":
-    main()

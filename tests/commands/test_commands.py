@@ -120,7 +120,9 @@ def test_a_failure_that_is_not_the_users_is_code_1(work, capsys, monkeypatch, tm
 def test_ready_recipes_can_be_read():
     from hf_compress.recipe import Recipe
 
-    assert set(ready_recipes()) == {"classifier-cpu", "classifier-tiny", "llm-3bit-mixed", "llm-4bit", "sparse-blocks"}
+    assert set(ready_recipes()) == {
+        "classifier-cpu", "classifier-cpu-together", "classifier-tiny", "llm-3bit-mixed", "llm-4bit", "sparse-blocks",
+    }  # fmt: skip
     for name in ready_recipes():
         assert Recipe.from_yaml(name).stages
 
