@@ -30,6 +30,7 @@ from hf_compress.layers.scheme import SCALE_DTYPES, WeightScheme
 from hf_compress.quantization.finished import FinishedLayers
 from hf_compress.quantization.gptq import DAMP_PERCENT, QuantizedWeight, output_error, quantize_weight
 from hf_compress.quantization.modules import install, is_linear, matrix, set_matrix
+from hf_compress.quantization.offloaded import bring_in, check_offloaded
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +108,7 @@ def quantize_block_by_block(
     """Replace the linear modules named in `schemes` by packed ones, in place."""
     batches = calibration_batches(calibration, model, batch_size=options.batch_size)
     _check_amount(model, schemes, batches, options.split_over_ranks)
+    check_offloaded(model)
     was_training = model.training
     model.eval()
     progress = transformers_logging.tqdm(total=len(schemes), desc="Quantizing", unit="module")
@@ -171,6 +173,7 @@ class _Run:
         folder = None if self.folder is None else self.folder / name
         if folder is not None:
             folder.mkdir()
+        bring_in(stack.layers[0].module)
         return capture_stack_inputs(self.model, stack, self.batches, folder, fast=not self.options.exact_products)
 
     def _inside(self, layer: Layer) -> dict[str, nn.Module]:
@@ -181,6 +184,7 @@ class _Run:
         }
 
     def _layer(self, layer: Layer, inputs: StackInputs, exact: StackInputs | None, *, is_last: bool) -> None:
+        bring_in(layer.module)
         modules = self._inside(layer)
         done = self.finished.load(layer.name) if self.finished is not None else None
         groups = input_groups(modules, lambda: inputs.run(0)) if modules and done is None else []

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 
+from accelerate.utils import align_module_device
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -14,6 +15,11 @@ from hf_compress.quantization.gptq import QuantizedWeight
 from hf_compress.quantization.modules import matrix
 
 PARTS = tuple(field.name for field in fields(QuantizedWeight))
+
+
+def _energy(module: nn.Module) -> float:
+    with align_module_device(module):  # where its weight is on disk
+        return float(matrix(module).double().square().sum())
 
 
 class FinishedLayers:
@@ -29,7 +35,7 @@ class FinishedLayers:
         for batch in batches:
             for key in sorted(batch):
                 data.update(batch[key].cpu().numpy().tobytes())
-        sums = [float(matrix(model.get_submodule(name)).double().square().sum()) for name in schemes]
+        sums = [_energy(model.get_submodule(name)) for name in schemes]
         run = {
             "options": settings,
             "schemes": {name: scheme.to_dict() for name, scheme in schemes.items()},

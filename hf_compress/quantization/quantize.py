@@ -12,6 +12,7 @@ from hf_compress.layers.packed_linear import PackedLinear
 from hf_compress.quantization.block_by_block import GPTQOptions, quantize_block_by_block
 from hf_compress.quantization.codebooks import CODEBOOKS, install_codebook
 from hf_compress.quantization.modules import choose_modules, install, matrix, scheme_for
+from hf_compress.quantization.offloaded import bring_in, finish_offloaded
 from hf_compress.quantization.round_to_nearest import round_to_nearest
 
 METHODS = ("gptq", "rtn")
@@ -83,6 +84,7 @@ def quantize(
         module = model.get_submodule(name)
         if isinstance(module, PackedLinear):
             continue
+        bring_in(module)
         if grid != "uniform" and not isinstance(module, nn.Embedding):
             install_codebook(model, name, scheme, grid)
         else:
@@ -90,4 +92,5 @@ def quantize(
             install(model, name, rounded, scheme)
     untie_packed(model)
     settle_bits(model)
+    finish_offloaded(model)
     return model

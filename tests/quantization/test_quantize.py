@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import hf_compress as hfc
 from hf_compress.calibration import InputMoments, calibration_batches, capture_stack_inputs, input_groups
@@ -148,6 +149,38 @@ def test_states_on_disk_give_the_same_model():
     memory = hfc.quantize(tiny_model("llama"), 4, method="gptq", calibration=data)
     disk = hfc.quantize(tiny_model("llama"), 4, method="gptq", calibration=data, offload="disk")
     assert all(torch.equal(a, b) for a, b in zip(memory.state_dict().values(), disk.state_dict().values(), strict=True))
+
+
+def on_disk(folder, *, embeddings="cpu"):
+    """The model with two of its four layers on disk."""
+    tiny_model("llama").save_pretrained(folder / "plain")
+    places = {f"model.layers.{i}": "cpu" if i < 2 else "disk" for i in range(4)}
+    places |= {"model.embed_tokens": embeddings, "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    return AutoModelForCausalLM.from_pretrained(folder / "plain", device_map=places, offload_folder=folder / "offload")
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_layers_on_disk_give_the_same_model_one_at_a_time(method, tmp_path):
+    data = calibration(tiny_model("llama"))
+    options = dict(method=method) if method == "rtn" else dict(method=method, calibration=data)
+    memory = hfc.quantize(tiny_model("llama"), 4, **options)
+    model = on_disk(tmp_path)
+    assert any(parameter.is_meta for parameter in model.parameters())
+    if method == "gptq":
+        options["resume_dir"] = str(tmp_path / "resume")
+    disk = hfc.quantize(model, 4, **options)
+    assert all(torch.equal(tensor, disk.state_dict()[name]) for name, tensor in memory.state_dict().items())
+    batch = tiny_batch(memory)
+    assert torch.equal(disk(**batch).logits, memory(**batch).logits)
+    disk.save_pretrained(tmp_path / "packed")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert torch.equal(loaded(**batch).logits, memory(**batch).logits)
+
+
+def test_embeddings_on_disk_are_named(tmp_path):
+    data = calibration(tiny_model("llama"))
+    with pytest.raises(ValueError, match="model.embed_tokens is on disk"):
+        hfc.quantize(on_disk(tmp_path, embeddings="disk"), 4, method="gptq", calibration=data)
 
 
 def test_heads_are_quantized_with_what_reaches_them():
