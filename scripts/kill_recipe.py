@@ -23,6 +23,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "the", "was", "not", *"abcdefghij"]
 
+ARGUMENTS = ["run", "../recipe.yaml", "--model", "../start", "--data", "../reviews.csv", "--output", "out"]
+
 
 def training(steps: int) -> dict:
     return {"max_steps": steps, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "save_steps": 2,
@@ -73,8 +75,7 @@ class Run:
     """One start of the recipe in `folder`, with a clock of its processor time since its first stage."""
 
     def __init__(self, folder: Path):
-        command = [sys.executable, "-m", "hf_compress.commands.main", "run", "../recipe.yaml", "--model", "../start",
-                   "--data", "../reviews.csv", "--output", "out"]  # fmt: skip
+        command = [sys.executable, "-m", "hf_compress.commands.main", *ARGUMENTS]
         cache = {"HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
         folder.mkdir(exist_ok=True)
         self.process = subprocess.Popen(
@@ -142,8 +143,8 @@ def moments(kills: int, duration: float, chance: random.Random) -> list[float]:
     return [(part + chance.random()) * duration / kills for part in range(kills)]
 
 
-def killed_run(folder: Path, times: list[float], chance: random.Random) -> list[tuple[float, str]]:
-    """Run to the end with a kill at each of `times`. Returns when and where each was."""
+def kill_at(folder: Path, times: list[float], chance: random.Random) -> list[tuple[float, str]]:
+    """Run with a kill at each of `times`, in order. Returns when and where each was."""
     kills, before = [], 0.0
     for at in times:
         run = Run(folder)
@@ -154,7 +155,6 @@ def killed_run(folder: Path, times: list[float], chance: random.Random) -> list[
                 raise RuntimeError("a finished recipe was too quick to be killed; give more --steps.")
         kills.append((at, run.stage()))
         before = at
-    Run(folder).finish()
     return kills
 
 
@@ -178,7 +178,8 @@ def main() -> int:
         runs = [sorted(times[i : i + args.kills_per_run]) for i in range(0, len(times), args.kills_per_run)]
         different = 0
         for number, chosen in enumerate(runs, 1):
-            kills = killed_run(folder / f"killed-{number}", chosen, chance)
+            kills = kill_at(folder / f"killed-{number}", chosen, chance)
+            Run(folder / f"killed-{number}").finish()
             for at, stage in kills:
                 print(f"run {number}  killed at {at:5.1f} s  {stage}", flush=True)
             wrong = differences(expected, contents(folder / f"killed-{number}" / "out" / "model"))

@@ -140,6 +140,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise RecipeError(f"{source} has no tokenizer beside the model, which recipes need: {reason}") from error
+    tokenizer.init_kwargs.pop("local_files_only", None)  # whether this machine has a network: saved with it otherwise
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

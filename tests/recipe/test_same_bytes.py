@@ -3,10 +3,9 @@
 import pytest
 from helpers import tiny_model
 from recipe_run import reviews, tiny_folder
-from transformers import AutoTokenizer
 
 import hf_compress as hfc
-from hf_compress.recipe.data import DataOptions, RecipeData
+from hf_compress.recipe.data import DataOptions, RecipeData, load_tokenizer
 
 
 def test_a_packed_model_is_written_alike_every_time(tmp_path):
@@ -22,7 +21,7 @@ def test_a_packed_model_is_written_alike_every_time(tmp_path):
 @pytest.mark.parametrize("task", ["sequence-classification", "causal-lm"])
 def test_tokenizing_leaves_no_trace_in_the_tokenizer(task, tmp_path):
     """A fast tokenizer remembers where it cut, and saves it; texts that are kept from before are not cut again."""
-    tokenizer = AutoTokenizer.from_pretrained(tiny_folder(tmp_path / "model"))
+    tokenizer = load_tokenizer(tiny_folder(tmp_path / "model"))
     tokenizer.save_pretrained(tmp_path / "before")
     data = RecipeData(DataOptions(str(reviews(tmp_path / "r.csv")), max_length=8), task)
     rows = data.tokenized(tokenizer)
@@ -30,3 +29,9 @@ def test_tokenizing_leaves_no_trace_in_the_tokenizer(task, tmp_path):
     tokenizer.save_pretrained(tmp_path / "after")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "before" / name).read_bytes() == (tmp_path / "after" / name).read_bytes(), name
+
+
+def test_whether_there_was_a_network_is_not_saved(tmp_path):
+    """Transformers keeps `local_files_only`, which it takes from HF_HUB_OFFLINE, among what describes a tokenizer."""
+    load_tokenizer(tiny_folder(tmp_path / "model")).save_pretrained(tmp_path / "saved")
+    assert "local_files_only" not in (tmp_path / "saved" / "tokenizer_config.json").read_text()
