@@ -115,6 +115,11 @@ class SelfDistillationTrainer(DistillationTrainer):
         """What the exit makes of `state` (B, T, D), the output of `layer`: the model's forward without its layers."""
         model = plain_model(self.model)
         own = getattr(self.training_state, f"exit_{layer}")
+        if any(hasattr(parameter, "ds_id") for parameter in own.values()):
+            raise ValueError(
+                f"{type(self).__name__} runs the model's head with each exit's own weights, which ZeRO-3 has cut into "
+                "pieces. Use ZeRO-2, FSDP2 or DDP."
+            )
         named = {f"model.{_name(key)}": parameter for key, parameter in own.items()}
         with _passing(model, state, self._num_outputs), self.accelerator.autocast():
             outputs = functional_call(_Forward(model), named, (), self.student_inputs(model, inputs))

@@ -106,3 +106,11 @@ def test_bad_input_is_refused_before_training(tmp_path):
         trainer(tmp_path, exits="1").exit_model(3)
     with pytest.raises(ValueError, match="there is no other model: hints=1:2"):
         SelfDistillationConfig(str(tmp_path), hints="1:2")
+
+
+def test_weights_that_zero3_cut_are_refused(tmp_path):
+    """There each parameter is empty outside its module's forward, and is marked."""
+    run = trainer(tmp_path)
+    next(run.training_state.exit_1.parameters()).ds_id = 0
+    with pytest.raises(ValueError, match="which ZeRO-3 has cut into pieces. Use ZeRO-2, FSDP2 or DDP"):
+        run.train()
