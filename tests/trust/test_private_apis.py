@@ -24,7 +24,7 @@ CALLED = (  # by trainers of hf_compress
     "get_batch_samples", "prediction_step",
 )  # fmt: skip
 ATTRIBUTES = (  # of a trainer, set by its __init__
-    "can_return_loss", "label_smoother", "loss_is_scaled_for_ga", "model_accepts_loss_kwargs", "_signature_columns",
+    "can_return_loss", "label_smoother", "model_accepts_loss_kwargs", "_signature_columns",
     "_created_lr_scheduler",
 )  # fmt: skip
 
