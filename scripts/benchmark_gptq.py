@@ -6,9 +6,9 @@
 
 Every run quantizes the same model on the same 128 x 512 tokens of `calibration.txt` and is evaluated on the same
 windows of `documentation.txt` and `news.txt`. `mixed` gives each module 2, 3 or 4 bits, as many on average as asked
-for, by its Hessian's trace on eight of the calibration rows. The weights of that model already lie on a 4-bit grid (its
-file is a Q4_1 GGUF), so 3 bit is what to judge by. GPTQModel runs in its own environment; `hf_compress.load_gptq` reads
-what it wrote.
+for, by its Fisher information on eight of the calibration rows. The weights of that model already lie on a 4-bit grid
+(its file is a Q4_1 GGUF), so 3 bit is what to judge by. GPTQModel runs in its own environment; `hf_compress.load_gptq`
+reads what it wrote.
 """
 
 import argparse
@@ -110,7 +110,7 @@ def main():
 
 def mixed_bits(model: PreTrainedModel, calibration: torch.Tensor, average_bits: float) -> dict[str, int]:
     batches = [{"input_ids": row[None], "labels": row[None]} for row in calibration[:: ROWS // 8]]
-    sensitivity = hfc.hessian_sensitivity(model, batches, method="trace", probes=2)
+    sensitivity = hfc.hessian_sensitivity(model, batches, method="fisher")
     return hfc.allocate_bits(model, sensitivity, average_bits=average_bits, choices=(2, 3, 4), group_size=64)
 
 

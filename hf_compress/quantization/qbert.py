@@ -43,7 +43,7 @@ class QBertConfig(TrainingArguments):
         default=128, metadata={"help": "Training examples that the Hessian is estimated on, where bits are mixed."}
     )
     sensitivity_method: str = field(
-        default="trace", metadata={"help": "eigenvalue (Q-BERT) or trace (HAWQ-V2, much cheaper)."}
+        default="trace", metadata={"help": "eigenvalue (Q-BERT), trace (HAWQ-V2, much cheaper) or fisher."}
     )
 
     def __post_init__(self):

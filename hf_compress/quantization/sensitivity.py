@@ -4,6 +4,9 @@ Q-BERT (Shen et al., 2020, https://arxiv.org/abs/1909.05840): Omega = |mean(lamb
 eigenvalue of the module's Hessian on each of several parts of the data, by power iteration.
 HAWQ-V2 (Dong et al., 2020, https://arxiv.org/abs/1911.03852): the Hessian's trace by Hutchinson's estimate, over the
 number of weights.
+Fisher information (SqueezeLLM, Kim et al., 2024, https://arxiv.org/abs/2306.07629): the mean square of the gradients of
+single examples, which is the Hessian's mean diagonal where the model fits its data. Never negative, and of little
+variance: in a large model the trace's estimate needs many probes to be either.
 
 Products with the Hessian come from gradients at two shifted points, H v ~ (g(w + e v) - g(w - e v)) / 2e. That needs no
 second derivative of the attention and runs under any implementation of it; a double backward costs about three times
@@ -13,7 +16,7 @@ needs exact blocks, so there the modules take turns.
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 
 import torch
@@ -26,7 +29,7 @@ from hf_compress.quantization.modules import check_quantizable, is_linear
 
 logger = logging.getLogger(__name__)
 
-METHODS = ("eigenvalue", "trace")
+METHODS = ("eigenvalue", "trace", "fisher")
 RELATIVE_STEP = 1e-3  # shift of the weights, as a share of their norm, for the difference of two gradients
 MAX_ITERATIONS = 100
 
@@ -46,8 +49,9 @@ def hessian_sensitivity(
 
     Args:
         dataloader: batches with labels, as the model takes them; all of them are used, a fixed subsample is enough.
-        method: "eigenvalue", |mean| + standard deviation of the top eigenvalue over the parts of the data (Q-BERT), or
-            "trace", the mean diagonal of the Hessian (HAWQ-V2), which costs much less.
+        method: "eigenvalue", |mean| + standard deviation of the top eigenvalue over the parts of the data (Q-BERT);
+            "trace", the mean diagonal of the Hessian (HAWQ-V2), which costs much less; or "fisher", the mean square of
+            gradients, which costs least and suits large models.
         modules: names; by default all linear maps inside the layers.
         parts: data parts for the eigenvalue, at most one a batch.
         probes: random directions for the trace.
@@ -69,6 +73,8 @@ def hessian_sensitivity(
     for weight in weights.values():
         weight.requires_grad_(True)
     try:
+        if method == "fisher":
+            return _fishers(model, weights, batches)
         if method == "trace":
             return _traces(model, weights, batches, probes, generator)
         return _omegas(model, weights, batches, parts, tolerance, generator)
@@ -85,6 +91,19 @@ def _linear_names(model: PreTrainedModel) -> list[str]:
         for name, module in layer.module.named_modules()
         if is_linear(module)
     ]
+
+
+def _fishers(model: PreTrainedModel, weights: Mapping[str, Tensor], batches: list) -> dict[str, float]:
+    examples = [
+        {key: value[i : i + 1] for key, value in batch.items()}
+        for batch in batches
+        for i in range(len(next(iter(batch.values()))))
+    ]
+    squares = dict.fromkeys(weights, 0.0)
+    for example in transformers_logging.tqdm(examples, desc="Gradients", unit="example"):
+        for name, gradient in _gradients_of(model, weights, example):
+            squares[name] += float(gradient.square().mean()) / len(examples)
+    return squares
 
 
 def _omegas(model: PreTrainedModel, weights: Mapping[str, Tensor], batches: list, parts: int, tolerance: float,
@@ -164,14 +183,22 @@ def _product(model: PreTrainedModel, weights: Mapping[str, Tensor], batches: lis
 def _gradients(model: PreTrainedModel, weights: Mapping[str, Tensor], batches: list) -> dict[str, Tensor]:
     total = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     for batch in batches:
-        loss = model(**{k: v.to(model.device) for k, v in batch.items()}).loss
-        if loss is None:
-            raise ValueError("The model gave no loss: the batches need `labels`.")
-        found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
-        for name, gradient in zip(weights, found, strict=True):
-            if gradient is None:
-                continue
-            if not gradient.isfinite().all():
-                raise ValueError(f"The gradient of {name} is not finite; check the model and the data.")
+        for name, gradient in _gradients_of(model, weights, batch):
             total[name] += gradient / len(batches)
     return total
+
+
+def _gradients_of(
+    model: PreTrainedModel, weights: Mapping[str, Tensor], batch: Mapping
+) -> Iterator[tuple[str, Tensor]]:
+    """Name and gradient of each weight that the loss depends on."""
+    loss = model(**{k: v.to(model.device) for k, v in batch.items()}).loss
+    if loss is None:
+        raise ValueError("The model gave no loss: the batches need `labels`.")
+    found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+    for name, gradient in zip(weights, found, strict=True):
+        if gradient is None:
+            continue
+        if not gradient.isfinite().all():
+            raise ValueError(f"The gradient of {name} is not finite; check the model and the data.")
+        yield name, gradient

@@ -51,6 +51,19 @@ def test_trace_is_the_mean_diagonal():
         assert found[name] == pytest.approx(float(H.diagonal().mean()), abs=2 * spread)
 
 
+def test_fisher_information_is_the_mean_square_of_gradients():
+    model, batches = model_and_batches()
+    found = hessian_sensitivity(model, batches, method="fisher", modules=NAMES)
+    for name in NAMES:
+        weight, squares = model.get_submodule(name).weight, []
+        for batch in batches:
+            for i in range(4):
+                loss = model(**{key: value[i : i + 1] for key, value in batch.items()}).loss
+                squares.append(torch.autograd.grad(loss, weight)[0].square().mean())
+        assert found[name] == pytest.approx(float(torch.stack(squares).mean()), rel=1e-9)
+        assert hessian_sensitivity(model, batches[:1], method="fisher", modules=[name])[name] != found[name]
+
+
 def test_power_iteration_finds_the_largest_magnitude():
     H = torch.diag(torch.tensor([1.0, -5.0, 3.0], dtype=torch.float64))
     value, vector = top_eigenvalue(lambda v: H @ v, torch.ones(3, dtype=torch.float64), tolerance=1e-9)
