@@ -4,7 +4,8 @@ import warnings
 
 import pytest
 import torch
-from transformers import CompressedTensorsConfig, GPTQConfig
+from tokenizers import Tokenizer, models
+from transformers import CompressedTensorsConfig, GPTQConfig, PreTrainedTokenizerFast
 
 import hf_compress as hfc
 from tests.helpers import tiny_batch, tiny_model
@@ -56,3 +57,30 @@ def test_gptqmodel_opens_our_file(bits, symmetric, tmp_path, monkeypatch):
         loaded = kind.from_pretrained(tmp_path, quantization_config=settings, dtype=torch.float32)
         assert type(loaded.model.layers[0].mlp.down_proj).__name__ == "TorchLinear"
         torch.testing.assert_close(loaded(**batch).logits, expected)
+
+
+def test_what_gptqmodel_makes_opens_here(tmp_path, monkeypatch):
+    monkeypatch.setenv("GPTQMODEL_CPU_WORKERS", "2")
+    opens("gptqmodel")
+    opens("optimum")
+    from gptqmodel import GPTQModel, QuantizeConfig
+
+    model = tiny_model("llama", **WIDE)
+    model.save_pretrained(tmp_path / "plain")
+    words = models.WordLevel({**{f"w{i}": i for i in range(63)}, "?": 63}, unk_token="?")
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), eos_token="w2", pad_token="w0").save_pretrained(
+        tmp_path / "plain"
+    )
+    ids = torch.randint(5, 60, (4, 1, 300), generator=torch.Generator().manual_seed(0))
+    with torch.compiler.set_stance("force_eager"):
+        settings = QuantizeConfig(bits=4, group_size=32, desc_act=True)
+        theirs = GPTQModel.load(str(tmp_path / "plain"), settings, device="cpu", dtype=torch.float32)
+        theirs.quantize([{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids], batch_size=1)
+        theirs.save(str(tmp_path / "theirs"))
+        settings = GPTQConfig(bits=4, backend="torch")
+        read = type(model).from_pretrained(tmp_path / "theirs", dtype=torch.float32, quantization_config=settings)
+        batch = tiny_batch(model)
+        expected = read(**batch).logits
+    ours = hfc.load_gptq(tmp_path / "theirs", dtype=torch.float32)
+    assert ours.model.layers[0].mlp.down_proj.scheme.desc_act
+    torch.testing.assert_close(ours(**batch).logits, expected, rtol=1e-3, atol=1e-3)  # they dequantize in float16
