@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -164,10 +165,12 @@ def main() -> int:
     parser.add_argument("--kills-per-run", type=int, default=4, help="How often one run is killed before its end.")
     parser.add_argument("--steps", type=int, default=20, help="Of each training.")
     parser.add_argument("--seed", type=int, default=0, help="Of the moments.")
+    parser.add_argument("--keep", type=Path, default=None, help="An empty folder for all that is made, to look at.")
     args = parser.parse_args()
     chance = random.Random(args.seed)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
+    with tempfile.TemporaryDirectory() if args.keep is None else nullcontext(args.keep.resolve()) as place:
+        folder = Path(place)
+        folder.mkdir(parents=True, exist_ok=True)
         prepare(folder, args.steps)
         undisturbed = Run(folder / "undisturbed")
         duration = undisturbed.finish()

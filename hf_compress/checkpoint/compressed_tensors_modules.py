@@ -93,10 +93,7 @@ def _zero_points(name: str, zeros: Tensor | None, bits: int, N: int, G: int) -> 
         return None
     words = (words_per_row(N, bits), G)
     if zeros.dtype == torch.int32 and tuple(zeros.shape) == words:
-        rows = zeros.t().clone(
-            memory_format=torch.contiguous_format
-        )  # `contiguous` leaves the strides of a single word
-        return unpack_rows(rows, bits, N).t()
+        return unpack_rows(zeros.t(), bits, N).t()
     if zeros.dtype != torch.int8 or zeros.numel() not in (1, N * G):
         raise ValueError(
             f"{name}.weight_zero_point must be int32 {words} or int8 {(N, G)}, got {zeros.dtype} {tuple(zeros.shape)}."

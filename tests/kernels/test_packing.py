@@ -106,3 +106,10 @@ def test_bad_values_are_refused(call, message):
 def test_floats_are_not_packed():
     with pytest.raises(TypeError, match="Quantize first"):
         pack_rows(torch.zeros(1, 8), 4)
+
+
+def test_a_single_word_of_a_transposed_row_is_unpacked():
+    q = torch.arange(4, dtype=torch.uint8).repeat(3, 1)  # (3, 4): one word a row
+    words = pack_rows(q, 8)
+    turned = torch.empty(1, 3, dtype=torch.int32).copy_(words.t()).t()  # the same values, with a column's strides
+    assert turned.stride(-1) != 1 and torch.equal(unpack_rows(turned, 8, 4), q)

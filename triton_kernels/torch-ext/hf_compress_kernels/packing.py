@@ -69,6 +69,8 @@ def unpack_rows(words: Tensor, bits: int, length: int) -> Tensor:
             f"{length} values of {bits} bits take {expected} words, got {words.shape[-1]} (shape {tuple(words.shape)})."
         )
     if WORD % bits == 0:  # no value crosses a byte
+        if words.stride(-1) != 1:  # of a dimension of size one, which `contiguous` leaves
+            words = words.clone(memory_format=torch.contiguous_format)
         octets = words.contiguous().view(torch.uint8)
         parts = [(octets >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits)] if bits < 8 else [octets]
         return torch.stack(parts, dim=-1).flatten(-2)[..., :length].contiguous()
