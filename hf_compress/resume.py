@@ -11,6 +11,7 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 UNFINISHED = ".unfinished-"  # before the name of a checkpoint while it is written: no reader takes it for one
+DISCARDED = ".discarded-"  # before the name of what is being deleted: half of it is no checkpoint
 REPLACED = ".replaced-"  # a checkpoint of the same name, until the new one is in its place
 
 
@@ -37,6 +38,15 @@ def publish(folder: Path, checkpoint: Path) -> None:
     folder.rename(checkpoint)
     _flush(checkpoint.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def discard(folder: Path) -> None:
+    """Delete `folder`, if it is there, so that a kill leaves all of it or nothing under its name."""
+    gone = folder.with_name(f"{DISCARDED}{folder.name}")
+    shutil.rmtree(gone, ignore_errors=True)
+    if folder.exists():
+        folder.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def last_complete_checkpoint(folder: str | Path) -> str | None:
@@ -79,6 +89,8 @@ def find_fault(checkpoint: Path) -> str | None:
     for file in sorted([*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth"), *checkpoint.glob("*.bin")]):
         if not zipfile.is_zipfile(file):
             return f"{file.name} is cut short at {file.stat().st_size} bytes"
+    if (checkpoint / "optimizer.pt").is_file() and not any(checkpoint.glob("rng_state*.pth")):
+        return "rng_state.pth is missing: it may be half deleted"
     return None
 
 

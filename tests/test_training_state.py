@@ -101,6 +101,8 @@ def test_checkpoints_that_were_torn_are_named(tmp_path, caplog):
     assert "checkpoint-10" in caplog.text and "where its header says" in caplog.text
     (tmp_path / "checkpoint-2" / "optimizer.pt").write_bytes(b"PK half")
     assert find_fault(tmp_path / "checkpoint-2") == "optimizer.pt is cut short at 7 bytes"
+    torch.save({}, tmp_path / "checkpoint-2" / "optimizer.pt")
+    assert find_fault(tmp_path / "checkpoint-2") == "rng_state.pth is missing: it may be half deleted"
     (tmp_path / "checkpoint-2" / "optimizer.pt").unlink()
     index = tmp_path / "checkpoint-2" / "model.safetensors.index.json"
     index.write_text('{"weight_map": {"a": "model-00002-of-00002.safetensors"}}')

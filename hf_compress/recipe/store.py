@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_compress.recipe.options import RecipeError
-from hf_compress.resume import publish
+from hf_compress.resume import DISCARDED, discard, publish
 
 logger = logging.getLogger(__name__)
 
@@ -59,12 +59,14 @@ class Store:
             shutil.rmtree(folder)  # not whole, see `record`
         partial = folder.with_name(folder.name + PARTIAL)
         partial.mkdir(exist_ok=True)
+        for left in partial.glob(f"{DISCARDED}*"):
+            shutil.rmtree(left)
         return partial
 
     def finish(self, folder: Path, record: dict[str, Any]) -> None:
         """Rename the working folder of a stage that is done, once the disk holds it; from then on it counts."""
         partial = folder.with_name(folder.name + PARTIAL)
-        shutil.rmtree(partial / "trainer", ignore_errors=True)  # checkpoints: what they were for is there
+        discard(partial / "trainer")  # checkpoints: what they were for is there
         files = {str(p.relative_to(partial)): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file()}
         files.pop(RECORD, None)
         (partial / RECORD).write_text(json.dumps({**record, "files": files}, indent=2))

@@ -10,6 +10,7 @@ from transformers import AutoModelForSequenceClassification
 
 from hf_compress.recipe import Recipe, RecipeError
 from hf_compress.recipe import recipe as recipe_module
+from hf_compress.recipe.store import Store
 
 CHAIN = [
     {"fine-tune": TRAIN},
@@ -88,6 +89,29 @@ def test_a_stopped_training_goes_on_and_ends_in_the_same_weights(work, finished,
     whole = load_file(finished.output / "stages" / finished.stages[0]["folder"] / "model" / "model.safetensors")
     resumed = load_file(output / "model" / "model.safetensors")
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_kill_while_checkpoints_are_deleted_leaves_no_half_of_one(tmp_path, monkeypatch):
+    """Without its random state a checkpoint would be resumed, and end in other weights."""
+    store = Store(tmp_path)
+    place = store.folder(1, "fine-tune", "0" * 16)
+    checkpoint = store.begin(place) / "trainer" / "checkpoint-20"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "rng_state.pth").write_text("")
+
+    def killed_halfway(folder, **_):
+        if folder.exists():
+            next(folder.rglob("rng_state.pth")).unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("hf_compress.resume.shutil.rmtree", killed_halfway)
+        with pytest.raises(KeyboardInterrupt):
+            store.finish(place, {})
+    again = store.begin(place)
+    assert list(again.iterdir()) == []
+    store.finish(place, {})
+    assert [p.name for p in place.iterdir()] == ["stage.json"]
 
 
 def test_a_damaged_stage_runs_again(work, finished):
