@@ -16,7 +16,10 @@ def gather_highest(student: nn.Module, layers: Iterable[int]) -> None:
 
     The layers below it lie on the way down from its queries. Does nothing where a layer is not sharded by itself.
     """
+    layers = list(layers)
+    if not layers:  # of a student of any kind
+        return
     modules = [layer.module for layer in anatomy(student).layers]
-    highest = max((number % len(modules) for number in layers), default=None)
-    if highest is not None and hasattr(modules[highest], "unshard"):
-        modules[highest].unshard()
+    highest = modules[max(number % len(modules) for number in layers)]
+    if hasattr(highest, "unshard"):
+        highest.unshard()
