@@ -72,6 +72,7 @@ class HfCompressQuantizer(HfQuantizer):
             if hasattr(module, "check_tensors"):
                 module.check_tensors(model, part, files)
         tensors.check_headers(model, self._stored, self._loading_sentinels)
+        self._shapes = {n: p.shape for n, p in model.named_parameters() if n not in self._loading_sentinels}
         ignored = [re.escape(name) for name in self._loading_sentinels]
         if ignored:
             model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ignored}
@@ -79,7 +80,8 @@ class HfCompressQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model, **kwargs):
         tensors = import_module("hf_compress.checkpoint.tensors")
         tensors.check_loaded(model, self._stored, self._loading_sentinels)
-        del self._stored, self._loading_sentinels
+        tensors.check_shapes(model, self._shapes)
+        del self._stored, self._loading_sentinels, self._shapes
         for module, part in self._parts():
             if hasattr(module, "finish"):
                 module.finish(model, part)

@@ -4,10 +4,11 @@ Before: names, kinds of number and shapes, from the headers alone, so that no si
 have. After: no tensor is left that no file filled, none holds NaN or infinity.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -104,3 +105,14 @@ def _tensor(model: nn.Module, name: str) -> Tensor | None:
     owner = model.get_submodule(module)
     parameter = owner._parameters.get(part)
     return owner._buffers.get(part) if parameter is None else parameter
+
+
+def check_shapes(model: nn.Module, expected: Mapping[str, torch.Size]) -> None:
+    """Raise ValueError for a parameter that took the shape of the file, as Transformers 5.17 lets it."""
+    for name, parameter in model.named_parameters():
+        if parameter.shape != expected.get(name, parameter.shape):
+            raise ValueError(
+                f"{name} is {tuple(parameter.shape)} in the file and {tuple(expected[name])} in the model asked for, "
+                f"and Transformers {transformers.__version__} cannot make it anew in a compressed model. Update "
+                "Transformers, or load the model as it is and replace its head."
+            )

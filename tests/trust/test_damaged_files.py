@@ -1,17 +1,22 @@
 """Files from strangers: what is damaged or hostile is refused by name, and nothing of it is run or believed."""
 
+import inspect
 import json
+from contextlib import nullcontext
 from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertForMaskedLM
+from transformers import BertForMaskedLM, core_model_loading
 
 import hf_compress as hfc
 from hf_compress.layers.packed_linear import PackedLinear
 from hf_compress.layers.scheme import WeightScheme
 from scripts.fuzz_checkpoints import CHECKPOINTS, Bomb, bert, fuzz_apart
+
+# Transformers 5.17 gives a head of other labels the file's shape, for any quantized model
+MAKES_NEW_HEADS = "param_needs_quantization(model, target_name)" in inspect.getsource(core_model_loading)
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 
@@ -75,8 +80,9 @@ def test_a_size_is_believed_only_if_the_file_has_it(folder):
 
 def test_what_another_task_adds_may_be_new(folder):
     assert isinstance(BertForMaskedLM.from_pretrained(folder).get_submodule(QUERY), PackedLinear)
-    again = type(bert()).from_pretrained(folder, num_labels=5, ignore_mismatched_sizes=True)
-    assert again.classifier.weight.shape == (5, 32)
+    with nullcontext() if MAKES_NEW_HEADS else pytest.raises(ValueError, match=r"classifier.*cannot make it anew"):
+        again = type(bert()).from_pretrained(folder, num_labels=5, ignore_mismatched_sizes=True)
+        assert again.classifier.weight.shape == (5, 32)
 
 
 @pytest.mark.parametrize("is_whole", [True, False], ids=["whole", "cut"])
