@@ -4,11 +4,12 @@ Exit codes: 0, 2 for what the user can mend (options, files, data, rights), 1 fo
 """
 
 import logging
-import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
+
+from hf_compress.ranks import is_main
 
 VERBS = {  # verb -> (module, what it does)
     "run": ("hf_compress.commands.run", "run a recipe: a file, or one that comes with the package"),
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [word for word in arguments if word != "--debug"]
-    level = logging.WARNING if _is_first() else logging.ERROR  # of several processes one tells how far they are
+    level = logging.WARNING if is_main() else logging.ERROR  # of several processes one tells how far they are
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     try:
         return _run(arguments)
@@ -97,12 +98,8 @@ def _sentence(error: Exception) -> str:
     return " ".join(text.split())
 
 
-def _is_first() -> bool:
-    return int(os.environ.get("RANK", 0)) == 0
-
-
 def _fail(text: str, code: int) -> int:
-    if _is_first():
+    if is_main():
         sys.stderr.write(f"hf-compress: {text}\n")
     return code
 

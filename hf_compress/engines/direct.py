@@ -16,13 +16,11 @@ class DirectCalls:
     Only for calls outside autograd, autocast and compilation. Never saved or copied: `PackedLinear` drops it.
     """
 
-    __slots__ = ("engines", "in_features", "out_features", "route", "stored", "tensors", "versions")
+    __slots__ = ("engines", "route", "stored", "versions")
 
     def __init__(self, stored: Stored, route: str):
         self.stored, self.route = stored, route
-        self.tensors = stored[:4]
-        self.versions = tuple(None if tensor is None else tensor._version for tensor in self.tensors)
-        self.in_features, self.out_features = stored.in_features, stored.out_features
+        self.versions = tuple(None if tensor is None else tensor._version for tensor in stored[:4])
         self.engines: dict[tuple[int, torch.dtype], Body] = {}
 
     @staticmethod
@@ -31,7 +29,7 @@ class DirectCalls:
         return not any(tensor is not None and tensor.is_inference() for tensor in stored[:4])
 
     def are_of(self, buffers: Mapping[str, Tensor | None]) -> bool:
-        qweight, scales, zeros, g_idx = self.tensors
+        qweight, scales, zeros, g_idx = self.stored[:4]
         return (
             buffers["qweight"] is qweight
             and buffers["scales"] is scales
@@ -48,16 +46,16 @@ class DirectCalls:
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
         """y, or None where no engine keeps the weight."""
-        shape = x.shape
-        rows = x if len(shape) == 2 else x.reshape(-1, self.in_features)
+        shape, stored = x.shape, self.stored
+        rows = x if len(shape) == 2 else x.reshape(-1, stored.in_features)
         key = (len(rows), x.dtype)
         engine = self.engines.get(key)
         if engine is None:
             if not len(rows):
                 return None
-            engine = find_engine(self.stored, self.route, *key, kept_for(self.tensors))
+            engine = find_engine(stored, self.route, *key, kept_for(stored[:4]))
             if isinstance(engine, torch.dtype):
                 return None
             self.engines[key] = engine
         y = engine(rows, bias)
-        return y if len(shape) == 2 else y.view(*shape[:-1], self.out_features)
+        return y if len(shape) == 2 else y.reshape(*shape[:-1], stored.out_features)

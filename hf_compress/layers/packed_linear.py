@@ -181,7 +181,7 @@ class PackedLinear(PackedModule, nn.Linear):
         if self.scheme.activation_range is not None:
             x = round_to_range(x, *self.scheme.activation_range)
         elif self.scheme.activation_bits is not None:
-            if self.is_int8 and on_engine and self.route != "exact":
+            if on_engine and self._route_of_inputs() == "int8":
                 return packed_linear(x, self.bias, self._stored(), "int8")
             if self.is_int8 and not (x.requires_grad and torch.is_grad_enabled()):
                 weight = (unpack_gptq(self.qweight, 8, self.in_features).int() - 128).to(torch.int8)
@@ -195,19 +195,21 @@ class PackedLinear(PackedModule, nn.Linear):
 
     def _direct(self, x: Tensor) -> Tensor | None:
         """What the CPU's engines make of `x`, without asking anew which one; None for another way."""
-        if self.route is None or x.dtype not in ENGINE_DTYPES or torch.is_autocast_enabled("cpu"):
+        route = self._route_of_inputs()
+        if route is None or x.dtype not in ENGINE_DTYPES or torch.is_autocast_enabled("cpu"):
             return None
         if self.direct is None or not self.direct.are_of(self._buffers):
             stored = self._stored()
-            if self.scheme.activation_range is not None or not DirectCalls.are_possible(stored):
+            if not DirectCalls.are_possible(stored):
                 return None
-            route = self.route
-            if self.scheme.activation_bits is not None:
-                if not self.is_int8 or route == "exact":
-                    return None
-                route = "int8"
             self.direct = DirectCalls(stored, route)
         return self.direct(x, self._parameters.get("bias"))
+
+    def _route_of_inputs(self) -> str | None:
+        """How the CPU's engines take inputs as they come; None where they are rounded first, or without an engine."""
+        if self.route is None or self.scheme.activation_bits is None:
+            return self.route
+        return "int8" if self.is_int8 and self.route != "exact" else None
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "direct": None}

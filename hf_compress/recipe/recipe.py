@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from transformers import AutoConfig
 
 from hf_compress import __version__
 from hf_compress.hub import publish
+from hf_compress.ranks import is_main, wait_for_all
 from hf_compress.recipe.data import CLASSIFICATION, LANGUAGE_MODEL, TASKS, DataOptions, RecipeData
 from hf_compress.recipe.evaluate import chosen_models, evaluate, main_figures
 from hf_compress.recipe.fingerprints import digest, model_fingerprint, settings
@@ -156,7 +156,7 @@ class Recipe:
     ) -> dict[str, Any]:  # fmt: skip
         start = time.time()
         partial = store.begin(folder) if is_main() else folder.with_name(folder.name + ".partial")
-        _wait_for_all()
+        wait_for_all()
         record = {"name": stage.name, "kind": stage.kind, "options": dict(stage.given), "folder": folder.name,
                   "fingerprint": fingerprint, "version": __version__}  # fmt: skip
         if stage.kind == "evaluate":
@@ -173,10 +173,10 @@ class Recipe:
             work = Work(partial, made[-1].source, self._teacher(stage, made), data, self.seed, saves=is_main())
             if stage.parts or stage.method.trains or is_main():
                 figures = change_model(stage, work)
-        _wait_for_all()
+        wait_for_all()
         if is_main():
             store.finish(folder, {**record, "seconds": round(time.time() - start, 1), "figures": figures})
-        _wait_for_all()
+        wait_for_all()
         return store.record(folder)
 
     def _publish(
@@ -295,15 +295,3 @@ def _read(source: str | Path) -> tuple[str, str]:
     if path.suffix in (".yaml", ".yml"):
         raise RecipeError(f"There is no recipe {source}: the file does not exist.")
     raise unknown(str(source), ready_recipes(), "There is no file of that name, and the ready recipe")
-
-
-def is_main() -> bool:
-    """Whether this is the process that writes: the only one, or the first that `accelerate launch` started."""
-    return int(os.environ.get("RANK", 0)) == 0
-
-
-def _wait_for_all() -> None:
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        from accelerate import PartialState
-
-        PartialState().wait_for_everyone()

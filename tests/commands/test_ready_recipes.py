@@ -4,6 +4,7 @@ import json
 import random
 
 import pytest
+import torch
 from recipe_run import TRAIN, reviews, tiny_folder
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -55,3 +56,17 @@ def test_an_encoder_of_sparse_blocks(tmp_path, capsys):
     assert sparse["measurement"]["parameters"] < tuned["measurement"]["parameters"] and tuned["name"] == "fine-tune"
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "model")
     assert model.config.quantization_config["sparsity"]
+
+
+def test_a_classifier_distilled_pruned_and_rounded_at_once(tmp_path, capsys):
+    training = {f"{stage}.{name}": value for stage in ("fine-tune", "distil") for name, value in TRAIN.items()}
+    changes = {**training, "distil.hints": "1:2,2:4"}
+    model = tiny_folder(tmp_path / "bert")
+    reviewed = reviews(tmp_path / "r.csv")
+    tuned, _, small = run("classifier-cpu-together", model, tmp_path / "out", reviewed, changes, capsys)
+    assert small["measurement"]["bits_per_weight"] < 16 < tuned["measurement"]["bits_per_weight"]
+    assert small["measurement"]["parameters"] < tuned["measurement"]["parameters"] / 2
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "model")
+    assert model.dtype == torch.bfloat16 and model.config.num_hidden_layers == 2
+    record = model.config.quantization_config
+    assert record["structure"] and {entry["bits"] for entry in record["bits"].values()} == {4, 8}
