@@ -4,13 +4,12 @@ import inspect
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
-from filelock import FileLock, Timeout
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -24,6 +23,7 @@ from hf_compress.distillation.cache_files import (
     find_faults,
     is_cache,
     joined,
+    only_writer,
     plain_config,
     read_manifest,
     read_notes,
@@ -104,7 +104,7 @@ def cache_teacher(
             "classes": outputs.classes,
             "stored": outputs.stored,
         }
-        with _only_writer(path, state):
+        with only_writer(path, state):
             shards = _open(path, manifest, state)
             known = set()
             for name in shards:
@@ -117,23 +117,6 @@ def cache_teacher(
                 remove_notes(path)
     state.wait_for_everyone()
     return CachedTeacher(path)
-
-
-@contextmanager
-def _only_writer(path: Path, state: PartialState) -> Iterator[None]:
-    """Wait until no other job writes to `path`. A lock of the system: a killed process leaves none behind."""
-    with ExitStack() as held:
-        if state.is_main_process:
-            path.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(path / ".lock")
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                logger.warning("Another process writes the cache in %s: waiting for it to finish.", path)
-                lock.acquire()
-            held.callback(lock.release)
-        state.wait_for_everyone()
-        yield
 
 
 def _open(path: Path, manifest: dict, state: PartialState) -> dict[str, dict]:

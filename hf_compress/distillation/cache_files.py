@@ -9,11 +9,14 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from filelock import FileLock, Timeout
 from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import PretrainedConfig
@@ -28,6 +31,23 @@ VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "us
 def is_cache(path) -> bool:
     """Whether `path` is a folder that holds a teacher cache, finished or not."""
     return isinstance(path, str | os.PathLike) and (Path(path) / MANIFEST).is_file()
+
+
+@contextmanager
+def only_writer(path: Path, state: PartialState) -> Iterator[None]:
+    """Wait until no other job writes to `path`. A lock of the system: a killed process leaves none behind."""
+    with ExitStack() as held:
+        if state.is_main_process:
+            path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(path / ".lock")
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                logger.warning("Another process writes the cache in %s: waiting for it to finish.", path)
+                lock.acquire()
+            held.callback(lock.release)
+        state.wait_for_everyone()
+        yield
 
 
 def read_manifest(folder: Path) -> dict:
