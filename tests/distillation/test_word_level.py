@@ -45,16 +45,17 @@ def problem(student_classes=11, teacher_classes=11, positions=7, bias=True):
     ("mine", "theirs"), [(11, 11), (11, 9), (9, 11)], ids=["equal", "student-padded", "teacher-padded"]
 )
 @pytest.mark.parametrize("chunk_size", [1, 3, 100])
-def test_losses_and_gradients_are_those_of_the_equations(kind, mine, theirs, chunk_size):
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+def test_losses_and_gradients_are_those_of_the_equations(kind, mine, theirs, chunk_size, temperature):
     states, head, teacher_states, teacher_head, labels = problem(mine, theirs)
-    options = dict(temperature=1.7, task_weight=0.4, soft_weight=0.6, chunk_size=chunk_size)
+    options = dict(temperature=temperature, task_weight=0.4, soft_weight=0.6, chunk_size=chunk_size)
     total, task, soft = head_losses(states, head, [teacher_states], teacher_head, labels, DIVERGENCES[kind], **options)
     gradients = torch.autograd.grad(3 * total, [states, head.weight, head.bias])
 
     logits, teacher_logits = head(states), teacher_head(teacher_states)
-    expected_soft = 1.7**2 * distance(kind, logits[:, :9] / 1.7, teacher_logits[:, :9] / 1.7)
+    expected_soft = temperature**2 * distance(kind, logits[:, :9] / temperature, teacher_logits[:, :9] / temperature)
     if mine == theirs == 11:
-        expected_soft = 1.7**2 * distance(kind, logits / 1.7, teacher_logits / 1.7)
+        expected_soft = temperature**2 * distance(kind, logits / temperature, teacher_logits / temperature)
     expected_task = -logits.log_softmax(-1)[torch.arange(7), labels].sum()
     expected_total = 0.4 * expected_task + 0.6 * expected_soft
     expected = torch.autograd.grad(3 * expected_total, [states, head.weight, head.bias])
