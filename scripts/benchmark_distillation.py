@@ -132,7 +132,7 @@ def main():
         for student in args.students:
             names = ["alone", *methods(student)]
             if student != "a":
-                names += ["soft targets+", "TinyBERT+"]
+                names += ["soft targets+", "TinyBERT+", "MiniLM+"]
             for method in args.methods or names:
                 bench.run(student, method, seed)
 

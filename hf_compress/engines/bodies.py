@@ -127,14 +127,13 @@ class Int8Dynamic:
 
     def __init__(self, weight: Integers, library: str):
         need(weight.bits == 8 and weight.scales.shape[1] == 1, "8 bits and one scale a row")
-        need(bool((weight.zeros == 128).all()), "the zero point 128")
+        need(library == "fbgemm" or bool((weight.zeros == 128).all()), "the zero point 128, other than in fbgemm")
         need(library in torch.backends.quantized.supported_engines, f"a PyTorch built with {library}")
         scales, before = weight.scales[:, 0].double(), torch.backends.quantized.engine
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # PyTorch announces the end of quantized tensors
-            q = torch._make_per_channel_quantized_tensor(
-                (weight.q ^ 128).view(torch.int8), scales, torch.zeros(len(scales), dtype=torch.int64), 0
-            )
+            zeros = weight.zeros[:, 0].long() - 128
+            q = torch._make_per_channel_quantized_tensor((weight.q ^ 128).view(torch.int8), scales, zeros, 0)
         try:
             torch.backends.quantized.engine = library
             self.packed = torch.ops.quantized.linear_prepack(q, None)

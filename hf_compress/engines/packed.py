@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_compress.engines import processor
-from hf_compress.engines.bodies import BODIES
+from hf_compress.engines.bodies import BODIES, Int4, Int8Weights
 from hf_compress.engines.integers import Stored, dequantize, integers
 from hf_compress.engines.kept import kept_for
 from hf_compress.ops import unpack_zeros
@@ -16,7 +16,9 @@ from hf_compress.ops import unpack_zeros
 logger = logging.getLogger(__name__)
 
 Body = Callable[[Tensor, Tensor | None], Tensor]
+IN_GRAPH = Int4, Int8Weights  # made of ATen's operators and plain tensors
 ONCE = {"bfloat16_once": torch.bfloat16, "float32_once": torch.float32}  # engines that keep nothing
+FEW_TOKENS = 16  # at most, of a decoding step whose graph holds the engine itself
 ROWS_AT_ONCE = 2048  # output features dequantized together, to bound memory
 
 if hasattr(os, "register_at_fork"):
@@ -58,6 +60,17 @@ def find_engine(stored: Stored, route: str, tokens: int, dtype: torch.dtype, mad
     if key not in made:
         made[key] = _first_of_table(stored, *key, made)
     return made[key]
+
+
+def engine_in_graph(stored: Stored, route: str, dtype: torch.dtype) -> Body | None:
+    """The engine for few tokens, if it is made of operators that a compiled graph can hold as they are.
+
+    Our own operator goes through Python in every call, which costs as much as a small product. A graph reads the
+    engine's tensors where the layer keeps them, so the layer drops the engine when its stored tensors change.
+    """
+    made = kept_for(stored[:4])
+    engines = [find_engine(stored, route, tokens, dtype, made) for tokens in (1, FEW_TOKENS)]
+    return engines[0] if engines[0] is engines[1] and isinstance(engines[0], IN_GRAPH) else None
 
 
 def _first_of_table(stored: Stored, route: str, tokens: int, dtype: torch.dtype, made: dict) -> Body | torch.dtype:
@@ -104,8 +117,8 @@ def _once(x: Tensor, bias: Tensor | None, stored: Stored, dtype: torch.dtype) ->
 def _slices(stored: Stored, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """W[n]^T (K, n) in `dtype`, slice by slice."""
     bits, N, K, G = stored.bits, stored.out_features, stored.in_features, stored.num_groups
-    words = not stored.by_rows and stored.g_idx is None and 32 % bits == 0 and K * bits % 32 == 0
-    if not words and not stored.by_rows:
+    whole = not stored.by_rows and stored.g_idx is None and 32 % bits == 0 and K * bits % 32 == 0  # words
+    if not whole and not stored.by_rows:
         yield slice(0, N), dequantize(stored, dtype).t()
         return
     for start in range(0, N, ROWS_AT_ONCE):
@@ -115,8 +128,11 @@ def _slices(stored: Stored, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]
             part = Stored(stored.qweight[n], stored.scales[n], zeros, None, bits, n.stop - start, K, True)
             yield n, dequantize(part, dtype).t()
             continue
-        shifts = torch.arange(0, 32, bits, dtype=torch.int32)[:, None]
-        q = ((stored.qweight[:, None, n] >> shifts) & (2**bits - 1)).flatten(0, 1).to(dtype)  # (K, n)
+        words = stored.qweight[:, n]
+        q = words.new_empty(len(words), 32 // bits, words.shape[1])
+        for place in range(32 // bits):
+            torch.bitwise_right_shift(words, place * bits, out=q[:, place])
+        q = q.bitwise_and_(2**bits - 1).flatten(0, 1).to(dtype)  # (K, n)
         zeros = 2 ** (bits - 1)
         if stored.zeros is not None:
             zeros = unpack_zeros(stored.zeros, bits, N)[:, None, n].to(dtype)  # (G, 1, n)

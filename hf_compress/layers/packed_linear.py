@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_compress.engines.direct import DirectCalls
 from hf_compress.engines.integers import Stored
-from hf_compress.engines.packed import packed_linear
+from hf_compress.engines.packed import FEW_TOKENS, engine_in_graph, packed_linear
 from hf_compress.engines.processor import choose_route
 from hf_compress.layers.activations import round_per_token, round_to_range
 from hf_compress.layers.scheme import SCALE_DTYPES, WeightScheme
@@ -104,6 +104,7 @@ class PackedLinear(PackedModule, nn.Linear):
         self.runtime = None  # the kernels' layout, see `prepare`
         self.route = None  # how the CPU's engines run it; None: without one
         self.direct = None  # the engines it has used
+        self.in_graph = None  # the engine that compiled decoding steps hold
         self.compute_dtype = dtype or torch.get_default_dtype()
         groups = scheme.num_groups(in_features)
         words = words_per_row(in_features, scheme.bits)
@@ -188,6 +189,10 @@ class PackedLinear(PackedModule, nn.Linear):
                 return w8a8_linear(x, weight, self.scales[0].float(), self.bias)
             x = round_per_token(x)
         if on_engine:
+            if torch.compiler.is_compiling() and self.one_copy and not torch.is_grad_enabled():
+                rows = x.reshape(-1, self.in_features)
+                if rows.shape[0] <= FEW_TOKENS and self._is_in_graph():
+                    return self.in_graph(rows, self.bias).reshape(*x.shape[:-1], self.out_features)
             return packed_linear(x, self.bias, self._stored(), self.route)
         if self.runtime is not None and x.dtype == self.runtime.dtype:
             return wna16_linear(x, self.runtime, self.bias)
@@ -205,6 +210,13 @@ class PackedLinear(PackedModule, nn.Linear):
             self.direct = DirectCalls(stored, route)
         return self.direct(x, self._parameters.get("bias"))
 
+    @torch.compiler.assume_constant_result
+    def _is_in_graph(self) -> bool:
+        """Called while a graph is traced: whether `in_graph` multiplies few tokens by operators of PyTorch alone."""
+        if self.in_graph is None:
+            self.in_graph = engine_in_graph(self._stored(), self.route, self.compute_dtype)
+        return self.in_graph is not None
+
     def _route_of_inputs(self) -> str | None:
         """How the CPU's engines take inputs as they come; None where they are rounded first, or without an engine."""
         if self.route is None or self.scheme.activation_bits is None:
@@ -212,7 +224,11 @@ class PackedLinear(PackedModule, nn.Linear):
         return "int8" if self.is_int8 and self.route != "exact" else None
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "direct": None}
+        return {**self.__dict__, "direct": None, "in_graph": None}
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)  # writes into the stored tensors
+        self.in_graph = None
 
     def _stored(self) -> Stored:
         return Stored(self.qweight, self.scales, self.qzeros, self.g_idx, self.scheme.bits, self.out_features,
@@ -230,7 +246,7 @@ class PackedLinear(PackedModule, nn.Linear):
         On the CPU the engines of `hf_compress.engines` run it. A small weight there, and groups that the kernels' tiles
         do not fit, are dequantized on the fly.
         """
-        self.runtime, self.route, self.direct = None, None, None
+        self.runtime, self.route, self.direct, self.in_graph = None, None, None, None
         if self.qweight.device.type == "meta":
             return
         if self.qweight.device.type == "cpu":

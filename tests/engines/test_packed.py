@@ -34,7 +34,7 @@ TAKES = {  # engine -> schemes it must take
     "int4": {name for name in SCHEMES if name[0] in "234"},
     "int8_weights": {"8-bit-rows", "8-bit-rows-symmetric"},
     "int8_products": {"8-bit-rows-symmetric"},
-    "fbgemm": {"8-bit-rows-symmetric"},
+    "fbgemm": {"8-bit-rows", "8-bit-rows-symmetric"},
     "onednn": {"8-bit-rows-symmetric"},
     "onnxruntime": set(SCHEMES),
 }
@@ -229,6 +229,55 @@ def test_compiles_in_one_graph_with_the_same_engine(grad):
         if grad:
             compiled(x).sum().backward()
             torch.testing.assert_close(x.grad, layer.dequantize().sum(0).expand(2, K))
+
+
+def graph_of(layer: PackedLinear, *inputs: Tensor, dynamic: bool = False) -> tuple[list[Tensor], list[str]]:
+    """The compiled layer's outputs, and the names of the operators in its graphs."""
+    torch._dynamo.reset()
+    names = []
+
+    def keep_names(graph, examples):
+        names.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    compiled = torch.compile(layer, fullgraph=True, backend=keep_names, dynamic=dynamic)
+    return [compiled(x) for x in inputs], names
+
+
+@needs_avx512
+@pytest.mark.parametrize("scheme", ["4-bit", "3-bit", "4-bit-act-order", "8-bit-rows"])
+@torch.no_grad()
+def test_a_compiled_decoding_step_holds_the_kernel_itself(scheme):
+    layer = packed_layer(SCHEMES[scheme])
+    layer.one_copy = True
+    layer.prepare()
+    x, prompt = torch.randn(1, 2, K), torch.randn(1, 70, K)
+    (few, many), names = graph_of(layer, x, prompt)
+    kernel = "_weight_int8pack_mm" if "8" in scheme else "_weight_int4pack_mm_for_cpu"
+    assert sum(kernel in name for name in names) == sum("packed_linear" in name for name in names) == 1
+    assert torch.equal(few, layer(x)) and torch.equal(many, layer(prompt))
+
+
+@needs_avx512
+@torch.no_grad()
+def test_a_compiled_step_sees_new_weights_and_new_lengths():
+    layer, other = packed_layer(SCHEMES["4-bit"]), packed_layer(SCHEMES["4-bit"], seed=1)
+    for one in (layer, other):
+        one.one_copy = True
+        one.prepare()
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    x = torch.randn(1, K)
+    assert torch.equal(compiled(x), layer(x))
+    layer.load_state_dict(other.state_dict())
+    assert torch.equal(compiled(x), other(x))
+    again = copy.deepcopy(layer)
+    assert again.in_graph is None and layer.in_graph is not None
+    assert pickle.loads(pickle.dumps(layer)).in_graph is None
+    inputs = [torch.randn(n, K) for n in (3, 5, 7, 9)]
+    outputs, names = graph_of(layer, *inputs, dynamic=True)
+    assert all(torch.equal(y, layer(x)) for x, y in zip(inputs, outputs, strict=True))
+    assert sum("_weight_int4pack_mm_for_cpu" in name for name in names) == 1  # one graph for every length
 
 
 def test_a_missing_engine_means_a_slower_path(monkeypatch):
