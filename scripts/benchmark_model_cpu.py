@@ -44,7 +44,7 @@ Classifier = Callable[[Tensor, Tensor], Tensor]  # input_ids, attention_mask (B,
 ROWS = dict(group_size=-1, symmetric=True)  # one scale a row
 
 
-def torch_classifiers(model: PreTrainedModel) -> dict[str, Classifier]:
+def torch_classifiers(model: PreTrainedModel, compressed: Path | None) -> dict[str, Classifier]:
     eight = hfc.quantize(copy.deepcopy(model), 8, embedding_bits=8)
     models = {
         "float32": model,
@@ -57,7 +57,13 @@ def torch_classifiers(model: PreTrainedModel) -> dict[str, Classifier]:
             copy.deepcopy(model), 8, embedding_bits=8, activation_bits=8, **ROWS
         ).bfloat16(),
     }
+    if compressed is not None:
+        models[f"{compressed}, bfloat16"] = load(compressed, torch.bfloat16)
     return {name: partial(logits_of, one) for name, one in models.items()}
+
+
+def load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    return AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype).eval()
 
 
 def logits_of(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -73,7 +79,7 @@ class Exported(torch.nn.Module):
         return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
 
 
-def onnxruntime_classifiers(model: PreTrainedModel) -> dict[str, Classifier]:
+def onnxruntime_classifiers(model: PreTrainedModel, compressed: Path | None) -> dict[str, Classifier]:
     import onnxruntime
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -100,13 +106,14 @@ CLASSIFIERS = {"torch": torch_classifiers, "onnxruntime": onnxruntime_classifier
 
 
 def classification(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
-    model = AutoModelForSequenceClassification.from_pretrained(args.model, dtype=torch.float32).eval()
+    model = load(args.model, torch.float32)
     stock = copy.deepcopy(model)
-    calls = CLASSIFIERS[args.family](model)
+    calls = CLASSIFIERS[args.family](model, args.compressed)
+    vocabulary = min(len(load(folder, torch.float32).get_input_embeddings().weight) for folder in folders(args))
     results = {}
     for batch in args.batches:
         for length in args.lengths:
-            ids = torch.randint(5, model.config.vocab_size, (batch, length))
+            ids = torch.randint(5, vocabulary, (batch, length))
             seconds = timed([partial(call, ids, torch.ones_like(ids)) for call in calls.values()], args)
             results[f"batch {batch} length {length}"] = dict(zip(calls, seconds, strict=True))
     if args.data:
@@ -114,19 +121,29 @@ def classification(args: argparse.Namespace) -> dict[str, dict[str, list[float]]
     return results
 
 
+def folders(args: argparse.Namespace) -> list[Path]:
+    return [args.model] if args.compressed is None else [args.model, args.compressed]
+
+
 def agreement(stock: PreTrainedModel, calls: dict[str, Classifier], args: argparse.Namespace) -> dict:
     """Share of texts for which a model predicts what the float32 one does."""
     with (args.data / "test.csv").open(newline="", encoding="utf-8") as file:
         texts = [row["text"] for row in csv.DictReader(file)][: args.texts]
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizers = {folder: AutoTokenizer.from_pretrained(folder) for folder in folders(args)}
+    options = dict(padding=True, truncation=True, max_length=128, return_tensors="pt")
     same = dict.fromkeys(calls, 0)
     for start in range(0, len(texts), 32):
-        batch = tokenizer(texts[start : start + 32], padding=True, truncation=True, max_length=128, return_tensors="pt")
-        inputs = batch["input_ids"], batch["attention_mask"]
-        expected = logits_of(stock, *inputs).argmax(-1)
+        some = texts[start : start + 32]  # a pruned vocabulary numbers them in its own way
+        batches = {folder: tokenizer(some, **options) for folder, tokenizer in tokenizers.items()}
+        expected = logits_of(stock, *inputs_of(batches[args.model])).argmax(-1)
         for name, call in calls.items():
-            same[name] += int((call(*inputs).argmax(-1) == expected).sum())
+            batch = batches[args.compressed if name.startswith(f"{args.compressed},") else args.model]
+            same[name] += int((call(*inputs_of(batch)).argmax(-1) == expected).sum())
     return {name: [count / len(texts)] for name, count in same.items()}
+
+
+def inputs_of(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    return batch["input_ids"], batch["attention_mask"]
 
 
 def generation(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
@@ -173,6 +190,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("classification", "generation"))
     parser.add_argument("--model", type=Path, required=True, help="Folder of an unquantized checkpoint.")
+    parser.add_argument("--compressed", type=Path, help="A compressed classifier, timed beside the others.")
     parser.add_argument("--data", type=Path, help="Folder with test.csv, to compare predictions.")
     parser.add_argument("--texts", type=int, default=2500)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 32])

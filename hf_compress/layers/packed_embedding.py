@@ -23,6 +23,8 @@ OWN = (
     "table",
 )  # what an ordinary embedding lacks
 
+VALUES_AT_ONCE = 2**18  # looked up together: their passes stay in a core's cache
+
 
 class PackedEmbedding(PackedModule, nn.Embedding):
     """Rows of few bits, packed along the row so that a lookup reads only its own words.
@@ -111,11 +113,20 @@ class PackedEmbedding(PackedModule, nn.Embedding):
     def dequantize(self, dtype: torch.dtype | None = None, ids: Tensor | None = None) -> Tensor:
         """The table (V, D), or its rows `ids` (..., D), computed in float32 and then cast."""
         q, scales, zeros = self.integers(ids)
-        centred = q.unflatten(-1, (scales.shape[-1], -1)) - zeros.float()[..., None]  # (..., G, g)
-        return (centred * scales.float()[..., None]).flatten(-2).to(dtype or self.compute_dtype)
+        values = q.float()
+        groups = values.unflatten(-1, (scales.shape[-1], -1))  # (..., G, g)
+        groups.sub_(zeros.float()[..., None]).mul_(scales.float()[..., None])
+        return values.to(dtype or self.compute_dtype)
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.dequantize(ids=input)
+        if torch.compiler.is_compiling():
+            return self.dequantize(ids=input)
+        if input.numel() >= self.num_embeddings:  # a small table: token types, or positions
+            return F.embedding(input, self.dequantize())
+        if input.numel() * self.embedding_dim <= VALUES_AT_ONCE:
+            return self.dequantize(ids=input)
+        parts = input.flatten().split(max(VALUES_AT_ONCE // self.embedding_dim, 1))
+        return torch.cat([self.dequantize(ids=part) for part in parts]).view(*input.shape, -1)
 
     def check(self, name: str) -> None:
         """Raise ValueError, naming `name`, for loaded tensors that would make NaN."""
