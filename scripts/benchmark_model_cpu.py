@@ -5,7 +5,8 @@
 
 `classification` runs batches of 1 and 32 texts of 32 and 128 tokens; with `--data`, a folder whose test.csv has the
 column `text`, it also counts how many predictions agree with the float32 model's. ONNX Runtime runs the exported model
-with dynamic 8-bit quantization, in a process of its own, in turn (pip install onnx onnxruntime). `generation` runs
+with dynamic 8-bit quantization, in a process of its own, in turn (pip install onnx onnxruntime). `--peers` adds what
+`cpu_peers.py` finds installed. `generation` runs
 greedy decoding of 128 tokens after a prompt of 128, one text at a time; `compiled` is `torch.compile` over a static
 cache, and its compilation is not counted. With one thread the clock is the processor time of the calling thread, with
 more it is the wall clock. Reported: the median time, and the ratio to the float32 model with the range of the passes.
@@ -36,6 +37,7 @@ from transformers import (
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
 from benchmark_cpu import in_turn  # noqa: E402
+from cpu_peers import classifiers, decoders, installed  # noqa: E402
 
 import hf_compress as hfc  # noqa: E402
 from hf_compress.timing import time_interleaved  # noqa: E402
@@ -44,7 +46,7 @@ Classifier = Callable[[Tensor, Tensor], Tensor]  # input_ids, attention_mask (B,
 ROWS = dict(group_size=-1, symmetric=True)  # one scale a row
 
 
-def torch_classifiers(model: PreTrainedModel, compressed: Path | None) -> dict[str, Classifier]:
+def torch_classifiers(model: PreTrainedModel, args: argparse.Namespace) -> dict[str, Classifier]:
     eight = hfc.quantize(copy.deepcopy(model), 8, embedding_bits=8)
     models = {
         "float32": model,
@@ -57,13 +59,15 @@ def torch_classifiers(model: PreTrainedModel, compressed: Path | None) -> dict[s
             copy.deepcopy(model), 8, embedding_bits=8, activation_bits=8, **ROWS
         ).bfloat16(),
     }
-    if compressed is not None:
-        models[f"{compressed}, bfloat16"] = load(compressed, torch.bfloat16)
+    if args.compressed is not None:
+        models[f"{args.compressed}, bfloat16"] = load(args.compressed, dtype=torch.bfloat16)
+    if args.peers:
+        models |= installed(classifiers, load, args.model)
     return {name: partial(logits_of, one) for name, one in models.items()}
 
 
-def load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    return AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype).eval()
+def load(folder: Path, **options) -> PreTrainedModel:
+    return AutoModelForSequenceClassification.from_pretrained(folder, **options).eval()
 
 
 def logits_of(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -79,7 +83,7 @@ class Exported(torch.nn.Module):
         return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
 
 
-def onnxruntime_classifiers(model: PreTrainedModel, compressed: Path | None) -> dict[str, Classifier]:
+def onnxruntime_classifiers(model: PreTrainedModel, args: argparse.Namespace) -> dict[str, Classifier]:
     import onnxruntime
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -106,10 +110,10 @@ CLASSIFIERS = {"torch": torch_classifiers, "onnxruntime": onnxruntime_classifier
 
 
 def classification(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
-    model = load(args.model, torch.float32)
+    model = load(args.model, dtype=torch.float32)
     stock = copy.deepcopy(model)
-    calls = CLASSIFIERS[args.family](model, args.compressed)
-    vocabulary = min(len(load(folder, torch.float32).get_input_embeddings().weight) for folder in folders(args))
+    calls = CLASSIFIERS[args.family](model, args)
+    vocabulary = min(len(load(folder, dtype=torch.float32).get_input_embeddings().weight) for folder in folders(args))
     results = {}
     for batch in args.batches:
         for length in args.lengths:
@@ -161,6 +165,9 @@ def generation(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
     }
     if args.compiled:
         runs["hf_compress 4 bit, bfloat16, compiled"] = (copy.deepcopy(half), static)
+    if args.peers:
+        peers = installed(decoders, AutoModelForCausalLM.from_pretrained, args.model)
+        runs |= {name: (one, {}) for name, one in peers.items()}
     prompt = torch.randint(5, model.config.vocab_size, (1, args.prompt))
     options = dict(attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=args.new_tokens,
                    min_new_tokens=args.new_tokens)  # fmt: skip
@@ -198,6 +205,7 @@ def main():
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new_tokens", type=int, default=128)
     parser.add_argument("--compiled", action="store_true", help="Also the compiled decoding step; takes a minute more.")
+    parser.add_argument("--peers", action="store_true", help="Also other libraries, as far as they are installed.")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--passes", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)

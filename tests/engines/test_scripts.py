@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import hf_compress as hfc
 from tests.helpers import tiny_model
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -44,13 +45,16 @@ def test_a_wrong_result_stops_the_benchmark():
 def test_models_are_timed_beside_stock_ones(tmp_path, capsys):
     benchmark = script("benchmark_model_cpu")
     tiny_model("bert", hidden_size=64, intermediate_size=256).save_pretrained(tmp_path / "classifier")
+    packed = hfc.quantize(tiny_model("bert", hidden_size=64, intermediate_size=256), 8, embedding_bits=8)
+    packed.save_pretrained(tmp_path / "packed")
     tiny_model("llama", hidden_size=64, head_dim=16, intermediate_size=256).save_pretrained(tmp_path / "decoder")
     options = dict(family="torch", data=None, batches=[2], lengths=[8], rounds=1, threads=torch.get_num_threads(),
-                   prompt=4, new_tokens=3, compiled=False)  # fmt: skip
+                   prompt=4, new_tokens=3, compiled=False, compressed=tmp_path / "packed", peers=True)  # fmt: skip
     with torch.inference_mode():
         times = benchmark.classification(argparse.Namespace(model=tmp_path / "classifier", **options))
         times |= benchmark.generation(argparse.Namespace(model=tmp_path / "decoder", **options))
     assert list(times) == ["batch 2 length 8", "4 and 3 new tokens"]
     assert all("hf_compress 4 bit, bfloat16" in cell for cell in times.values())
+    assert f"{tmp_path / 'packed'}, bfloat16" in times["batch 2 length 8"]
     benchmark.report([times])
     assert "x float32" in capsys.readouterr().out
