@@ -46,6 +46,7 @@ _HOMES = {  # public name -> module that defines it
     "load_compressed_tensors": "hf_compress.checkpoint.compressed_tensors_reader",
     "load_gptq": "hf_compress.checkpoint.gptq_format",
     "quantize": "hf_compress.quantization.quantize",
+    "compiled_decoding": "hf_compress.decoding",
     "AdapterTeacher": "hf_compress.distillation.adapter_teacher",
     "distil_through_assistants": "hf_compress.distillation.assistants",
     "MutualConfig": "hf_compress.distillation.mutual",

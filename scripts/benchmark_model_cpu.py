@@ -30,7 +30,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    CompileConfig,
     PreTrainedModel,
 )
 
@@ -154,9 +153,6 @@ def generation(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     four = hfc.quantize(copy.deepcopy(model), 4, embedding_bits=8)
     half = copy.deepcopy(four).bfloat16()
-    compiled = CompileConfig(fullgraph=True, mode="default", dynamic=False)
-    compiled._compile_all_devices = True  # Transformers compiles on its own on GPUs only
-    static = dict(cache_implementation="static", compile_config=compiled)
     runs = {
         "float32": (model, {}),
         "bfloat16": (copy.deepcopy(model).bfloat16(), {}),
@@ -164,7 +160,7 @@ def generation(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
         "hf_compress 4 bit, bfloat16": (half, {}),
     }
     if args.compiled:
-        runs["hf_compress 4 bit, bfloat16, compiled"] = (copy.deepcopy(half), static)
+        runs["hf_compress 4 bit, bfloat16, compiled"] = (copy.deepcopy(half), hfc.compiled_decoding())
     if args.peers:
         peers = installed(decoders, AutoModelForCausalLM.from_pretrained, args.model)
         runs |= {name: (one, {}) for name, one in peers.items()}

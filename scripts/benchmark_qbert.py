@@ -51,7 +51,7 @@ class Arguments:
     fine_tuned: str | None = field(default=None, metadata={"help": "A fine-tuned classifier to start from."})
     epochs: float = field(default=3.0, metadata={"help": "Epochs of each training."})
     learning_rate: float = field(default=1e-4, metadata={"help": "Of each training."})
-    sensitivity_method: str = field(default="trace", metadata={"help": "For `sensitivity`: trace, fisher, eigenvalue."})
+    sensitivity_method: str = field(default="fisher", metadata={"help": "fisher, trace or eigenvalue."})
     average_bits: float = field(default=2.5, metadata={"help": "Mean bits of the mixed model."})
     max_examples: int = field(default=0, metadata={"help": "Use only so many examples of each split; all when 0."})
 
@@ -86,11 +86,15 @@ def main():
     for seed in args.seeds:
         if "gptq" in args.runs and not is_done(args, "GPTQ 4 bit", seed):
             run_gptq(args, seed, data["train"].shuffle(seed=seed), common)
-        for run, name, bits in (("mixed", "mixed", args.average_bits), ("uniform", "uniform 2 bit", 2)):
+        for run, name, bits in (
+            ("mixed", f"mixed by {args.sensitivity_method}", args.average_bits),
+            ("uniform", "uniform 2 bit", 2),
+        ):
             if run not in args.runs or is_done(args, name, seed):
                 continue
             set_seed(seed)
-            config = options(hfc.QBertConfig, args, seed, average_bits=bits)
+            more = dict(average_bits=bits, sensitivity_method=args.sensitivity_method)
+            config = options(hfc.QBertConfig, args, seed, **more)
             start = time.perf_counter()
             trainer = hfc.QBertTrainer(fine_tuned(args), config, **common)
             preparation = time.perf_counter() - start

@@ -23,7 +23,14 @@ def test_qbert_benchmark_compares_four_models(tmp_path, monkeypatch):
     for _ in range(2):  # the second passes over what is there, but for the sensitivity
         runpy.run_path(str(SCRIPTS / "benchmark_qbert.py"), run_name="__main__")
     lines = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
-    names = ["full precision", "sensitivity by trace", "GPTQ 4 bit", "mixed", "uniform 2 bit", "sensitivity by trace"]
+    names = [
+        "full precision",
+        "sensitivity by fisher",
+        "GPTQ 4 bit",
+        "mixed by fisher",
+        "uniform 2 bit",
+        "sensitivity by fisher",
+    ]
     assert [line["name"] for line in lines] == names
     assert lines[1]["rank_correlation"] == 1.0  # here the subsample is everything
 
