@@ -210,12 +210,14 @@ class PackedLinear(PackedModule, nn.Linear):
             self.direct = DirectCalls(stored, route)
         return self.direct(x, self._parameters.get("bias"))
 
-    @torch.compiler.assume_constant_result
     def _is_in_graph(self) -> bool:
         """Called while a graph is traced: whether `in_graph` multiplies few tokens by operators of PyTorch alone."""
         if self.in_graph is None:
             self.in_graph = engine_in_graph(self._stored(), self.route, self.compute_dtype)
         return self.in_graph is not None
+
+    # what torch.compiler.assume_constant_result does, which imports the compiler and its second of modules
+    _is_in_graph._dynamo_marked_constant = True
 
     def _route_of_inputs(self) -> str | None:
         """How the CPU's engines take inputs as they come; None where they are rounded first, or without an engine."""
