@@ -168,8 +168,33 @@ def generation(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
     options = dict(attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=args.new_tokens,
                    min_new_tokens=args.new_tokens)  # fmt: skip
     calls = [partial(one.generate, prompt, **options, **more) for one, more in runs.values()]
-    cell = f"{args.prompt} and {args.new_tokens} new tokens"
-    return {cell: dict(zip(runs, timed(calls, args), strict=True))}
+    return {generation_cell(args): dict(zip(runs, timed(calls, args), strict=True))}
+
+
+def llama_cpp(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
+    """llama.cpp on the file given by `--gguf`: the same lengths, greedy."""
+    from llama_cpp import Llama
+
+    model = Llama(str(args.gguf), n_ctx=args.prompt + args.new_tokens, n_threads=args.threads, verbose=False,
+                  n_threads_batch=args.threads)  # fmt: skip
+    prompt = torch.randint(5, model.n_vocab(), (args.prompt,)).tolist()
+
+    def generate() -> None:
+        model.reset()
+        tokens = model.generate(prompt, top_k=1, temp=0.0)
+        for _ in range(args.new_tokens):
+            next(tokens)
+
+    # it has threads of its own, whose time is not the caller's
+    seconds = time_interleaved([generate], rounds=args.rounds, warmup_rounds=1)
+    return {generation_cell(args): {f"llama.cpp {args.gguf.name}": seconds[0]}}
+
+
+def generation_cell(args: argparse.Namespace) -> str:
+    return f"prompt of {args.prompt}, {args.new_tokens} new tokens"
+
+
+GENERATORS = {"torch": generation, "llama.cpp": llama_cpp}
 
 
 def timed(calls: list[Callable[[], object]], args: argparse.Namespace) -> list[list[float]]:
@@ -206,15 +231,16 @@ def main():
     parser.add_argument("--passes", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--families", nargs="+", choices=CLASSIFIERS, default=list(CLASSIFIERS))
-    parser.add_argument("--family", choices=CLASSIFIERS, help=argparse.SUPPRESS)
+    parser.add_argument("--gguf", type=Path, help="The language model for llama.cpp (pip install llama-cpp-python).")
+    parser.add_argument("--family", choices=[*CLASSIFIERS, *GENERATORS], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.family:
         torch.set_num_threads(args.threads)
         torch.manual_seed(0)
         with torch.inference_mode():
-            print(json.dumps({"classification": classification, "generation": generation}[args.what](args)))
+            print(json.dumps((classification if args.what == "classification" else GENERATORS[args.family])(args)))
         return
-    families = args.families if args.what == "classification" else ["torch"]
+    families = args.families if args.what == "classification" else list(GENERATORS)[: 1 + (args.gguf is not None)]
     report(in_turn(families, passes=args.passes, threads=args.threads))
 
 

@@ -53,7 +53,7 @@ def test_models_are_timed_beside_stock_ones(tmp_path, capsys):
     with torch.inference_mode():
         times = benchmark.classification(argparse.Namespace(model=tmp_path / "classifier", **options))
         times |= benchmark.generation(argparse.Namespace(model=tmp_path / "decoder", **options))
-    assert list(times) == ["batch 2 length 8", "4 and 3 new tokens"]
+    assert list(times) == ["batch 2 length 8", "prompt of 4, 3 new tokens"]
     assert all("hf_compress 4 bit, bfloat16" in cell for cell in times.values())
     assert f"{tmp_path / 'packed'}, bfloat16" in times["batch 2 length 8"]
     benchmark.report([times])
