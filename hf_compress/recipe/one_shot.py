@@ -170,7 +170,7 @@ class RoundOptions:
     scale_dtype: str = field(default="float16", metadata={"help": "float16 or float32."})
     dtype: str | None = field(default=None, metadata={"help": DTYPE_HELP})
     sensitivity_examples: int = field(default=64, metadata={"help": "Examples of the Hessian for average_bits."})
-    sensitivity_method: str = field(default="trace", metadata={"help": "trace, eigenvalue, fisher; for average_bits."})
+    sensitivity_method: str = field(default="fisher", metadata={"help": "fisher, trace, eigenvalue; for average_bits."})
 
     method = "rtn"
 
