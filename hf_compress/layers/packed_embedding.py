@@ -119,7 +119,7 @@ class PackedEmbedding(PackedModule, nn.Embedding):
         return values.to(dtype or self.compute_dtype)
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or input.device.type != "cpu":
             return self.dequantize(ids=input)
         if input.numel() >= self.num_embeddings:  # a small table: token types, or positions
             return F.embedding(input, self.dequantize())

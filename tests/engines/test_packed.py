@@ -231,6 +231,21 @@ def test_compiles_in_one_graph_with_the_same_engine(grad):
             torch.testing.assert_close(x.grad, layer.dequantize().sum(0).expand(2, K))
 
 
+@pytest.mark.parametrize("scheme", ["4-bit", "8-bit-rows", "8-bit-groups", "3-bit"])
+def test_long_lookups_are_those_of_single_rows(scheme):
+    layer = PackedEmbedding(700, K, SCHEMES[scheme], dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    G, bits = layer.scales.shape[1], SCHEMES[scheme].bits
+    numbers = [torch.randint(0, 2**bits, (700, n), generator=generator, dtype=torch.uint8) for n in (K, G)]
+    layer.fill(numbers[0], torch.rand(700, G, generator=generator), numbers[1])
+    oracle = layer.dequantize(torch.float32).bfloat16()
+    for shape in ((), (3,), (2, 300), (40, 50)):  # one by one, in parts, and the whole table
+        ids = torch.randint(0, 700, shape, generator=generator)
+        assert torch.equal(layer(ids), oracle[ids])
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(layer, backend="eager", fullgraph=True)(ids), oracle[ids])
+
+
 def graph_of(layer: PackedLinear, *inputs: Tensor, dynamic: bool = False) -> tuple[list[Tensor], list[str]]:
     """The compiled layer's outputs, and the names of the operators in its graphs."""
     torch._dynamo.reset()
