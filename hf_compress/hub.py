@@ -207,9 +207,11 @@ def upload(
     """Send everything in `folder` in one commit, trying again what may pass. Returns the commit's URL.
 
     `replaces` is a folder of the repository: the same commit takes out what is there and is not sent again. With
-    `private=None` the account's own habit decides.
+    `private=None` the account's own habit decides. Raises ValueError for an address that is none.
     """
     api = HfApi(token=token, endpoint=endpoint)
+    if not api.endpoint.startswith(("http://", "https://")):
+        raise ValueError(f"The Hub's address must begin with https://, got {api.endpoint!r}. Is HF_ENDPOINT right?")
     files = sorted(file for file in folder.rglob("*") if file.is_file())  # upload_folder would make several commits
     with _hub_errors(repo_id):
         for attempt in range(ATTEMPTS):

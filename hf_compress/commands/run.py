@@ -23,7 +23,9 @@ def run(verb: str, arguments: list[str]) -> int:
 
 
 def run_parser() -> Parser:
-    ready = "\n".join(f"  {name:18}{text}" for name, text in ready_recipes().items())
+    recipes = ready_recipes()
+    width = max(map(len, recipes))
+    ready = "\n".join(f"  {name:{width}}  {text}" for name, text in recipes.items())
     parser = Parser("hf-compress run", description="Run a recipe. What ran before on the same things is kept.",
                     epilog=f"Recipes that come with the package:\n{ready}")  # fmt: skip
     parser.add_argument("recipe", help="A YAML file, or the name of a recipe that comes with the package.")

@@ -120,6 +120,8 @@ def test_a_wrong_token_and_a_hub_that_is_not_there(hub, tmp_path):
         upload(tmp_path, "me/small", token="wrong", endpoint=hub.url)
     with pytest.raises(HubError, match="the connection broke off .ConnectError."):
         upload(tmp_path, "me/small", token=TOKEN, endpoint="http://127.0.0.1:9", sleep=lambda seconds: None)
+    with pytest.raises(ValueError, match="must begin with https://, got 'hub.example'"):
+        upload(tmp_path, "me/small", token=TOKEN, endpoint="hub.example")
 
 
 def test_push_to_hub_takes_a_model(hub, report):
