@@ -1,18 +1,15 @@
 """What other libraries make of a model for the CPU, for `benchmark_model_cpu.py`: those of them that are installed.
 
-pip install bitsandbytes optimum-quanto torchao; GPTQModel wants optimum too
+pip install bitsandbytes optimum-quanto torchao
 """
 
 import contextlib
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from transformers import BitsAndBytesConfig, GPTQConfig, PreTrainedModel
-
-import hf_compress as hfc
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 Load = Callable[..., PreTrainedModel]  # a folder and options of `from_pretrained`
 
@@ -32,7 +29,6 @@ def decoders(load: Load, folder: Path) -> Iterator[tuple[str, Callable[[], PreTr
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
     yield "bitsandbytes nf4", lambda: load(folder, dtype=torch.bfloat16, quantization_config=nf4)
     yield "optimum-quanto int4", lambda: quanto(load(folder, dtype=torch.bfloat16), "qint4")
-    yield "GPTQModel 4 bit", lambda: gptqmodel(load, folder)
 
 
 def quanto(model: PreTrainedModel, weights: str) -> PreTrainedModel:
@@ -48,15 +44,6 @@ def torchao(model: PreTrainedModel) -> PreTrainedModel:
 
     quantize_(model, Int8DynamicActivationInt8WeightConfig())
     return model
-
-
-def gptqmodel(load: Load, folder: Path) -> PreTrainedModel:
-    """Opens a 4-bit checkpoint of ours; its integers do not matter here."""
-    import gptqmodel  # noqa: F401  Transformers' own message is about optimum
-
-    with tempfile.TemporaryDirectory() as exported:
-        hfc.export(hfc.quantize(load(folder), 4), exported, format="gptq")
-        return load(exported, dtype=torch.bfloat16, quantization_config=GPTQConfig(bits=4, backend="torch"))
 
 
 def installed(kind: Callable[[Load, Path], Iterator], load: Load, folder: Path) -> dict[str, PreTrainedModel]:
