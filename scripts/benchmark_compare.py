@@ -26,10 +26,10 @@ from datasets import concatenate_datasets
 from transformers import AutoTokenizer, PreTrainedModel
 
 import hf_compress as hfc
-from hf_compress.data import load_texts, tokenize
-from hf_compress.measure import load_model
-from hf_compress.report.quality import accuracy, example_scores, padding_collator, usable_rows
-from hf_compress.report.significance import mcnemar_p_value
+from hf_compress.measuring.measure import load_model
+from hf_compress.measuring.quality import accuracy, example_scores, padding_collator, usable_rows
+from hf_compress.measuring.significance import mcnemar_p_value
+from hf_compress.recipe.texts import load_texts, tokenize
 
 KINDS = ("same", "slower", "worse")
 LOSS = 0.02  # of accuracy

@@ -33,8 +33,8 @@ from hf_compress.engines.processor import instructions  # noqa: E402
 from hf_compress.layers.block_sparse import BlockSparseLinear  # noqa: E402
 from hf_compress.layers.packed_linear import PackedLinear  # noqa: E402
 from hf_compress.layers.scheme import WeightScheme  # noqa: E402
+from hf_compress.measuring.timing import time_interleaved  # noqa: E402
 from hf_compress.quantization.round_to_nearest import round_to_nearest  # noqa: E402
-from hf_compress.timing import time_interleaved  # noqa: E402
 
 SHAPES = ["576x576", "1536x576", "768x768", "3072x768", "768x3072", "4096x4096", "11008x4096"]
 COLD_BYTES = 160 << 20

@@ -24,8 +24,8 @@ from torch import nn
 from transformers import Trainer, set_seed
 
 import hf_compress as hfc
-from hf_compress.data import tokenize
-from hf_compress.distillation.augmentation import augment
+from hf_compress.distillation.texts.augmentation import augment
+from hf_compress.recipe.texts import tokenize
 
 EPOCHS = {"a": 2, "b": 6, "c": 6}
 RATES = {"a": 1e-4, "b": 5e-4, "c": 1e-3}

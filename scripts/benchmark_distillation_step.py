@@ -26,8 +26,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, HfArgum
 import hf_compress as hfc
 from hf_compress.distillation import METHODS
 from hf_compress.distillation.phases import TwoPhaseConfig
-from hf_compress.measure import device_name, versions
-from hf_compress.timing import Spread, peak_allocated_bytes
+from hf_compress.measuring.measure import device_name, versions
+from hf_compress.measuring.timing import Spread, peak_allocated_bytes
 
 TEXT_BREWER = "textbrewer"  # its train() with the same inner losses as TinyBERT
 

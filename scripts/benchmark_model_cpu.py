@@ -39,7 +39,7 @@ from benchmark_cpu import in_turn  # noqa: E402
 from cpu_peers import classifiers, decoders, installed  # noqa: E402
 
 import hf_compress as hfc  # noqa: E402
-from hf_compress.timing import time_interleaved  # noqa: E402
+from hf_compress.measuring.timing import time_interleaved  # noqa: E402
 
 Classifier = Callable[[Tensor, Tensor], Tensor]  # input_ids, attention_mask (B, T) -> logits (B, C)
 ROWS = dict(group_size=-1, symmetric=True)  # one scale a row

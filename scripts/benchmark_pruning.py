@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, set_seed
 
 import hf_compress as hfc
-from hf_compress.measure import has_fast_bf16
+from hf_compress.measuring.measure import has_fast_bf16
 from hf_compress.pruning.importance import every_other, head_importance, neuron_importance
 
 HEAD_ROUND = 0.1  # of all heads, between two scorings

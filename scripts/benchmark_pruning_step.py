@@ -26,8 +26,8 @@ from transformers import (
 )
 
 import hf_compress as hfc
-from hf_compress.data import load_texts, tokenize
-from hf_compress.measure import device_name, has_fast_bf16
+from hf_compress.measuring.measure import device_name, has_fast_bf16
+from hf_compress.recipe.texts import load_texts, tokenize
 
 CALLBACKS = {  # each updates its masks before or after the steps that are timed
     "heads": lambda: hfc.HeadPruning(0.4, begin=0.0, end=1.0, num_updates=1),

@@ -32,8 +32,8 @@ from transformers import (
 )
 
 import hf_compress as hfc
-from hf_compress.data import load_texts, tokenize
-from hf_compress.measure import has_fast_bf16
+from hf_compress.measuring.measure import has_fast_bf16
+from hf_compress.recipe.texts import load_texts, tokenize
 
 CALIBRATION_ROWS = 512
 TINY = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
@@ -41,7 +41,7 @@ TINY = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermed
 
 @dataclass
 class Arguments:
-    data: str = field(metadata={"help": "Texts and labels, as `hf_compress.data.load_texts` takes them."})
+    data: str = field(metadata={"help": "Texts and labels, as `hf_compress.recipe.texts.load_texts` takes them."})
     output_dir: str = field(metadata={"help": "Where results.jsonl goes."})
     model: str = field(default="all-MiniLM-L6-v2", metadata={"help": "The package's model, a folder, or `tiny`."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Runs, for mean and spread."})

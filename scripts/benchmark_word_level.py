@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import HfArgumentParser
 
-from hf_compress.distillation.chunked_head import head_losses
-from hf_compress.distillation.divergences import forward_kl, jensen_shannon, reverse_kl
-from hf_compress.measure import device_name, versions
-from hf_compress.timing import Spread
+from hf_compress.distillation.losses.chunked_head import head_losses
+from hf_compress.distillation.losses.divergences import forward_kl, jensen_shannon, reverse_kl
+from hf_compress.measuring.measure import device_name, versions
+from hf_compress.measuring.timing import Spread
 
 DIVERGENCES = {"forward": forward_kl, "reverse": reverse_kl, "jensen-shannon": partial(jensen_shannon, beta=0.5)}
 

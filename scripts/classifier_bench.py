@@ -18,8 +18,8 @@ from transformers import (
     set_seed,
 )
 
-from hf_compress.data import label_names, load_texts, tokenize
-from hf_compress.measure import has_fast_bf16
+from hf_compress.measuring.measure import has_fast_bf16
+from hf_compress.recipe.texts import label_names, load_texts, tokenize
 
 MAX_LENGTH = 64
 TEACHER_EPOCHS = 3

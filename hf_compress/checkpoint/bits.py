@@ -17,7 +17,7 @@ from hf_compress.layers.codebook_linear import CodebookLinear
 from hf_compress.layers.packed_embedding import PackedEmbedding
 from hf_compress.layers.packed_linear import PackedLinear
 from hf_compress.layers.scheme import WeightScheme
-from hf_compress.record import QUANT_METHOD, find_name, stored_name, write_part
+from hf_compress.model.record import QUANT_METHOD, find_name, stored_name, write_part
 
 PART = "bits"
 

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from hf_compress.anatomy import Attention, FeedForward, anatomy, in_features, out_features
+from hf_compress.model.anatomy import Attention, FeedForward, anatomy, in_features, out_features
 from hf_compress.surgery.heads import head_attributes
 
 

@@ -22,7 +22,7 @@ import torch
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_compress.record import PARTS, QUANT_METHOD, VERSION, read_record, write_part
+from hf_compress.model.record import PARTS, QUANT_METHOD, VERSION, read_record, write_part
 
 
 @register_quantization_config(QUANT_METHOD)

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_compress.layers.block_sparse import BlockSparseLinear
-from hf_compress.record import find_name, stored_name, write_part
+from hf_compress.model.record import find_name, stored_name, write_part
 
 ENTRIES = {"format", "block_size", "num_blocks"}
 BLOCK_SIDES = (16, 32, 64, 128)  # what the kernels run; finer masks are stored as blocks of 16

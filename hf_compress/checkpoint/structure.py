@@ -15,11 +15,11 @@ from safetensors import safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_compress.anatomy import anatomy, in_features, is_projection, out_features
 from hf_compress.checkpoint.factors import prepare_low_rank, retie_low_rank
 from hf_compress.checkpoint.fit import check_fit
 from hf_compress.layers.low_rank import LowRank
-from hf_compress.record import find_name
+from hf_compress.model.anatomy import anatomy, in_features, is_projection, out_features
+from hf_compress.model.record import find_name
 from hf_compress.surgery.depth import ATTRIBUTES, DEPTH_FIELDS, PER_LAYER_FIELDS, place_layers
 from hf_compress.surgery.marks import expect_mark, marked_norm, take_mark
 from hf_compress.surgery.stand_ins import COUNTS_HEADS, HeadlessAttention, linear_class

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer
 
-from hf_compress.checkpoint.compressed_tensors_reader import load_compressed_tensors
-from hf_compress.checkpoint.export import FORMATS, export
-from hf_compress.checkpoint.gptq_format import load_gptq
 from hf_compress.commands.parser import Parser
-from hf_compress.measure import load_model
+from hf_compress.formats.compressed_tensors.read import load_compressed_tensors
+from hf_compress.formats.export import FORMATS, export
+from hf_compress.formats.gptq import load_gptq
+from hf_compress.measuring.measure import load_model
 from hf_compress.recipe.options import RecipeError
 
 OWN = "hf_compress"

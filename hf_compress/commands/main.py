@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
-from hf_compress.ranks import is_main
+from hf_compress.training.ranks import is_main
 
 VERBS = {  # verb -> (module, what it does)
     "run": ("hf_compress.commands.run", "run a recipe: a file, or one that comes with the package"),

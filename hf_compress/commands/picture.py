@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hf_compress.commands.compare import made_by
 from hf_compress.commands.parser import Parser
-from hf_compress.measure import load_model
+from hf_compress.measuring.measure import load_model
 from hf_compress.recipe.options import RecipeError
 from hf_compress.report.layers import by_layer, layer_facts, layers_svg
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hf_compress.commands.compare import made_by
 from hf_compress.commands.parser import Parser, add_options
-from hf_compress.hub import Published, publish
+from hf_compress.publishing.hub import Published, publish
 from hf_compress.recipe.options import RecipeError, build
 from hf_compress.recipe.publish import PublishOptions
 from hf_compress.recipe.recipe import card_stages

@@ -6,10 +6,10 @@ import shlex
 import sys
 
 from hf_compress.commands.parser import Parser, add_options
-from hf_compress.ranks import is_main
 from hf_compress.recipe.data import DataOptions
 from hf_compress.recipe.options import RecipeError, read_yaml
 from hf_compress.recipe.recipe import Recipe, RecipeResult, ready_recipes
+from hf_compress.training.ranks import is_main
 
 logger = logging.getLogger(__name__)
 

@@ -5,11 +5,11 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from hf_compress.anatomy import in_features, is_projection, out_features
 from hf_compress.commands.parser import Parser
+from hf_compress.engines.ops import implementation
 from hf_compress.layers.packed_linear import PackedLinear
-from hf_compress.measure import load_model
-from hf_compress.ops import implementation
+from hf_compress.measuring.measure import load_model
+from hf_compress.model.anatomy import in_features, is_projection, out_features
 from hf_compress.recipe.options import RecipeError
 
 

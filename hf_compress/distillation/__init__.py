@@ -2,13 +2,13 @@
 
 METHODS = {  # name on the command line -> (module, config, trainer)
     "soft-targets": ("hf_compress.distillation.trainer", "DistillationConfig", "DistillationTrainer"),
-    "pkd": ("hf_compress.distillation.pkd", "PKDConfig", "PKDTrainer"),
-    "minilm": ("hf_compress.distillation.minilm", "MiniLMConfig", "MiniLMTrainer"),
-    "distilbert": ("hf_compress.distillation.distilbert", "DistilBertConfig", "DistilBertTrainer"),
-    "word-level": ("hf_compress.distillation.word_level", "WordLevelConfig", "WordLevelTrainer"),
-    "theseus": ("hf_compress.distillation.theseus", "TheseusConfig", "TheseusTrainer"),
-    "bert-emd": ("hf_compress.distillation.bert_emd", "BertEmdConfig", "BertEmdTrainer"),
-    "fsp": ("hf_compress.distillation.fsp", "FSPConfig", "FSPTrainer"),
-    "relational": ("hf_compress.distillation.relational", "RelationalConfig", "RelationalTrainer"),
-    "tinybert": ("hf_compress.distillation.tinybert", "TinyBertConfig", "TinyBertTrainer"),
+    "pkd": ("hf_compress.distillation.methods.pkd", "PKDConfig", "PKDTrainer"),
+    "minilm": ("hf_compress.distillation.methods.minilm", "MiniLMConfig", "MiniLMTrainer"),
+    "distilbert": ("hf_compress.distillation.methods.distilbert", "DistilBertConfig", "DistilBertTrainer"),
+    "word-level": ("hf_compress.distillation.methods.word_level", "WordLevelConfig", "WordLevelTrainer"),
+    "theseus": ("hf_compress.distillation.methods.theseus", "TheseusConfig", "TheseusTrainer"),
+    "bert-emd": ("hf_compress.distillation.methods.bert_emd", "BertEmdConfig", "BertEmdTrainer"),
+    "fsp": ("hf_compress.distillation.methods.fsp", "FSPConfig", "FSPTrainer"),
+    "relational": ("hf_compress.distillation.methods.relational", "RelationalConfig", "RelationalTrainer"),
+    "tinybert": ("hf_compress.distillation.methods.tinybert", "TinyBertConfig", "TinyBertTrainer"),
 }

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from hf_compress.anatomy import anatomy
 from hf_compress.distillation.tasks import plain_model
+from hf_compress.model.anatomy import anatomy
 
 
 def uniform(num_student_layers: int, num_teacher_layers: int) -> list[int]:

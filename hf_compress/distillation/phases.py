@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from hf_compress.distillation.losses import Loss
+from hf_compress.distillation.losses.sums import Loss
 from hf_compress.distillation.trainer import DistillationConfig, DistillationTrainer, Run
 
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_compress.anatomy import Anatomy, Attention, FeedForward, anatomy, in_features, out_features
 from hf_compress.distillation.layer_map import uniform
+from hf_compress.model.anatomy import Anatomy, Attention, FeedForward, anatomy, in_features, out_features
 
 FEED_FORWARD_NAMES = ("intermediate_size", "hidden_dim", "n_inner", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff")
 HEAD_NAMES = ("num_attention_heads", "n_head", "n_heads", "encoder_attention_heads", "decoder_attention_heads")

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-from hf_compress.distillation.losses import Loss
+from hf_compress.distillation.losses.sums import Loss
 
 UNITS = ("example", "token", "label")
 

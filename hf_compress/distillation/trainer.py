@@ -16,11 +16,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.modeling_outputs import ModelOutput
 
-from hf_compress.anatomy import anatomy
-from hf_compress.capture import AttentionSignals, capture, require_gradients
-from hf_compress.distillation.cached_teacher import CachedTeacher, complete
 from hf_compress.distillation.layer_map import parse_pairs
-from hf_compress.distillation.losses import (
+from hf_compress.distillation.losses.sums import (
     Loss,
     Unit,
     binary_soft_loss,
@@ -29,12 +26,15 @@ from hf_compress.distillation.losses import (
     noisy_teacher,
     soft_loss,
 )
-from hf_compress.distillation.several_teachers import Kind, SeveralTeachers, mean_logits, teachers_of
-from hf_compress.distillation.sharded_student import gather_highest
 from hf_compress.distillation.tasks import Task, plain_model, problem_of
-from hf_compress.distillation.teacher import check_data, check_match, frozen, open_teacher
+from hf_compress.distillation.teachers.cached_teacher import CachedTeacher, complete
+from hf_compress.distillation.teachers.several_teachers import Kind, SeveralTeachers, mean_logits, teachers_of
+from hf_compress.distillation.teachers.sharded_student import gather_highest
+from hf_compress.distillation.teachers.teacher import check_data, check_match, frozen, open_teacher
 from hf_compress.distillation.terms import LoggedTermsMixin
-from hf_compress.training_state import TrainingState, TrainingStateMixin
+from hf_compress.model.anatomy import anatomy
+from hf_compress.model.capture import AttentionSignals, capture, require_gradients
+from hf_compress.training.state import TrainingState, TrainingStateMixin
 
 PREDICTION_LOSSES = ("auto", "soft", "logits")
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hf_compress.engines import processor
 from hf_compress.engines.kept import kept_for
-from hf_compress.ops import BlockSparseWeight, bsr_to_dense
+from hf_compress.engines.ops import BlockSparseWeight, bsr_to_dense
 
 BUCKETS = 6
 DENSEST_FOR_MKL = 0.3  # AMX, one thread: 3.4 times the dense product at 0.1, 1.4 times at 0.25, 0.75 at 0.5

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_compress.ops import unpack_gptq, unpack_rows, unpack_zeros
+from hf_compress.engines.ops import unpack_gptq, unpack_rows, unpack_zeros
 
 
 class Stored(NamedTuple):

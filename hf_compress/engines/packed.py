@@ -11,7 +11,7 @@ from hf_compress.engines import processor
 from hf_compress.engines.bodies import BODIES, Int4, Int8Weights
 from hf_compress.engines.integers import Stored, dequantize, integers
 from hf_compress.engines.kept import kept_for
-from hf_compress.ops import unpack_zeros
+from hf_compress.engines.ops import unpack_zeros
 
 logger = logging.getLogger(__name__)
 

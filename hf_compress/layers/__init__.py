@@ -1,0 +1,1 @@
+"""The layers of compressed models: packed, block-sparse, low-rank, with codebooks."""

@@ -4,8 +4,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_compress import ops
-from hf_compress.engines import block_sparse
+from hf_compress.engines import block_sparse, ops
 from hf_compress.layers.sentinel import Sentinel
 
 ops.register_cpu_engine("bsr_linear", block_sparse.bsr_linear)

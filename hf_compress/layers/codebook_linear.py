@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_compress.engines.ops import pack_gptq, unpack_gptq, words_per_row
 from hf_compress.layers.packed_linear import PackedModule, unpacked_linear
 from hf_compress.layers.scheme import SCALE_DTYPES, WeightScheme
-from hf_compress.ops import pack_gptq, unpack_gptq, words_per_row
 
 
 class CodebookLinear(PackedModule, nn.Linear):

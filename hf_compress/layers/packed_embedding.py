@@ -5,11 +5,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_compress.engines.integers import Stored
+from hf_compress.engines.ops import pack_rows, unpack_rows, words_per_row
 from hf_compress.engines.packed import packed_linear
 from hf_compress.engines.processor import choose_route
 from hf_compress.layers.packed_linear import PackedModule, ReadOnlyWeight
 from hf_compress.layers.scheme import SCALE_DTYPES, WeightScheme
-from hf_compress.ops import pack_rows, unpack_rows, words_per_row
 
 OWN = (
     "qweight",

@@ -9,11 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_compress.engines.direct import DirectCalls
 from hf_compress.engines.integers import Stored
-from hf_compress.engines.packed import FEW_TOKENS, engine_in_graph, packed_linear
-from hf_compress.engines.processor import choose_route
-from hf_compress.layers.activations import round_per_token, round_to_range
-from hf_compress.layers.scheme import SCALE_DTYPES, WeightScheme
-from hf_compress.ops import (
+from hf_compress.engines.ops import (
     pack_gptq,
     pack_zeros,
     unpack_gptq,
@@ -23,6 +19,10 @@ from hf_compress.ops import (
     wna16_pack,
     words_per_row,
 )
+from hf_compress.engines.packed import FEW_TOKENS, engine_in_graph, packed_linear
+from hf_compress.engines.processor import choose_route
+from hf_compress.layers.activations import round_per_token, round_to_range
+from hf_compress.layers.scheme import SCALE_DTYPES, WeightScheme
 
 logger = logging.getLogger(__name__)
 

@@ -6,12 +6,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_compress.anatomy import Anatomy, anatomy, module_names
 from hf_compress.checkpoint.sparsity import settle_sparsity
 from hf_compress.layers.block_sparse import BlockSparseLinear
+from hf_compress.model.anatomy import Anatomy, anatomy, module_names
+from hf_compress.model.record import read_part
 from hf_compress.pruning.importance.neurons import dense_weight
 from hf_compress.pruning.silent import silent_heads, silent_neurons
-from hf_compress.record import read_part
 from hf_compress.surgery.heads import prune_heads
 from hf_compress.surgery.neurons import prune_neurons
 

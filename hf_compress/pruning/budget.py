@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_compress.anatomy import Anatomy, anatomy
-from hf_compress.counting import multiply_adds, num_parameters
-from hf_compress.inputs import example_batch
-from hf_compress.measure import LATENCY_BATCH, evaluating
+from hf_compress.measuring.counting import multiply_adds, num_parameters
+from hf_compress.measuring.measure import LATENCY_BATCH, evaluating
+from hf_compress.measuring.timing import synchronize, time_interleaved
+from hf_compress.model.anatomy import Anatomy, anatomy
+from hf_compress.model.inputs import example_batch
 from hf_compress.pruning.units import Unit, units
 from hf_compress.surgery import prune_heads, prune_layers, prune_neurons
-from hf_compress.timing import synchronize, time_interleaved
 
 logger = logging.getLogger(__name__)
 

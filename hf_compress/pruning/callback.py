@@ -19,7 +19,7 @@ from hf_compress.pruning.schedules import TwoSlopes, check_schedule, make_schedu
 from hf_compress.pruning.scores import Magnitude, Score
 from hf_compress.pruning.selection import SCOPES, keep_above, keep_largest
 from hf_compress.pruning.silent import cut_silent
-from hf_compress.training_state import STATE_NAME, TrainingState, check_own_gradients, check_whole
+from hf_compress.training.state import STATE_NAME, TrainingState, check_own_gradients, check_whole
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from transformers import PreTrainedModel
 
 from hf_compress.checkpoint.factors import retie_low_rank
 from hf_compress.layers.low_rank import factors, low_rank_class, make_low_rank
-from hf_compress.record import read_part, stored_name, write_part
+from hf_compress.model.record import read_part, stored_name, write_part
 
 
 def factorise_embeddings(model: PreTrainedModel, rank: int) -> PreTrainedModel:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_compress.anatomy import Anatomy, Projection, in_features, is_projection, module_names, out_features
+from hf_compress.model.anatomy import Anatomy, Projection, in_features, is_projection, module_names, out_features
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_compress.anatomy import anatomy, is_projection
-from hf_compress.calibration import (
+from hf_compress.measuring.measure import evaluating
+from hf_compress.model.anatomy import anatomy, is_projection
+from hf_compress.model.calibration import (
     InputMoments,
     StackInputs,
     calibration_batches,
@@ -18,11 +19,10 @@ from hf_compress.calibration import (
     input_hooks,
     token_rows,
 )
-from hf_compress.measure import evaluating
 from hf_compress.pruning.masks import Blocks, layer_projections
+from hf_compress.pruning.methods.weights import check_bank
 from hf_compress.pruning.saliency import damage_saliency, surgery
 from hf_compress.pruning.selection import keep_largest
-from hf_compress.pruning.weights import check_bank
 
 METHODS = ("magnitude", "wanda", "obd", "obs")
 

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hf_compress.anatomy import in_features
-from hf_compress.calibration import token_rows
+from hf_compress.model.anatomy import in_features
+from hf_compress.model.calibration import token_rows
 from hf_compress.pruning.masks import Blocks
 
 

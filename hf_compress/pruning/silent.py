@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from hf_compress.anatomy import Attention, FeedForward, Projection, anatomy
+from hf_compress.model.anatomy import Attention, FeedForward, Projection, anatomy
 from hf_compress.pruning.importance.neurons import dense_weight
 from hf_compress.surgery import prune_heads, prune_neurons
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
-from hf_compress.training_state import TrainingStateMixin
+from hf_compress.training.state import TrainingStateMixin
 
 
 @dataclass

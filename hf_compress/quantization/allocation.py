@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from hf_compress.anatomy import is_projection
 from hf_compress.layers.scheme import WeightScheme, check_bits
+from hf_compress.model.anatomy import is_projection
 from hf_compress.quantization.modules import check_quantizable, matrix, scheme_for
 from hf_compress.quantization.round_to_nearest import round_to_nearest
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from hf_compress.anatomy import Layer, Stack, anatomy, in_features
-from hf_compress.calibration import (
+from hf_compress.layers.scheme import SCALE_DTYPES, WeightScheme
+from hf_compress.model.anatomy import Layer, Stack, anatomy, in_features
+from hf_compress.model.calibration import (
     HiddenStates,
     InputMoments,
     StackInputs,
@@ -26,7 +27,6 @@ from hf_compress.calibration import (
     token_rows,
     working_folder,
 )
-from hf_compress.layers.scheme import SCALE_DTYPES, WeightScheme
 from hf_compress.quantization.finished import FinishedLayers
 from hf_compress.quantization.gptq import DAMP_PERCENT, QuantizedWeight, output_error, quantize_weight
 from hf_compress.quantization.modules import install, is_linear, matrix, set_matrix

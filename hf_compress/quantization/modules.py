@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_compress.anatomy import anatomy, in_features
 from hf_compress.layers.packed_embedding import PackedEmbedding
 from hf_compress.layers.packed_linear import PackedLinear
 from hf_compress.layers.scheme import WeightScheme, auto_group_size, check_bits
+from hf_compress.model.anatomy import anatomy, in_features
 from hf_compress.quantization.gptq import QuantizedWeight
 
 

@@ -10,8 +10,8 @@ from accelerate.utils import align_module_device, has_offloaded_params
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_compress.anatomy import anatomy
 from hf_compress.layers.packed_linear import PackedModule
+from hf_compress.model.anatomy import anatomy
 
 
 @torch.no_grad()

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
-from hf_compress.anatomy import anatomy, out_features
 from hf_compress.checkpoint.bits import settle_bits
+from hf_compress.model.anatomy import anatomy, out_features
 from hf_compress.quantization.fake_quantize import ActivationQuantizer, WeightQuantizer
 from hf_compress.quantization.modules import choose_modules, install, matrix
-from hf_compress.training_state import STATE_NAME, check_whole
+from hf_compress.training.state import STATE_NAME, check_whole
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from hf_compress.quantization.allocation import allocate_bits
 from hf_compress.quantization.modules import choose_modules
 from hf_compress.quantization.qat import FakeQuantized, QuantizationAware, pack_qat, prepare_qat
 from hf_compress.quantization.sensitivity import hessian_sensitivity
-from hf_compress.training_state import TrainingStateMixin
+from hf_compress.training.state import TrainingStateMixin
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from hf_compress.anatomy import anatomy
+from hf_compress.model.anatomy import anatomy
 from hf_compress.quantization.modules import check_quantizable, is_linear
 
 logger = logging.getLogger(__name__)

@@ -18,8 +18,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hf_compress.data import label_names, load_plain_texts, load_texts, tokenize
 from hf_compress.recipe.options import RecipeError
+from hf_compress.recipe.texts import label_names, load_plain_texts, load_texts, tokenize
 
 CLASSIFICATION, LANGUAGE_MODEL = "sequence-classification", "causal-lm"
 TASKS = {CLASSIFICATION: "AutoModelForSequenceClassification", LANGUAGE_MODEL: "AutoModelForCausalLM"}

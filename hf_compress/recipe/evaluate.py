@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from hf_compress.measure import load_model
+from hf_compress.measuring.measure import load_model
+from hf_compress.measuring.quality import accuracy, token_log_likelihood
 from hf_compress.recipe.data import CLASSIFICATION, RecipeData, load_tokenizer
 from hf_compress.recipe.options import RecipeError, unknown
 from hf_compress.report.compare import compare
 from hf_compress.report.harness import harness_scores
-from hf_compress.report.quality import accuracy, token_log_likelihood
-from hf_compress.report.result import Report
+from hf_compress.report.report import Report
 
 
 @dataclass

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_compress.anatomy import anatomy
+from hf_compress.model.anatomy import anatomy
 from hf_compress.pruning.budget import prune
 from hf_compress.pruning.embeddings import factorise_embeddings
 from hf_compress.pruning.importance import every_other, head_importance, neuron_importance

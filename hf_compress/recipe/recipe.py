@@ -12,9 +12,7 @@ from typing import Any
 import yaml
 from transformers import AutoConfig
 
-from hf_compress import __version__
-from hf_compress.hub import publish
-from hf_compress.ranks import is_main, wait_for_all
+from hf_compress.publishing.hub import publish
 from hf_compress.recipe.data import CLASSIFICATION, LANGUAGE_MODEL, TASKS, DataOptions, RecipeData
 from hf_compress.recipe.evaluate import chosen_models, evaluate, main_figures
 from hf_compress.recipe.fingerprints import digest, model_fingerprint, settings
@@ -23,6 +21,8 @@ from hf_compress.recipe.stages import Stage, StudentOptions, read_stages
 from hf_compress.recipe.store import Store
 from hf_compress.recipe.training import Work, change_model
 from hf_compress.report.card import Stage as CardStage
+from hf_compress.training.ranks import is_main, wait_for_all
+from hf_compress.version import __version__
 
 logger = logging.getLogger(__name__)
 

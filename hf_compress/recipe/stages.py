@@ -9,7 +9,7 @@ import torch
 from transformers import TrainingArguments
 
 from hf_compress import distillation, pruning, quantization
-from hf_compress.measure import has_fast_bf16
+from hf_compress.measuring.measure import has_fast_bf16
 from hf_compress.recipe import one_shot
 from hf_compress.recipe.evaluate import EvaluateOptions
 from hf_compress.recipe.options import RecipeError, build, split_options, unknown
@@ -103,7 +103,7 @@ def _plain(kind: str, table: Mapping[str, type]) -> dict[str, Callable[[], Metho
 
 
 def _fine_tune() -> Method:
-    from hf_compress.training_state import TrainingStateMixin
+    from hf_compress.training.state import TrainingStateMixin
 
     return Method("fine-tune", "fine-tune", (StageOptions, TrainingArguments), TrainingStateMixin)
 

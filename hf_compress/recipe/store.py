@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_compress.recipe.options import RecipeError
-from hf_compress.resume import DISCARDED, discard, publish
+from hf_compress.training.resume import DISCARDED, discard, publish
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from hf_compress.recipe.data import CLASSIFICATION, TASKS, RecipeData, load_toke
 from hf_compress.recipe.one_shot import Samples
 from hf_compress.recipe.qat import QATOptions
 from hf_compress.recipe.stages import Stage, StudentOptions
-from hf_compress.resume import last_complete_checkpoint
+from hf_compress.training.resume import last_complete_checkpoint
 
 logger = logging.getLogger(__name__)
 

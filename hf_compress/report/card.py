@@ -10,7 +10,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_compress.report import tables
 from hf_compress.report.privacy import without_secrets
-from hf_compress.report.result import Entry, Report
+from hf_compress.report.report import Report
+from hf_compress.report.result import Entry
 
 TEMPLATE = Path(__file__).with_name("card.md.j2")
 REPO_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")

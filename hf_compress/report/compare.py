@@ -15,12 +15,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_compress.anatomy import anatomy
-from hf_compress.measure import Source, load_model, local_folder, measure_together
-from hf_compress.report.isolated import measure_isolated
-from hf_compress.report.layers import layer_facts
-from hf_compress.report.privacy import without_secrets
-from hf_compress.report.quality import (
+from hf_compress.measuring.isolated import measure_isolated
+from hf_compress.measuring.measure import Source, load_model, local_folder, measure_together
+from hf_compress.measuring.quality import (
     Metric,
     accuracy,
     check_labels,
@@ -30,9 +27,13 @@ from hf_compress.report.quality import (
     unknown_tokens,
     usable_rows,
 )
-from hf_compress.report.result import Difference, Entry, Interval, Report
-from hf_compress.report.significance import bootstrap_interval, mcnemar_p_value, median_interval, permutation_p_value
-from hf_compress.timing import Spread
+from hf_compress.measuring.significance import bootstrap_interval, mcnemar_p_value, median_interval, permutation_p_value
+from hf_compress.measuring.timing import Spread
+from hf_compress.model.anatomy import anatomy
+from hf_compress.report.layers import layer_facts
+from hf_compress.report.privacy import without_secrets
+from hf_compress.report.report import Report
+from hf_compress.report.result import Difference, Entry, Interval
 
 logger = logging.getLogger(__name__)
 

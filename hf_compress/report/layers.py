@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_compress.anatomy import Layer, anatomy, is_projection
 from hf_compress.layers.block_sparse import BlockSparseLinear
+from hf_compress.model.anatomy import Layer, anatomy, is_projection
 
 ROW, TOP, LEFT, PANEL, BAR = 22, 34, 56, 168, 104  # pixels
 COLOURS = {"heads": "#0072B2", "neurons": "#009E73", "bits": "#D55E00", "stored blocks": "#CC79A7", "zeros": "#888888",

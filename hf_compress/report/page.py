@@ -1,22 +1,17 @@
 """A report as one page of HTML that needs no other file and no network, and fits a phone."""
 
-from __future__ import annotations
-
 import base64
 from importlib.resources import files
-from typing import TYPE_CHECKING
 
 from jinja2 import Environment
 from markupsafe import Markup
 
 from hf_compress.report.layers import layers_svg
+from hf_compress.report.result import Results
 from hf_compress.report.tables import conditions, cost_rows, main_rows, task_rows, verdicts
 
-if TYPE_CHECKING:
-    from hf_compress.report.result import Report
 
-
-def html_page(report: Report, plot: bytes | None) -> str:
+def html_page(report: Results, plot: bytes | None) -> str:
     """`plot` is a PNG, or None for a page without it."""
     drawn = [entry for entry in report.entries if entry.layers]
     full = {

@@ -6,6 +6,7 @@ import io
 import math
 from typing import TYPE_CHECKING
 
+from hf_compress.report.result import Results
 from hf_compress.report.tables import conditions_short
 
 if TYPE_CHECKING:
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from matplotlib.container import ErrorbarContainer
     from matplotlib.transforms import Bbox
 
-    from hf_compress.report.result import Report
 
 WIDTH_INCHES, HEIGHT_INCHES, DPI = 10.0, 4.6, 160  # 1600 x 736 pixels: sharp at 800 wide on a dense screen
 # Okabe and Ito's colours, told apart by colour-blind readers too
@@ -26,7 +26,7 @@ GUIDE = "reference"
 INK, FAINT = "#222222", "#BBBBBB"
 
 
-def trade_off_png(report: Report) -> bytes:
+def trade_off_png(report: Results) -> bytes:
     """A PNG of two panels that share the quality axis. Raises ValueError when no quality was measured."""
     if not report.num_examples:
         raise ValueError("there is no quality to plot: give `compare` an eval_dataset.")

@@ -1,22 +1,16 @@
-"""What a comparison found: plain records, which print, save and draw themselves."""
+"""What a comparison found: plain records. They know no renderer; `report.Report` prints, saves and draws them."""
 
 import json
-import logging
-import os
 import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
-from hf_compress.measure import Measurement
-from hf_compress.report.layers import LayerFacts
-from hf_compress.report.page import html_page
-from hf_compress.report.plot import trade_off_png
-from hf_compress.report.tables import csv_text, markdown, terminal_table
-from hf_compress.timing import Spread
+from typing_extensions import Self
 
-logger = logging.getLogger(__name__)
+from hf_compress.measuring.measure import Measurement
+from hf_compress.measuring.timing import Spread
+from hf_compress.report.layers import LayerFacts
 
 SIGNIFICANCE_LEVEL = 0.05
 SPEED_MARGIN = 0.02  # where tensors happen to lie in memory makes a model faster or slower than itself by about so much
@@ -84,7 +78,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Report:
+class Results:
     """Several models, compared on the same examples and in turns on the same machine."""
 
     reference: str
@@ -128,13 +122,6 @@ class Report:
             notes.append(f"Tokens of these texts that a model does not know: {'; '.join(told)}.")
         return notes
 
-    def table(self) -> str:
-        """For a terminal, about 120 columns."""
-        return terminal_table(self)
-
-    def to_markdown(self) -> str:
-        return markdown(self)
-
     def to_json(self) -> str:
         """Every figure, every timing, and what was derived from them."""
         record = asdict(self)
@@ -144,52 +131,15 @@ class Report:
                 plain["difference"]["verdict"] = entry.difference.verdict
         return json.dumps({"version": 1, **record, "notes": self.notes}, indent=2)
 
-    @staticmethod
-    def from_json(text: str) -> "Report":
+    @classmethod
+    def from_json(cls, text: str) -> Self:
         """What `to_json` wrote, as it was. Raises ValueError for anything else."""
         try:
             record = json.loads(text)
             entries = tuple(_entry(plain) for plain in record["entries"])
-            return Report(entries=entries, **_own_fields(Report, record, without=("entries",)))
+            return cls(entries=entries, **_own_fields(cls, record, without=("entries",)))
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"This is no report of hf_compress: {error}.") from error
-
-    def to_csv(self) -> str:
-        """One line a model, plain numbers in SI units."""
-        return csv_text(self)
-
-    def to_html(self) -> str:
-        """One page that needs no other file and no network."""
-        return html_page(self, self._plot())
-
-    def _plot(self) -> bytes | None:
-        if not self.num_examples:
-            return None
-        try:
-            return trade_off_png(self)
-        except ImportError as error:
-            logger.warning("The report has no plot: %s", error)
-            return None
-
-    def save(self, folder: str | Path) -> Path:
-        """Write report.json, .md, .csv, .html and, where quality was measured and matplotlib is there, report.png.
-
-        Everything is made before anything is written, and a file is replaced whole or not at all.
-        """
-        folder, plot = Path(folder), self._plot()
-        texts = {"json": self.to_json(), "md": self.to_markdown(), "csv": self.to_csv(), "html": html_page(self, plot)}
-        files = {f"report.{ending}": text.encode() for ending, text in texts.items()}
-        if plot is not None:
-            files["report.png"] = plot
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            temporary = folder / f".{name}.{os.getpid()}"
-            try:
-                temporary.write_bytes(content)
-                temporary.replace(folder / name)
-            finally:
-                temporary.unlink(missing_ok=True)
-        return folder
 
 
 def _own_fields(kind: type, record: Mapping[str, Any], *, without: tuple[str, ...] = ()) -> dict[str, Any]:

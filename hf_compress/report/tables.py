@@ -1,16 +1,12 @@
 """The figures of a report as text: columns for a terminal, tables for Markdown."""
 
-from __future__ import annotations
-
 import csv
 import io
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from hf_compress.report.result import Entry, Interval, Report
+from hf_compress.report.result import Entry, Interval, Results
 
 
-def terminal_table(report: Report) -> str:
+def terminal_table(report: Results) -> str:
     rows = main_rows(report)
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
@@ -18,7 +14,7 @@ def terminal_table(report: Report) -> str:
     return "\n".join([*lines, "", *verdicts(report), *report.notes, conditions(report)])
 
 
-def markdown(report: Report) -> str:
+def markdown(report: Results) -> str:
     parts = [_markdown_table(main_rows(report)), _markdown_table(cost_rows(report))]
     parts += [_markdown_table(task_rows(report))] * bool(report.tasks)
     lines = [*verdicts(report), *report.notes]
@@ -38,7 +34,7 @@ CSV_COLUMNS = (
 )  # fmt: skip
 
 
-def csv_text(report: Report) -> str:
+def csv_text(report: Results) -> str:
     """One line a model under a line of names; what was not measured is empty."""
     text = io.StringIO()
     lines = csv.DictWriter(text, CSV_COLUMNS, lineterminator="\n")
@@ -48,7 +44,7 @@ def csv_text(report: Report) -> str:
     return text.getvalue()
 
 
-def _csv_row(report: Report, entry: Entry) -> dict[str, object]:
+def _csv_row(report: Results, entry: Entry) -> dict[str, object]:
     cost, difference = entry.measurement, entry.difference
     row = {
         "model": entry.name, "quality": entry.quality, "quality_spread": entry.quality_spread,
@@ -72,7 +68,7 @@ def _csv_row(report: Report, entry: Entry) -> dict[str, object]:
     return row
 
 
-def verdicts(report: Report) -> list[str]:
+def verdicts(report: Results) -> list[str]:
     """Sentences on each model: do its quality and speed differ from the reference's, and by how much."""
     lines = []
     for entry in report.entries:
@@ -94,7 +90,7 @@ def verdicts(report: Report) -> list[str]:
     return lines + [_speed_sentence(report, entry) for entry in report.entries if entry.name != report.reference]
 
 
-def _speed_sentence(report: Report, entry: Entry) -> str:
+def _speed_sentence(report: Results, entry: Entry) -> str:
     figures = []
     for what, speed_up in (("latency", entry.latency_speed_up), ("throughput", entry.throughput_speed_up)):
         words = {"no difference": "no difference found", "better": "faster", "worse": "slower"}[speed_up.speed_verdict]
@@ -102,7 +98,7 @@ def _speed_sentence(report: Report, entry: Entry) -> str:
     return f"{entry.name}: speed-up over {report.reference}, 95% intervals: {'; '.join(figures)}."
 
 
-def conditions(report: Report) -> str:
+def conditions(report: Results) -> str:
     """Where and how the figures were measured."""
     one = report.entries[0].measurement
     length = "real examples" if one.sequence_length is None else f"{one.sequence_length} tokens"
@@ -115,14 +111,14 @@ def conditions(report: Report) -> str:
     )
 
 
-def conditions_short(report: Report) -> str:
+def conditions_short(report: Results) -> str:
     """One line for a picture."""
     one = report.entries[0].measurement
     length = "" if one.sequence_length is None else f", {one.sequence_length} tokens"
     return f"{one.device}, {one.threads} thread{'s' * (one.threads != 1)}, {dtypes(report)}{length}"
 
 
-def dtypes(report: Report) -> str:
+def dtypes(report: Results) -> str:
     """The dtype that all models ran in; where they differ, each with its models."""
     models: dict[str, list[str]] = {}
     for entry in report.entries:
@@ -132,11 +128,11 @@ def dtypes(report: Report) -> str:
     return "; ".join(f"{dtype}: {', '.join(names)}" for dtype, names in models.items())
 
 
-def _scale(report: Report) -> tuple[float, str]:
+def _scale(report: Results) -> tuple[float, str]:
     return (100.0, " points of") if report.metric == "accuracy" else (1.0, "")
 
 
-def quality_text(report: Report, entry: Entry) -> str:
+def quality_text(report: Results, entry: Entry) -> str:
     if entry.quality is None:
         return "-"
     scale, unit, digits = (100.0, "%", 1) if report.metric == "accuracy" else (1.0, "", 4)
@@ -144,17 +140,17 @@ def quality_text(report: Report, entry: Entry) -> str:
     return f"{scale * entry.quality:.{digits}f}{spread}{unit}"
 
 
-def main_rows(report: Report) -> list[list[str]]:
+def main_rows(report: Results) -> list[list[str]]:
     """The main table, its header first."""
     return [_main_header(report), *(_main_row(report, entry) for entry in report.entries)]
 
 
-def cost_rows(report: Report) -> list[list[str]]:
+def cost_rows(report: Results) -> list[list[str]]:
     """The table of costs, its header first."""
     return [_cost_header(), *(_cost_row(entry) for entry in report.entries)]
 
 
-def task_rows(report: Report) -> list[list[str]]:
+def task_rows(report: Results) -> list[list[str]]:
     """Scores on tasks of lm-eval, its header first; a standard error stands behind its score."""
     scores = {name: {(task, metric): value for task, metrics in found.items() for metric, value in metrics.items()}
               for name, found in report.tasks.items()}  # fmt: skip
@@ -169,11 +165,11 @@ def task_rows(report: Report) -> list[list[str]]:
     return rows
 
 
-def _main_header(report: Report) -> list[str]:
+def _main_header(report: Results) -> list[str]:
     return ["model", report.metric, "parameters", "on disk", "latency, batch 1", "throughput, batch 32"]
 
 
-def _main_row(report: Report, entry: Entry) -> list[str]:
+def _main_row(report: Results, entry: Entry) -> list[str]:
     cost = entry.measurement
     return [
         entry.name,

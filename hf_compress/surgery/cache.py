@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from hf_compress.anatomy import Layer
+from hf_compress.model.anatomy import Layer
 from hf_compress.surgery.transaction import Transaction
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_compress.anatomy import HEAD_DIM_NAMES, Layer, anatomy
-from hf_compress.record import find_name
+from hf_compress.model.anatomy import HEAD_DIM_NAMES, Layer, anatomy
+from hf_compress.model.record import find_name
 from hf_compress.surgery.stand_ins import BiasConv1D, HeadlessAttention
 
 DEPTH_FIELDS = (("num_hidden_layers",), ("encoder_layers", "decoder_layers"), ("num_layers", "num_decoder_layers"))

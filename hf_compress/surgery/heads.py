@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from hf_compress.anatomy import Anatomy, Attention, anatomy, module_names
+from hf_compress.model.anatomy import Anatomy, Attention, anatomy, module_names
 from hf_compress.surgery.cache import assign_slots
 from hf_compress.surgery.stand_ins import COUNTS_HEADS, HeadlessAttention
 from hf_compress.surgery.transaction import Transaction

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from hf_compress.anatomy import Anatomy, anatomy
-from hf_compress.record import read_part, stored_name
+from hf_compress.model.anatomy import Anatomy, anatomy
+from hf_compress.model.record import read_part, stored_name
 from hf_compress.surgery.cache import assign_slots
 from hf_compress.surgery.depth import DEPTH_FIELDS, PER_LAYER_FIELDS
 from hf_compress.surgery.transaction import Transaction

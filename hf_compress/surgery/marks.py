@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_compress.anatomy import anatomy
+from hf_compress.model.anatomy import anatomy
 
 STORED_NAME = "weight_with_layers_of_a_deeper_model"
 

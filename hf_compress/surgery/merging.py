@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_compress.anatomy import FeedForward, anatomy
+from hf_compress.model.anatomy import FeedForward, anatomy
 from hf_compress.surgery.neurons import cut_neurons
 from hf_compress.surgery.transaction import Transaction
 

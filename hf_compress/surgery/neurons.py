@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from hf_compress.anatomy import Layer, anatomy, is_projection, out_features
+from hf_compress.model.anatomy import Layer, anatomy, is_projection, out_features
 from hf_compress.surgery.transaction import Transaction
 
 

@@ -13,8 +13,8 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
-from hf_compress.anatomy import HEAD_DIM_NAMES, anatomy, in_features, is_projection, out_features
-from hf_compress.record import read_part, stored_name, write_part
+from hf_compress.model.anatomy import HEAD_DIM_NAMES, anatomy, in_features, is_projection, out_features
+from hf_compress.model.record import read_part, stored_name, write_part
 from hf_compress.surgery.depth import ATTRIBUTES, are_alike, place_layers
 from hf_compress.surgery.marks import mark, unmark
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_compress.anatomy import Projection
-from hf_compress.record import read_part
+from hf_compress.model.anatomy import Projection
+from hf_compress.model.record import read_part
 from hf_compress.surgery.settle import settle
 from hf_compress.surgery.stand_ins import linear_class
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_compress.record import read_part
+from hf_compress.model.record import read_part
 from hf_compress.surgery.settle import build_twin
 from hf_compress.surgery.tokenizer import needed_tokens, smaller_tokenizer
 from hf_compress.surgery.transaction import Transaction

@@ -12,7 +12,7 @@ from silence import logits
 from transformers import Trainer, TrainingArguments
 
 import hf_compress  # noqa: F401  registers the loader
-from hf_compress.checkpoint.remote_code import add_remote_code
+from hf_compress.publishing.remote_code import add_remote_code
 from hf_compress.surgery import prune_heads, prune_neurons
 
 

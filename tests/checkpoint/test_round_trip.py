@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel
 
 import hf_compress
-from hf_compress.anatomy import anatomy
+from hf_compress.model.anatomy import anatomy
 from hf_compress.surgery import prune_heads, prune_neurons
 
 OTHER_TASKS = {"bert": ("tokens", "answers", "mlm", "clm"), "deberta-v2": ("mlm", "answers"), "modernbert": ("mlm",),

@@ -8,7 +8,7 @@ from helpers import tiny_model
 
 from distillation.data import rows
 from distillation.test_trainer import config, pair
-from hf_compress.distillation.adapter_teacher import AdapterTeacher
+from hf_compress.distillation.teachers.adapter_teacher import AdapterTeacher
 from hf_compress.distillation.trainer import DistillationTrainer
 
 peft = pytest.importorskip("peft")

@@ -5,8 +5,8 @@ from transformers import TrainerCallback
 
 from distillation.data import rows
 from distillation.test_trainer import config, pair
-from hf_compress.distillation import assistants
-from hf_compress.distillation.assistants import distil_through_assistants
+from hf_compress.distillation.methods import assistants
+from hf_compress.distillation.methods.assistants import distil_through_assistants
 from hf_compress.distillation.trainer import DistillationTrainer
 
 SIZES = [dict(num_hidden_layers=3), dict(num_hidden_layers=2, hidden_size=16)]

@@ -7,8 +7,8 @@ from helpers import tiny_model
 from transformers import BertTokenizerFast
 
 import hf_compress as hfc
-from hf_compress.distillation import augmentation
-from hf_compress.distillation.proposals import MaskedWords, ModelNeighbours, Neighbours, Vocabulary, find_words
+from hf_compress.distillation.texts import augmentation
+from hf_compress.distillation.texts.proposals import MaskedWords, ModelNeighbours, Neighbours, Vocabulary, find_words
 
 WORDS = [
     "[PAD]",

@@ -9,9 +9,9 @@ from helpers import tiny_model
 
 from distillation.data import rows
 from distillation.training import assert_gradient_is_the_same_however_cut, padded, pair, random, trainer_of
-from hf_compress.distillation.bert_emd import BertEmdConfig, BertEmdTrainer, cost_attention
+from hf_compress.distillation.losses.transport import optimal_flow
+from hf_compress.distillation.methods.bert_emd import BertEmdConfig, BertEmdTrainer, cost_attention
 from hf_compress.distillation.students import make_student
-from hf_compress.distillation.transport import optimal_flow
 
 trainer = partial(trainer_of, BertEmdTrainer)
 

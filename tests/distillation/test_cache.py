@@ -16,16 +16,16 @@ from transformers import default_data_collator
 
 from distillation.data import rows
 from distillation.test_trainer import TASKS as ALL_TASKS
-from hf_compress.distillation import cache
-from hf_compress.distillation.cache import cache_teacher
-from hf_compress.distillation.cache_files import MANIFEST
-from hf_compress.distillation.cached_teacher import CachedTeacher, complete
-from hf_compress.distillation.distilbert import DistilBertTrainer
-from hf_compress.distillation.example_keys import example_keys
-from hf_compress.distillation.losses import soft_loss
-from hf_compress.distillation.pkd import PKDTrainer
+from hf_compress.distillation.losses.sums import soft_loss
+from hf_compress.distillation.methods.distilbert import DistilBertTrainer
+from hf_compress.distillation.methods.pkd import PKDTrainer
+from hf_compress.distillation.methods.tinybert import TinyBertTrainer
 from hf_compress.distillation.students import make_student
-from hf_compress.distillation.tinybert import TinyBertTrainer
+from hf_compress.distillation.teachers import cache
+from hf_compress.distillation.teachers.cache import cache_teacher
+from hf_compress.distillation.teachers.cache_files import MANIFEST
+from hf_compress.distillation.teachers.cached_teacher import CachedTeacher, complete
+from hf_compress.distillation.teachers.example_keys import example_keys
 from hf_compress.distillation.trainer import DistillationConfig, DistillationTrainer
 
 
@@ -349,7 +349,7 @@ sys.path.insert(0, sys.argv[1])
 from distillation.data import rows
 from distillation.test_trainer import TASKS as ALL_TASKS
 from helpers import tiny_model
-from hf_compress.distillation.cache import cache_teacher
+from hf_compress.distillation.teachers.cache import cache_teacher
 cache_teacher(tiny_model("bert", seed=3), rows(20), sys.argv[2], batch_size=4, shard_size=4)
 """
 

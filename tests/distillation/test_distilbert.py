@@ -9,7 +9,7 @@ from helpers import tiny_model
 
 from distillation.data import rows
 from distillation.training import assert_gradient_is_the_same_however_cut, padded, pair, random, trainer_of
-from hf_compress.distillation.distilbert import DistilBertConfig, DistilBertTrainer, cosine_loss
+from hf_compress.distillation.methods.distilbert import DistilBertConfig, DistilBertTrainer, cosine_loss
 from hf_compress.distillation.students import make_student
 
 

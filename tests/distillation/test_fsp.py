@@ -7,7 +7,7 @@ import torch
 
 from distillation.data import rows
 from distillation.training import assert_gradient_is_the_same_however_cut, padded, pair, random, trainer_of
-from hf_compress.distillation.fsp import FSPConfig, FSPTrainer, fsp_loss, fsp_matrix, parse_flows
+from hf_compress.distillation.methods.fsp import FSPConfig, FSPTrainer, fsp_loss, fsp_matrix, parse_flows
 
 trainer = partial(trainer_of, FSPTrainer)
 

@@ -6,8 +6,8 @@ from helpers import tiny_model
 from transformers import AutoModel
 
 from distillation.data import rows
+from hf_compress.distillation.methods.tinybert import TinyBertConfig, TinyBertTrainer
 from hf_compress.distillation.students import make_student
-from hf_compress.distillation.tinybert import TinyBertConfig, TinyBertTrainer
 
 
 @pytest.mark.parametrize("kind", ["base", "masked language model"])

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_compress.distillation.losses import (
+from hf_compress.distillation.losses.sums import (
     attention_loss,
     binary_soft_loss,
     hidden_state_loss,

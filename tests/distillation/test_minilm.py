@@ -9,8 +9,8 @@ from helpers import tiny_model
 
 from distillation.data import rows
 from distillation.training import assert_gradient_is_the_same_however_cut, padded, pair, random, trainer_of
-from hf_compress.distillation import minilm
-from hf_compress.distillation.minilm import MiniLMConfig, MiniLMTrainer, distribution_loss, relation_loss
+from hf_compress.distillation.methods import minilm
+from hf_compress.distillation.methods.minilm import MiniLMConfig, MiniLMTrainer, distribution_loss, relation_loss
 from hf_compress.distillation.students import make_student
 
 V1 = {"eval_attention_loss", "eval_value_relation_loss"}

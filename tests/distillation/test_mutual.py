@@ -7,8 +7,8 @@ from transformers import TrainerCallback
 
 from distillation.data import rows
 from distillation.test_trainer import config, pair
-from hf_compress.distillation.cache import cache_teacher
-from hf_compress.distillation.mutual import MutualConfig, MutualTrainer
+from hf_compress.distillation.methods.mutual import MutualConfig, MutualTrainer
+from hf_compress.distillation.teachers.cache import cache_teacher
 
 
 def students(number, **changes):

@@ -8,7 +8,7 @@ from helpers import tiny_model
 
 from distillation.data import rows
 from distillation.training import assert_gradient_is_the_same_however_cut, padded, pair, random, trainer_of
-from hf_compress.distillation.pkd import PKDConfig, PKDTrainer, first_token, patient_loss
+from hf_compress.distillation.methods.pkd import PKDConfig, PKDTrainer, first_token, patient_loss
 from hf_compress.distillation.students import make_student
 
 trainer = partial(trainer_of, PKDTrainer)

@@ -8,7 +8,7 @@ import torch
 
 from distillation.data import rows
 from distillation.training import padded, pair, random, trainer_of
-from hf_compress.distillation.relational import (
+from hf_compress.distillation.methods.relational import (
     RelationalConfig,
     RelationalTrainer,
     angle_loss,

@@ -7,7 +7,7 @@ from transformers import AutoModelForSequenceClassification
 
 from distillation.data import rows
 from distillation.training import config, padded
-from hf_compress.distillation.self_distillation import SelfDistillationConfig, SelfDistillationTrainer
+from hf_compress.distillation.methods.self_distillation import SelfDistillationConfig, SelfDistillationTrainer
 
 
 def trainer(tmp_path, model=None, data=None, **options):

@@ -9,7 +9,7 @@ from transformers import DataCollatorForSeq2Seq, GenerationConfig, PreTrainedTok
 
 import hf_compress as hfc
 from distillation.data import rows
-from hf_compress.distillation.sequence_level import generated
+from hf_compress.distillation.texts.sequence_level import generated
 
 ENDS = list(range(2, 16))  # many, so that some targets end before the limit
 OPTIONS = dict(num_beams=3, max_new_tokens=6)

@@ -6,10 +6,10 @@ from helpers import tiny_model
 
 from distillation.data import rows
 from distillation.test_trainer import config, pair
-from hf_compress.distillation.cache import cache_teacher
-from hf_compress.distillation.losses import binary_soft_loss, logit_loss, soft_loss
-from hf_compress.distillation.several_teachers import mean_logits
-from hf_compress.distillation.tinybert import TinyBertTrainer
+from hf_compress.distillation.losses.sums import binary_soft_loss, logit_loss, soft_loss
+from hf_compress.distillation.methods.tinybert import TinyBertTrainer
+from hf_compress.distillation.teachers.cache import cache_teacher
+from hf_compress.distillation.teachers.several_teachers import mean_logits
 from hf_compress.distillation.trainer import DistillationTrainer
 
 WEIGHTS = [0.5, 0.2, 0.3]

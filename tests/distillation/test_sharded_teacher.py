@@ -9,8 +9,8 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import torch, torch.distributed as dist
 from helpers import tiny_batch, tiny_model
-from hf_compress.capture import capture
-from hf_compress.distillation.teacher import frozen
+from hf_compress.model.capture import capture
+from hf_compress.distillation.teachers.teacher import frozen
 
 dist.init_process_group("gloo")
 for family in ("bert", "llama"):

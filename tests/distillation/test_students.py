@@ -4,8 +4,8 @@ import pytest
 import torch
 from helpers import FAMILIES, tiny_batch, tiny_model
 
-from hf_compress.anatomy import anatomy
 from hf_compress.distillation.students import make_student
+from hf_compress.model.anatomy import anatomy
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -9,10 +9,10 @@ from torch import nn
 
 from distillation.data import rows
 from distillation.test_trainer import config, pair
-from hf_compress.anatomy import anatomy
-from hf_compress.distillation.cache import cache_teacher
+from hf_compress.distillation.methods.theseus import TheseusConfig, TheseusTrainer, stand_ins
 from hf_compress.distillation.students import make_student
-from hf_compress.distillation.theseus import TheseusConfig, TheseusTrainer, stand_ins
+from hf_compress.distillation.teachers.cache import cache_teacher
+from hf_compress.model.anatomy import anatomy
 
 
 def test_the_mixture_is_the_model_with_those_layers():

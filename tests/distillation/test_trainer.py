@@ -9,8 +9,8 @@ from transformers import EarlyStoppingCallback
 
 from distillation.data import rows
 from distillation.training import assert_gradient_is_the_same_however_cut, config, padded, pair
+from hf_compress.distillation.methods.tinybert import TinyBertConfig, TinyBertTrainer
 from hf_compress.distillation.students import make_student
-from hf_compress.distillation.tinybert import TinyBertConfig, TinyBertTrainer
 from hf_compress.distillation.trainer import DistillationTrainer
 
 TASKS = [

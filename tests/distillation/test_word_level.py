@@ -9,12 +9,12 @@ from helpers import tiny_batch, tiny_model
 from torch import nn
 
 from distillation.data import rows
-from hf_compress.distillation.cache import cache_teacher
-from hf_compress.distillation.chunked_head import fused_forward_kl, head_losses
-from hf_compress.distillation.divergences import forward_kl, jensen_shannon, reverse_kl, top_k_forward_kl
+from hf_compress.distillation.losses.chunked_head import fused_forward_kl, head_losses
+from hf_compress.distillation.losses.divergences import forward_kl, jensen_shannon, reverse_kl, top_k_forward_kl
+from hf_compress.distillation.methods.word_level import WordLevelConfig, WordLevelTrainer
 from hf_compress.distillation.students import make_student
+from hf_compress.distillation.teachers.cache import cache_teacher
 from hf_compress.distillation.trainer import DistillationTrainer
-from hf_compress.distillation.word_level import WordLevelConfig, WordLevelTrainer
 
 DIVERGENCES = {"forward": forward_kl, "reverse": reverse_kl, "jensen-shannon": partial(jensen_shannon, beta=0.3)}
 

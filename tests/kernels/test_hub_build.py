@@ -66,7 +66,7 @@ def test_the_door_of_hf_compress_takes_the_build(build):
     code = (
         "from hf_compress import ops\n"
         "assert ops.implementation().__name__.startswith('_hf_compress_kernels_cpu_')\n"
-        "from hf_compress.ops import wna16_linear\n"
+        "from hf_compress.engines.ops import wna16_linear\n"
         "try:\n    ops.no_such_operator\n"
         "except AttributeError as error:\n    assert 'no operator' in str(error)\n"
         "else:\n    raise SystemExit('found what is not there')"

@@ -14,9 +14,9 @@ from transformers import Trainer, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 import hf_compress as hfc
-from hf_compress.anatomy import anatomy
-from hf_compress.counting import num_parameters
 from hf_compress.layers.block_sparse import BlockSparseLinear
+from hf_compress.measuring.counting import num_parameters
+from hf_compress.model.anatomy import anatomy
 from hf_compress.pruning.block_sparse import stored_blocks
 
 WIDE = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4)

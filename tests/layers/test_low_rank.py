@@ -9,8 +9,8 @@ from helpers import TASKS, tiny_batch, tiny_model
 from silence import logits
 
 import hf_compress as hfc
-from hf_compress.counting import num_parameters
 from hf_compress.layers.low_rank import LowRankEmbedding, LowRankLinear, factors
+from hf_compress.measuring.counting import num_parameters
 
 CASES = [("bert", "classification"), ("bert", "mlm"), ("gpt2", "clm"), ("llama", "clm"), ("gemma3_text", "clm"),
          ("bart", "seq2seq"), ("modernbert", "mlm"), ("distilbert", "tokens")]  # fmt: skip

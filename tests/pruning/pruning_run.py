@@ -13,7 +13,7 @@ from helpers import tiny_model  # noqa: E402
 from transformers import TrainingArguments  # noqa: E402
 
 import hf_compress as hfc  # noqa: E402
-from hf_compress.training_state import TrainingStateMixin  # noqa: E402
+from hf_compress.training.state import TrainingStateMixin  # noqa: E402
 
 
 def main():

@@ -6,8 +6,8 @@ from helpers import TASKS, default_task, tiny_batch, tiny_model
 from silence import logits
 
 import hf_compress as hfc
-from hf_compress.anatomy import anatomy
-from hf_compress.counting import multiply_adds, num_parameters
+from hf_compress.measuring.counting import multiply_adds, num_parameters
+from hf_compress.model.anatomy import anatomy
 from hf_compress.pruning.budget import choose
 from hf_compress.pruning.units import Unit, units
 from hf_compress.surgery import prune_heads, prune_layers, prune_neurons

@@ -12,11 +12,11 @@ from silence import logits
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import hf_compress as hfc
-from hf_compress.anatomy import anatomy
+from hf_compress.model.anatomy import anatomy
 from hf_compress.pruning.importance.gates import mean_absolute_gradients
 from hf_compress.pruning.masks import Blocks
 from hf_compress.pruning.scores import GateGradient, Taylor
-from hf_compress.training_state import TrainingStateMixin
+from hf_compress.training.state import TrainingStateMixin
 
 
 class OurTrainer(TrainingStateMixin):

@@ -7,9 +7,9 @@ from pruning.test_callbacks import OurTrainer, arguments, train
 from silence import logits
 
 import hf_compress as hfc
-from hf_compress.anatomy import anatomy
-from hf_compress.pruning.hard_concrete import open_probability, sample_gates, settled_gates
-from hf_compress.training_state import attached
+from hf_compress.model.anatomy import anatomy
+from hf_compress.pruning.methods.head_gates import open_probability, sample_gates, settled_gates
+from hf_compress.training.state import attached
 
 
 def test_the_penalty_is_the_share_of_samples_that_are_open():

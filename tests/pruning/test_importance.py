@@ -10,7 +10,7 @@ from silence import logits
 from torch import nn
 
 import hf_compress as hfc
-from hf_compress.anatomy import anatomy, in_features
+from hf_compress.model.anatomy import anatomy, in_features
 from hf_compress.pruning.importance import every_other, search_layers
 from hf_compress.pruning.importance.gates import gated, mean_absolute_gradients
 from hf_compress.surgery import prune_heads, prune_layers

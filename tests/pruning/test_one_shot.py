@@ -8,7 +8,7 @@ from distillation.data import rows
 from helpers import tiny_model
 
 import hf_compress as hfc
-from hf_compress.anatomy import anatomy
+from hf_compress.model.anatomy import anatomy
 from hf_compress.pruning.masks import layer_projections
 from hf_compress.pruning.saliency import damage_saliency, surgery, surgery_saliency
 

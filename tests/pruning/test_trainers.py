@@ -15,7 +15,7 @@ from silence import logits
 from transformers import HfArgumentParser
 
 import hf_compress as hfc
-from hf_compress.anatomy import anatomy
+from hf_compress.model.anatomy import anatomy
 from hf_compress.pruning import METHODS
 
 TRAINERS = {

@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import hf_compress as hfc
-from hf_compress.calibration import InputMoments, calibration_batches, capture_stack_inputs, input_groups
 from hf_compress.layers.packed_linear import PackedLinear
+from hf_compress.model.calibration import InputMoments, calibration_batches, capture_stack_inputs, input_groups
 from hf_compress.quantization import block_by_block
 from hf_compress.quantization.block_by_block import matching_weight, shrink
 from tests.helpers import FAMILIES, tiny_batch, tiny_model

@@ -61,7 +61,7 @@ def test_what_ran_before_is_kept_and_what_lies_below_a_change_runs_again(work, f
 
 
 def test_a_stopped_training_goes_on_and_ends_in_the_same_weights(work, finished, monkeypatch):
-    from hf_compress.training_state import TrainingStateMixin
+    from hf_compress.training.state import TrainingStateMixin
 
     class Stopped(Exception):
         pass
@@ -105,7 +105,7 @@ def test_a_kill_while_checkpoints_are_deleted_leaves_no_half_of_one(tmp_path, mo
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("hf_compress.resume.shutil.rmtree", killed_halfway)
+        patched.setattr("hf_compress.training.resume.shutil.rmtree", killed_halfway)
         with pytest.raises(KeyboardInterrupt):
             store.finish(place, {})
     again = store.begin(place)

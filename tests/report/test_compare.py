@@ -9,8 +9,8 @@ from helpers import tiny_model
 from transformers import BertTokenizer
 
 import hf_compress as hfc
-from hf_compress.report import result
-from hf_compress.report.quality import accuracy, example_scores, padding_collator, unknown_tokens, usable_rows
+from hf_compress.measuring.quality import accuracy, example_scores, padding_collator, unknown_tokens, usable_rows
+from hf_compress.report import report as report_module
 
 NUM_LABELS = 3
 QUICK = dict(sequence_length=8, latency_rounds=5, throughput_rounds=5)
@@ -201,7 +201,7 @@ def test_a_save_that_fails_leaves_the_last_report_whole(tmp_path, monkeypatch):
     def full_disk(self, content):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(result.Path, "write_bytes", full_disk)
+    monkeypatch.setattr(report_module.Path, "write_bytes", full_disk)
     with pytest.raises(OSError, match="No space"):
         hfc.compare({"other": classifier(num_hidden_layers=1)}, **QUICK).save(tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
@@ -257,7 +257,7 @@ class TestErrors:
 
     def test_no_quality_to_plot(self):
         with pytest.raises(ValueError, match="give `compare` an eval_dataset"):
-            result.trade_off_png(hfc.compare({"m": classifier()}, **QUICK))
+            report_module.trade_off_png(hfc.compare({"m": classifier()}, **QUICK))
 
 
 def test_models_of_two_dtypes_are_told_apart(tmp_path):
@@ -278,7 +278,7 @@ def test_tokens_that_a_tokenizer_does_not_know_are_told_everywhere(tokenizer):
     told = "Tokens of these texts that a model does not know: m 0 of 7 (0.00%); cut 2 of 8 (25.00%)."
     assert told in report.table() and told in report.to_markdown() and told in report.to_html()
     assert json.loads(report.to_json())["entries"][1]["unknown_tokens"] == 2
-    assert result.Report.from_json(report.to_json()) == report
+    assert report_module.Report.from_json(report.to_json()) == report
     line = report.to_csv().splitlines()[2].split(",")
     assert (line[report.to_csv().splitlines()[0].split(",").index("unknown_tokens")]) == "2"
     same = hfc.compare({"m": model, "again": model}, eval_dataset=known, processing_class=tokenizer, **QUICK)

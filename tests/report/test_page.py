@@ -19,7 +19,7 @@ from helpers import tiny_model
 import hf_compress as hfc
 from hf_compress.report.harness import harness_scores
 from hf_compress.report.layers import LayerFacts, by_layer, layer_facts, layers_svg
-from hf_compress.report.result import Report
+from hf_compress.report.report import Report
 
 QUICK = dict(sequence_length=8, latency_rounds=2, throughput_rounds=2)
 

@@ -16,7 +16,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from hf_compress.anatomy import anatomy
+from hf_compress.model.anatomy import anatomy
 from hf_compress.surgery import prune_heads, prune_layers, prune_neurons
 
 GROUPED = ("llama", "qwen2", "qwen3", "gemma3_text")

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModel
 
 import hf_compress  # noqa: F401  registers the loader
-from hf_compress.anatomy import anatomy
+from hf_compress.model.anatomy import anatomy
 from hf_compress.surgery import prune_heads, prune_layers, prune_neurons
 
 TYPES = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]

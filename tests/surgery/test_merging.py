@@ -7,7 +7,7 @@ from silence import logits
 from torch import Tensor
 
 import hf_compress as hfc
-from hf_compress.anatomy import anatomy
+from hf_compress.model.anatomy import anatomy
 from hf_compress.surgery.merging import merge
 
 

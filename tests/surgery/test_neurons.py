@@ -5,7 +5,7 @@ import torch
 from helpers import FAMILIES, tiny_model
 from silence import logits, silenced
 
-from hf_compress.anatomy import anatomy
+from hf_compress.model.anatomy import anatomy
 from hf_compress.surgery import prune_heads, prune_neurons
 
 

@@ -10,7 +10,7 @@ import torch
 from helpers import tiny_model
 from trust.trainers import TRAINERS, assert_same, build, run
 
-from hf_compress.finite import find_not_finite
+from hf_compress.training.finite import find_not_finite
 
 QUICK = ("MiniLMTrainer", "QBertTrainer")
 LONG = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.long) for name in TRAINERS]

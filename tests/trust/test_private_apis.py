@@ -12,7 +12,7 @@ from transformers.modeling_utils import AttentionInterface
 from transformers.quantizers import HfQuantizer
 
 WHERE = f"Transformers {transformers.__version__}"
-OVERRIDDEN = (  # in hf_compress/training_state.py and the trainers made of it
+OVERRIDDEN = (  # in hf_compress/training/state.py and the trainers made of it
     "_get_output_dir", "_hp_search_setup", "_inner_training_loop", "_load_best_model", "_load_optimizer_and_scheduler",
     "_save_checkpoint", "_save_optimizer_and_scheduler", "_save_rng_state", "_save_scaler", "call_model_init",
     "save_model", "training_step",
@@ -42,7 +42,7 @@ def test_a_trainer_has_the_attributes_that_ours_read(tmp_path):
 
 
 def test_attention_is_looked_up_where_a_capture_listens():
-    """`hf_compress/capture.py` replaces the look-up while it is open."""
+    """`hf_compress/model/capture.py` replaces the look-up while it is open."""
     seen, look_up = [], AttentionInterface.get_interface
 
     def listen(self, name, default):

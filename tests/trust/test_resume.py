@@ -15,7 +15,7 @@ import hf_compress as hfc
 from hf_compress.distillation import METHODS as DISTILLATION
 from hf_compress.pruning import METHODS as PRUNING
 from hf_compress.quantization import METHODS as QUANTIZATION
-from hf_compress.resume import last_complete_checkpoint
+from hf_compress.training.resume import last_complete_checkpoint
 
 QUICK = ("DistillationTrainer", "HeadPruningTrainer", "QBertTrainer")
 CASES = (*TRAINERS, *COMPOSITIONS)

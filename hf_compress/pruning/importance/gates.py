@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from hf_compress.anatomy import Projection, in_features
-from hf_compress.inputs import forward_names
+from hf_compress.model.anatomy import Projection, in_features
+from hf_compress.model.inputs import forward_names
 
 IGNORED_LABEL = -100
 

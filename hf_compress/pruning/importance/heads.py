@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_compress.anatomy import anatomy
-from hf_compress.capture import AttentionSignals, capture
-from hf_compress.inputs import forward_arguments
-from hf_compress.measure import evaluating
+from hf_compress.measuring.measure import evaluating
+from hf_compress.model.anatomy import anatomy
+from hf_compress.model.capture import AttentionSignals, capture
+from hf_compress.model.inputs import forward_arguments
 from hf_compress.pruning.importance.gates import mean_absolute_gradients, padded_rows
 from hf_compress.pruning.importance.tokens import decoder_layers, real_tokens
 

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_compress.anatomy import anatomy
-from hf_compress.inputs import forward_arguments
-from hf_compress.measure import evaluating
+from hf_compress.measuring.measure import evaluating
+from hf_compress.model.anatomy import anatomy
+from hf_compress.model.inputs import forward_arguments
 from hf_compress.pruning.importance.tokens import decoder_layers, real_tokens
 
 logger = logging.getLogger(__name__)

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_compress.anatomy import Anatomy, FeedForward, Projection, anatomy, in_features
-from hf_compress.inputs import forward_arguments
-from hf_compress.measure import evaluating
+from hf_compress.measuring.measure import evaluating
+from hf_compress.model.anatomy import Anatomy, FeedForward, Projection, anatomy, in_features
+from hf_compress.model.inputs import forward_arguments
 from hf_compress.pruning.importance.gates import mean_absolute_gradients, padded_rows
 from hf_compress.pruning.importance.tokens import decoder_layers, real_tokens
 

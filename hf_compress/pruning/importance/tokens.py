@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from hf_compress.anatomy import Anatomy
+from hf_compress.model.anatomy import Anatomy
 
 
 def decoder_layers(parts: Anatomy) -> set[int]:

@@ -1,0 +1,144 @@
+"""What goes into a teacher cache: the examples as the teacher reads them, and what is kept of its outputs."""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import find_labels
+
+from hf_compress.distillation.layer_map import num_hidden_states
+from hf_compress.distillation.tasks import Task, plain_model
+from hf_compress.distillation.teachers.example_keys import MASKS, Side, example_keys, real_tokens
+from hf_compress.model.anatomy import anatomy
+from hf_compress.model.capture import capture
+from hf_compress.model.inputs import forward_names
+
+LABELS = ("label", "label_ids", "labels")
+
+
+class Rows:
+    """The examples of a dataset as batches of what the teacher reads, labels included, as a trainer makes them."""
+
+    def __init__(self, dataset: Sequence, teacher: nn.Module, collate: Callable[[list], dict]):
+        model = plain_model(teacher)
+        self.wanted = {*inspect.signature(model.forward).parameters, *LABELS, *find_labels(type(model))}
+        if hasattr(dataset, "column_names"):
+            dataset = dataset.select_columns([name for name in dataset.column_names if name in self.wanted])
+        self.dataset, self.teacher, self.collate = dataset, model, collate
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def read(self, numbers: Iterable[int]) -> list:
+        if hasattr(self.dataset, "__getitems__"):
+            return self.dataset.__getitems__(list(numbers))
+        rows = [self.dataset[i] for i in numbers]
+        return [{k: v for k, v in r.items() if k in self.wanted} if isinstance(r, dict) else r for r in rows]
+
+    def batch(self, rows: list) -> dict[str, Tensor]:
+        batch = dict(self.collate(rows))
+        if "decoder_input_ids" not in batch and "labels" in batch and self.teacher_has_decoder:
+            batch["decoder_input_ids"] = self.teacher.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+        return batch
+
+    @property
+    def teacher_has_decoder(self) -> bool:
+        return getattr(getattr(self.teacher, "config", None), "is_encoder_decoder", False)
+
+
+class Outputs:
+    """What is kept of the teacher's outputs: tensors with one row an example, or one row a real token."""
+
+    def __init__(self, teacher: nn.Module, top_k: int | None, hidden_states: Iterable[int], dtype: torch.dtype):
+        self.teacher, self.top_k, self.dtype, self.task = teacher, top_k, dtype, Task.of(teacher)
+        self.hidden_states = sorted({_numbered(n, teacher) for n in hidden_states})
+        self.stored: dict[str, Side] = {}
+
+    def look_at(self, batch: dict[str, Tensor], again: dict[str, Tensor]) -> None:
+        """Learn from a batch, collated twice, which inputs tell examples apart and what there is to store."""
+        labels = {*LABELS, *find_labels(type(plain_model(self.teacher)))}
+        names = forward_names(plain_model(self.teacher)) - labels - set(MASKS)
+        self.columns = sorted(name for name, value in batch.items() if name in names and isinstance(value, Tensor))
+        if not self.columns:
+            raise ValueError(
+                f"The teacher reads {sorted(names)}, but the batches have {sorted(batch)}. Tokenize the dataset first."
+            )
+        if not torch.equal(example_keys(batch, self.columns), example_keys(again, self.columns)):
+            raise ValueError(
+                "The data_collator gives the same examples other inputs each time (does it mask at random?), so none "
+                "would be found again. Change the inputs once, in the dataset, or use a live teacher."
+            )
+        outputs, states = self._run(batch)
+        per_token: Side = "decoder" if "decoder_input_ids" in batch else "input"
+        names = ["start_logits", "end_logits"] if self.task.kind == "spans" else ["logits"]
+        self.classes = outputs[names[0]].shape[-1]
+        if self.top_k is not None and (self.task.kind == "spans" or not 1 <= self.top_k <= self.classes):
+            what = "spans, whose logits are positions" if self.task.kind == "spans" else f"{self.classes} classes"
+            raise ValueError(
+                f"top_k must lie between 1 and the number of classes: got top_k={self.top_k} for {what}. Leave top_k "
+                "out to keep all logits."
+            )
+        names = ["top_logits", "top_indices", "rest"] if self.top_k else names
+        self.stored = {name: "example" if self.task.kind == "sequence" else per_token for name in names}
+        first_decoder_state = _num_encoder_states(self.teacher) if self.hidden_states else 0
+        for number in states:
+            side: Side = "decoder" if number >= first_decoder_state else "input"
+            self.stored[f"hidden_states.{number}"] = side if real_tokens(batch, side) is not None else "example"
+
+    @torch.no_grad()
+    def _run(self, batch: dict[str, Tensor]) -> tuple[Mapping, dict[int, Tensor]]:
+        device = next((p.device for p in self.teacher.parameters()), torch.device("cpu"))
+        inputs = {name: batch[name].to(device) for name in [*self.columns, *(m for m in MASKS if m in batch)]}
+        inputs = {
+            k: v for k, v in inputs.items() if k in inspect.signature(plain_model(self.teacher).forward).parameters
+        }
+        if getattr(getattr(plain_model(self.teacher), "config", None), "use_cache", False):
+            inputs["use_cache"] = False
+        with capture(self.teacher, hidden_states=self.hidden_states) as signals:
+            return self.teacher(**inputs), signals.hidden_states
+
+    def of(self, batch: dict[str, Tensor], keys: Tensor) -> dict[str, Tensor]:
+        """The tensors of a shard for one batch."""
+        outputs, states = self._run(batch)
+        values = {f"hidden_states.{n}": states[n] for n in self.hidden_states}
+        if self.top_k:
+            logits = outputs["logits"].float()
+            top, indices = logits.topk(self.top_k, dim=-1)
+            rest = logits.scatter(-1, indices, -torch.inf).logsumexp(dim=-1, keepdim=True)
+            values |= {"top_logits": top, "top_indices": indices.int(), "rest": rest}
+        else:
+            values |= {name: outputs[name] for name in self.stored if name not in values}
+        tensors = {"keys": keys.cpu()}
+        for side in ("input", "decoder"):
+            if side in self.stored.values():
+                tensors[f"{side}_lengths"] = real_tokens(batch, side).sum(dim=1).cpu()
+        for name, side in self.stored.items():
+            value = (
+                values[name] if side == "example" else values[name][real_tokens(batch, side).to(values[name].device)]
+            )
+            tensors[name] = value.cpu() if name in ("top_indices", "rest") else self._rounded(name, value.cpu())
+        return tensors
+
+    def _rounded(self, name: str, value: Tensor) -> Tensor:
+        rounded = value.to(self.dtype)
+        if not torch.equal(rounded.isfinite(), value.isfinite()):
+            largest = value[value.isfinite()].abs().max().item()
+            raise ValueError(
+                f"dtype={self.dtype} cannot hold the teacher's {name}: it goes up to {largest:.3g}, and that type to "
+                f"{torch.finfo(self.dtype).max:.3g}. Use dtype=torch.float32 or torch.bfloat16."
+            )
+        return rounded
+
+
+def _numbered(state: int, teacher: nn.Module) -> int:
+    count = num_hidden_states(teacher)
+    if not -count <= state < count:
+        raise ValueError(f"hidden_states are 0 (the embedding) to {count - 1} in this teacher, got {state}.")
+    return state % count
+
+
+def _num_encoder_states(teacher: nn.Module) -> int:
+    """The number of the decoder's first hidden state, where there is an encoder before it; else beyond the last."""
+    stacks = anatomy(teacher).stacks
+    return len(stacks[0].layers) + 1 if len(stacks) > 1 else num_hidden_states(teacher)

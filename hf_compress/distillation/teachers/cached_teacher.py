@@ -1,0 +1,211 @@
+"""A teacher read from a cache: its outputs for every example, without the teacher."""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import CONFIG_MAPPING
+from transformers.modeling_outputs import ModelOutput
+
+from hf_compress.distillation.teachers.cache_files import (
+    check_settings,
+    find_faults,
+    joined,
+    read_manifest,
+    tokenizer_fingerprint,
+)
+from hf_compress.distillation.teachers.example_keys import MASKS, example_keys, real_tokens
+
+
+class CachedTeacher(nn.Module):
+    """The outputs that `hfc.cache_teacher` wrote to `path`; any trainer takes it as its `teacher_model`.
+
+    The shards stay on disk and are mapped into memory, so a large cache costs the pages that a batch touches. The
+    module holds the teacher's architecture without weights, so that layers and widths can be checked.
+
+    Raises ValueError for a cache that is not there, not finished, cut short or altered.
+    """
+
+    def __init__(self, path: str | Path):
+        super().__init__()
+        self.path = Path(path)
+        self.manifest = read_manifest(self.path)
+        if not self.manifest["is_complete"]:
+            raise ValueError(
+                f"The cache in {self.path} was not finished. Call hfc.cache_teacher again with the same arguments: it "
+                "goes on where it stopped."
+            )
+        if faults := find_faults(self.path, self.manifest["shards"]):
+            name, fault = next(iter(faults.items()))
+            raise ValueError(
+                f"{len(faults)} of {len(self.manifest['shards'])} shards of the cache in {self.path} are damaged: "
+                f"{name} {fault}. Call hfc.cache_teacher again with the same arguments: it writes them anew."
+            )
+        self.architecture = _architecture(self.manifest["teacher"])
+        self._shards = [load_file(self.path / name) for name in self.manifest["shards"]]
+        self._index()
+
+    def _index(self) -> None:
+        keys = torch.cat([shard["keys"] for shard in self._shards])
+        self._keys, order = keys.sort()
+        counts = torch.tensor([len(shard["keys"]) for shard in self._shards])
+        shard_of = torch.arange(len(counts)).repeat_interleave(counts)
+        row_of = torch.cat([torch.arange(count) for count in counts])
+        self._shard_of, self._row_of = shard_of[order], row_of[order]
+        self._ends = {  # the end of each example's tokens in its shard
+            side: [shard[f"{side}_lengths"].cumsum(0).tolist() for shard in self._shards]
+            for side in ("input", "decoder")
+            if f"{side}_lengths" in self._shards[0]
+        }
+        self._in_memory = {  # small: one row of classes for each example
+            name: joined([shard[name] for shard in self._shards])[order]
+            for name, side in self.manifest["stored"].items()
+            if side == "example" and self._shards[0][name].dim() == 2
+        }
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def get_base_model(self) -> nn.Module:
+        """The teacher's architecture, without weights; this module itself for a class that is not Transformers' own."""
+        return self if self.architecture is None else self.architecture
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "CachedTeacher":
+        return self  # there are no weights to move
+
+    def forward(self, **inputs):
+        raise TypeError("A cached teacher has no weights to run: trainers read its outputs with `look_up`.")
+
+    @property
+    def columns(self) -> list[str]:
+        """The inputs that a batch needs, so that its examples can be found."""
+        return [*self.manifest["inputs"], *MASKS]
+
+    @property
+    def hidden_states(self) -> list[int]:
+        return sorted(int(name.split(".")[1]) for name in self.manifest["stored"] if name.startswith("hidden_states."))
+
+    def check_signals(self, signals: Mapping[str, Iterable[int]], who: str) -> None:
+        """Raise ValueError when `who` needs of the teacher what the cache does not hold."""
+        if list(signals.get("attention", ())):
+            raise ValueError(
+                f"{who} compares attention, for which the teacher has to run: a cache holds logits and hidden states "
+                "only. Pass the teacher itself as teacher_model, or set the weight of the attention loss to 0."
+            )
+        wanted = sorted({self._number(n) for n in signals.get("hidden_states", ())})
+        if missing := [n for n in wanted if n not in self.hidden_states]:
+            raise ValueError(
+                f"{who} needs the teacher's hidden states {wanted}, but the cache in {self.path} holds "
+                f"{self.hidden_states}, not {missing}. Write one with hfc.cache_teacher(..., hidden_states={wanted}), "
+                "or pass the teacher itself as teacher_model."
+            )
+
+    def _number(self, state: int) -> int:
+        return state if state >= 0 else state + self.manifest["num_hidden_states"]
+
+    def check_tokenizer(self, tokenizer) -> None:
+        """Raise ValueError for a tokenizer whose numbers mean other tokens than those the teacher read."""
+        mine, theirs = tokenizer_fingerprint(tokenizer), self.manifest["tokenizer"]
+        if mine is not None and theirs is not None:
+            check_settings(self.path, {"tokenizer": theirs[:16]}, {"tokenizer": mine[:16]}, ["tokenizer"])
+
+    def check_examples(self, batches: DataLoader, prepare: Callable[[dict], dict], *, what: str, quiet: bool) -> None:
+        """Raise ValueError when an example of `batches` is not in the cache. `prepare` is what a trainer does to them.
+
+        Reads the data once, without any model.
+        """
+        missing = seen = 0
+        for batch in tqdm(batches, desc=f"Looking up the {what}", disable=quiet or len(batches) < 100):
+            found = self._find(prepare(batch))[1]
+            missing, seen = missing + int((~found).sum()), seen + len(found)
+        if missing:
+            raise ValueError(
+                f"{missing} of {seen} examples of the {what} are not among the {len(self)} in the cache in "
+                f"{self.path}: it was written from other data, another tokenizer or another length, or the collator "
+                f"changes inputs at random. hfc.cache_teacher(teacher, dataset, {str(self.path)!r}) adds examples."
+            )
+
+    def _find(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Where the examples of a batch stand, (B,), and whether they are there, (B,)."""
+        if lacking := [name for name in self.manifest["inputs"] if name not in inputs]:
+            raise ValueError(
+                f"The cache in {self.path} was written from {self.manifest['inputs']}, but the batch has no "
+                f"{lacking}: its columns are {sorted(inputs)}. Give the data the same columns."
+            )
+        keys = example_keys(inputs, self.manifest["inputs"]).cpu()
+        places = torch.searchsorted(self._keys, keys).clamp(max=len(self) - 1)
+        return places, self._keys[places] == keys
+
+    def look_up(
+        self, inputs: Mapping[str, Tensor], hidden_states: Iterable[int] = ()
+    ) -> tuple[ModelOutput, dict[int, Tensor]]:
+        """The teacher's outputs for a batch, as the teacher would give them (zeros at padding), and `hidden_states`.
+
+        Where the cache holds the largest `top_k` logits only, there are `top_logits`, `top_indices` and `rest` instead
+        of `logits`: see `complete`.
+        """
+        places, found = self._find(inputs)
+        if not found.all():
+            raise ValueError(
+                f"{int((~found).sum())} of {len(found)} examples of a batch are not among the {len(self)} in the cache "
+                f"in {self.path}. Add them with hfc.cache_teacher(teacher, dataset, {str(self.path)!r})."
+            )
+        states = {n: self._gather(f"hidden_states.{self._number(n)}", places, inputs) for n in hidden_states}
+        names = [name for name in self.manifest["stored"] if not name.startswith("hidden_states.")]
+        return ModelOutput({name: self._gather(name, places, inputs) for name in names}), states
+
+    def _gather(self, name: str, places: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        device, side = inputs[self.manifest["inputs"][0]].device, self.manifest["stored"][name]
+        if name in self._in_memory:
+            return _exact(self._in_memory[name][places].to(device))
+        shards, rows = self._shard_of[places].tolist(), self._row_of[places].tolist()
+        if side == "example":
+            pairs = zip(shards, rows, strict=True)
+            return _exact(torch.stack([self._shards[shard][name][row] for shard, row in pairs]).to(device))
+        parts = []
+        for shard, row in zip(shards, rows, strict=True):
+            ends = self._ends[side][shard]
+            parts.append(self._shards[shard][name][ends[row - 1] if row else 0 : ends[row]])
+        tokens = _exact(joined(parts).to(device))  # (real tokens, ...)
+        mask = real_tokens(inputs, side).to(device)
+        values = tokens.new_zeros(*mask.shape, *tokens.shape[1:])
+        values[mask] = tokens
+        return values
+
+
+def complete(top_logits: Tensor, top_indices: Tensor, rest: Tensor, student_logits: Tensor, *, classes: int) -> Tensor:
+    """All of a teacher's logits (items, classes), of which the largest k are known, and the mass of the others.
+
+    top_logits, top_indices  (items, k)
+    rest                     (items, 1)  log of the sum of exp over the other logits
+    student_logits           (items, C)  C may differ from `classes` by padding of the vocabulary
+
+    The others get the student's own logits, shifted to their mass. At temperature 1 the KL divergence to such a teacher
+    and its gradient are those of k classes and one for all the others; a student that equals the teacher has loss 0 at
+    every temperature.
+    """
+    logits = F.pad(
+        student_logits[..., :classes].float(), (0, max(0, classes - student_logits.shape[-1])), value=-torch.inf
+    )
+    logits, indices = logits.clone(), top_indices.long()  # in place from here on: a pass over a vocabulary is not cheap
+    own = logits.scatter_(-1, indices, -torch.inf).logsumexp(dim=-1, keepdim=True)
+    return logits.add_(rest.float() - own).scatter_(-1, indices, top_logits.float())
+
+
+def _architecture(teacher: dict) -> nn.Module | None:
+    kind = getattr(transformers, teacher["class"], None)
+    if kind is None or teacher["config"] is None or teacher["config"]["model_type"] not in CONFIG_MAPPING:
+        return None
+    config = CONFIG_MAPPING[teacher["config"]["model_type"]].from_dict(teacher["config"])
+    with torch.device("meta"):
+        return kind(config)
+
+
+def _exact(values: Tensor) -> Tensor:
+    return values.float() if values.is_floating_point() and values.element_size() < 4 else values

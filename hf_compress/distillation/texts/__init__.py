@@ -1,0 +1,1 @@
+"""More text to distil on: augmentation, and targets that the teacher writes."""

@@ -1,0 +1,1 @@
+"""The format of llm-compressor and vLLM, read and written."""

@@ -1,0 +1,187 @@
+"""GPTQ checkpoints: what AutoGPTQ, GPTQModel and others write and read.
+
+For each linear layer, K inputs and N outputs: qweight int32 (K * bits / 32, N), qzeros int32 (G, N * bits / 32),
+scales float16 (G, N), g_idx int32 (K,). Format "gptq" (v1) stores each zero point minus one, "gptq_v2" as it is. The
+layers here have the same tensors, so a foreign checkpoint is loaded by `from_pretrained` and settled afterwards.
+"""
+
+import json
+import logging
+import re
+from collections import Counter
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
+
+import hf_compress
+from hf_compress.checkpoint.bits import packed_modules, settle_bits
+from hf_compress.engines.ops import pack_zeros
+from hf_compress.formats.foreign import find_folder, model_class
+from hf_compress.layers.packed_linear import PackedLinear
+from hf_compress.layers.scheme import BITS, WeightScheme
+from hf_compress.model.record import QUANT_METHOD, VERSION
+
+logger = logging.getLogger(__name__)
+
+ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}  # what a format subtracts from each zero point
+
+
+def load_gptq(folder_or_id: str | Path, **kwargs) -> PreTrainedModel:
+    """Someone else's GPTQ checkpoint on our layers: v1 and v2, act-order, different bits for different modules.
+
+    folder_or_id: a folder, or the name of a repository on the Hub. kwargs go to `from_pretrained`. The result is a
+    model like any that `quantize` returns: it saves in our own format and can be exported.
+
+    Raises ValueError, naming the tensor, for shapes, bits or indices that do not fit together.
+    """
+    folder = find_folder(folder_or_id)
+    config = AutoConfig.from_pretrained(folder)
+    settings = _settings(config, folder)
+    shapes = _tensor_shapes(folder)
+    names = sorted(name.removesuffix(".qweight") for name in shapes if name.endswith(".qweight"))
+    if not names:
+        raise ValueError(f"{folder} holds no `qweight` tensor: it is not a GPTQ checkpoint.")
+    kind = model_class(config, folder)
+    prefix = f"{kind.base_model_prefix}."
+    bits = {name.removeprefix(prefix): _scheme(name, shapes, settings).to_dict() for name in names}
+    config.quantization_config = {"quant_method": QUANT_METHOD, "version": VERSION, "bits": bits}
+    model = kind.from_pretrained(folder, config=config, **kwargs)
+    offset = ZERO_OFFSETS[settings["format"]]
+    for name, module in packed_modules(model):
+        _settle(name, module, offset, settings)
+    settle_bits(model)
+    return model
+
+
+def _settings(config, folder: Path) -> dict:
+    """What the two config files say, the one beside the weights first."""
+    settings = getattr(config, "quantization_config", None)
+    if settings is None and (folder / "quantize_config.json").exists():
+        settings = json.loads((folder / "quantize_config.json").read_text())
+    if settings is None:
+        raise ValueError(f"{folder} has no quantization_config and no quantize_config.json: it is not quantized.")
+    settings = settings if isinstance(settings, dict) else settings.to_dict()
+    method = settings.get("quant_method", "gptq")
+    if method != "gptq":
+        raise ValueError(f"{folder} was quantized by {method!r}; load_gptq reads 'gptq'.")
+    found = settings.get("checkpoint_format") or settings.get("format") or "gptq"
+    if found not in ZERO_OFFSETS:
+        raise ValueError(f"{folder} has the GPTQ format {found!r}; known are {sorted(ZERO_OFFSETS)}.")
+    return {**settings, "format": found}
+
+
+def _tensor_shapes(folder: Path) -> dict[str, list[int]]:
+    shapes = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+    return shapes
+
+
+def _scheme(name: str, shapes: dict[str, list[int]], settings: dict) -> WeightScheme:
+    """Bits and groups as the shapes say them, whatever `dynamic` rules made them."""
+    try:
+        words, N = shapes[f"{name}.qweight"]
+        (K,), (G, scales_N) = shapes[f"{name}.g_idx"], shapes[f"{name}.scales"]
+        zero_groups, zero_words = shapes[f"{name}.qzeros"]
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{name} needs qweight, qzeros, scales and g_idx of two and one dimensions.") from error
+    bits = words * 32 // K if K else 0
+    fits = words * 32 == K * bits and scales_N == N and zero_groups == G and zero_words == -(-N * bits // 32)
+    if bits not in BITS or not fits or G == 0 or K % G:
+        raise ValueError(
+            f"{name}: qweight {(words, N)}, qzeros {(zero_groups, zero_words)}, scales {(G, scales_N)} and g_idx "
+            f"{(K,)} do not fit together at any of {BITS} bits with equal groups."
+        )
+    return WeightScheme(bits, -1 if G == 1 else K // G, desc_act=True)
+
+
+def _settle(name: str, module: PackedLinear, offset: int, settings: dict) -> None:
+    """Undo the format's offset; keep `g_idx` only where groups are not neighbouring columns."""
+    bits, K, G = module.scheme.bits, module.in_features, len(module.scales)
+    g_idx = module.g_idx
+    if int(g_idx.min()) < -G or int(g_idx.max()) >= G:
+        raise ValueError(f"{name}.g_idx must lie in [0, {G - 1}], got [{int(g_idx.min())}, {int(g_idx.max())}].")
+    module.g_idx = torch.where(g_idx < 0, g_idx + G, g_idx)  # negative ones count from the end, as other readers do
+    _, stored, _ = module.integers()
+    middle = 2 ** (bits - 1)
+    if settings.get("sym"):  # here the values tell the format, whatever the label says
+        for format_offset in ZERO_OFFSETS.values():
+            if (stored == middle - format_offset).all() and format_offset != offset:
+                logger.warning(
+                    f"{name}: the zero points are not those of {settings['format']!r}; reading them as they are."
+                )
+                offset = format_offset
+    zeros = (stored + offset) & (2**bits - 1)
+    is_ordered = torch.equal(module.g_idx.long(), torch.arange(K, device=g_idx.device) // (K // G))
+    module.scheme = WeightScheme(bits, module.scheme.group_size, bool((zeros == middle).all()), not is_ordered)
+    module.qzeros = None if module.scheme.symmetric else pack_zeros(zeros, bits)
+    if is_ordered:
+        module.g_idx = None
+    module.prepare()
+
+
+def gptq_tensors(model: PreTrainedModel, checkpoint_format: str | None = None) -> tuple[dict[str, Tensor], dict]:
+    """State dict and `quantization_config` of `model` in GPTQ's format.
+
+    checkpoint_format: "gptq" (v1) or "gptq_v2"; by default v1 where every weight is symmetric. An asymmetric zero point
+    of 0 wraps in v1, so GPTQModel reads asymmetric v1 files only if it wrote them itself.
+
+    Raises ValueError, naming the module, for what the format cannot express.
+    """
+    state, schemes = model.state_dict(), {}
+    if checkpoint_format is None:
+        is_symmetric = all(module.scheme.symmetric for _, module in packed_modules(model))
+        checkpoint_format = "gptq" if is_symmetric else "gptq_v2"
+    for name, module in packed_modules(model):
+        scheme = module.scheme
+        if not isinstance(module, PackedLinear) or scheme.activation_bits is not None:
+            raise ValueError(
+                f"{name}: a GPTQ checkpoint holds linear weights only, no codebooks, packed embeddings or "
+                "activation ranges. Export as 'plain', or quantize without them."
+            )
+        N, K = module.out_features, module.in_features
+        if K * scheme.bits % 32 or N * scheme.bits % 32:
+            raise ValueError(f"{name}: GPTQ packs whole words, but {N} x {K} at {scheme.bits} bits does not fill them.")
+        if scheme.scale_dtype != "float16":
+            raise ValueError(f"{name}: a GPTQ checkpoint has float16 scales; quantize with scale_dtype='float16'.")
+        _, zeros, groups = module.integers()
+        state[f"{name}.qzeros"] = pack_zeros(zeros, scheme.bits, ZERO_OFFSETS[checkpoint_format])
+        state[f"{name}.g_idx"] = groups.int()
+        schemes[name] = scheme
+    if not schemes:
+        raise ValueError("The model has no packed layer: quantize it first.")
+    return state, _gptq_config(model, schemes, checkpoint_format)
+
+
+def _gptq_config(model: PreTrainedModel, schemes: dict[str, WeightScheme], checkpoint_format: str) -> dict:
+    common = Counter((s.bits, s.group_size) for s in schemes.values()).most_common(1)[0][0]
+    dynamic = {
+        f"+:^{re.escape(name)}$": {"bits": scheme.bits, "group_size": scheme.group_size}
+        for name, scheme in schemes.items()
+        if (scheme.bits, scheme.group_size) != common
+    }
+    dynamic |= {
+        f"-:^{re.escape(name)}$": {}
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name not in schemes and not isinstance(module, PackedLinear)
+        and any(name.rpartition(".")[0].startswith(packed.rpartition(".")[0]) for packed in schemes)
+    }  # fmt: skip
+    return {
+        "quant_method": "gptq",
+        "bits": common[0],
+        "group_size": common[1],
+        "sym": all(scheme.symmetric for scheme in schemes.values()),
+        "desc_act": any(scheme.desc_act for scheme in schemes.values()),
+        "true_sequential": True,
+        "damp_percent": 0.01,
+        "checkpoint_format": checkpoint_format,
+        "format": checkpoint_format,
+        "pack_dtype": "int32",
+        "lm_head": False,
+        "dynamic": dynamic or None,
+        "meta": {"quantizer": [f"hf_compress:{hf_compress.__version__}"]},
+    }

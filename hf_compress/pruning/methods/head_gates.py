@@ -1,0 +1,139 @@
+"""Learned gates: each head has a gate between 0 and 1 that training opens or closes, under a penalty on open ones.
+
+Louizos et al., 2018, https://arxiv.org/abs/1712.01312; for heads: Voita et al., 2019, https://arxiv.org/abs/1905.09418
+
+    s = sigmoid((log u - log(1 - u) + log_alpha) / b),  u ~ U(0, 1)      gate = clamp(s (z - g) + g, 0, 1)
+    penalty = l0 * sum over gates of sigmoid(log_alpha - b log(-g / z)), the expected number of open gates
+
+The penalty enters as a gradient, so no loss has to know of it.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainingArguments
+
+from hf_compress.pruning.masks import Blocks
+from hf_compress.pruning.methods.heads import HeadPruning
+from hf_compress.pruning.silent import cut_silent
+from hf_compress.pruning.trainer import PruningTrainer
+from hf_compress.training.state import STATE_NAME, check_own_gradients, check_whole
+
+G, Z, B = -0.1, 1.1, 2 / 3  # stretch limits and temperature
+
+
+def sample_gates(log_alpha: Tensor) -> Tensor:
+    """One draw of each gate, in [0, 1], with a gradient for `log_alpha`."""
+    u = torch.rand_like(log_alpha).clamp(1e-6, 1 - 1e-6)
+    s = torch.sigmoid((u.logit() + log_alpha) / B)
+    return (s * (Z - G) + G).clamp(0, 1)
+
+
+def settled_gates(log_alpha: Tensor) -> Tensor:
+    """The gates without noise, for evaluation."""
+    return (torch.sigmoid(log_alpha) * (Z - G) + G).clamp(0, 1)
+
+
+def open_probability(log_alpha: Tensor) -> Tensor:
+    """The probability that a gate is not exactly 0."""
+    return torch.sigmoid(log_alpha - B * math.log(-G / Z))
+
+
+class HeadGates(TrainerCallback):
+    """Callback for the trainers of hf_compress: learned gates on heads; `finish` cuts those whose gate is closed.
+
+    Args:
+        l0: weight of the expected number of open gates, beside the loss.
+        gate_rate: `log_alpha` learns this many times as fast as the model (with Adam), whose rates suit its weights.
+        initial: `log_alpha` in the beginning; 2.0 is a gate at 0.96.
+
+    The gates are parameters, so this does not work with a stock `Trainer`, which raises ValueError.
+    """
+
+    name = "head_gates"
+
+    def __init__(self, l0: float = 0.02, *, gate_rate: float = 1000.0, initial: float = 2.0):
+        if l0 < 0 or gate_rate <= 0:
+            raise ValueError(f"l0 must be 0 or more and gate_rate above 0, got {l0} and {gate_rate}.")
+        self.l0, self.gate_rate, self.initial = l0, gate_rate, initial
+        self._matrices: list[Blocks] = []
+        self._handles: list[Any] = []
+
+    def training_state_entries(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        self._matrices = HeadPruning().matrices(model)
+        start = [torch.full((m.grid[1],), self.initial / self.gate_rate) for m in self._matrices]
+        return {f"{self.name}_{i}": nn.Parameter(value) for i, value in enumerate(start)}
+
+    def log_alpha(self, number: int) -> Tensor:
+        """(H,) of one attention. The parameter is smaller by `gate_rate`, so steps in it count for more."""
+        return getattr(self._state, f"{self.name}_{number}") * self.gate_rate
+
+    def gates(self) -> list[Tensor]:
+        """The settled gates of each attention, (H,)."""
+        return [settled_gates(self.log_alpha(i)).detach() for i in range(len(self._matrices))]
+
+    def on_train_begin(self, args: TrainingArguments, state, control, model: nn.Module = None, **kwargs) -> None:
+        check_whole(model, "Pruning")
+        check_own_gradients(args, "Pruning")
+        self._state = getattr(model, STATE_NAME, None)
+        if not hasattr(self._state, f"{self.name}_0"):
+            raise ValueError(
+                f"{type(self).__name__} learns parameters of its own, which a stock Trainer does not train: use "
+                "HeadGatesTrainer, or pass it as callbacks=[...] to another trainer of hf_compress."
+            )
+        self._close()
+        self._handles = [m.module.register_forward_pre_hook(self._scale(i)) for i, m in enumerate(self._matrices)]
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
+        for i in range(len(self._matrices)):
+            parameter = getattr(self._state, f"{self.name}_{i}")
+            p = open_probability(self.log_alpha(i).detach())
+            penalty = self.l0 * p * (1 - p) * self.gate_rate  # d penalty / d parameter
+            parameter.grad = penalty if parameter.grad is None else parameter.grad + penalty
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self._close()
+
+    @torch.no_grad()
+    def finish(self, model: nn.Module) -> nn.Module:
+        """Put the settled gates into the weights and cut heads whose gate is closed. Changes `model`, returns it."""
+        for matrix, gates in zip(self._matrices, self.gates(), strict=True):
+            matrix.scale_(gates[None].to(matrix.weight.dtype))
+        return cut_silent(model)
+
+    def _scale(self, number: int):
+        def hook(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor, ...]:
+            log_alpha = self.log_alpha(number)
+            gates = sample_gates(log_alpha) if module.training else settled_gates(log_alpha)
+            heads = args[0].unflatten(-1, (len(gates), -1))  # (B, T, H, Dh)
+            return ((heads * gates[:, None].to(heads.dtype)).flatten(-2), *args[1:])  # (B, T, D)
+
+        return hook
+
+    def _close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+@dataclass
+class HeadGatesConfig(TrainingArguments):
+    l0: float = field(default=0.02, metadata={"help": "Weight of the expected number of open gates; 0 or more."})
+    gate_rate: float = field(
+        default=1000.0, metadata={"help": "How many times as fast as the model the gates learn (with Adam)."}
+    )
+    initial: float = field(default=2.0, metadata={"help": "log_alpha in the beginning; 2.0 is a gate at 0.96."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.callback()  # checks the values
+
+    def callback(self) -> HeadGates:
+        return HeadGates(self.l0, gate_rate=self.gate_rate, initial=self.initial)
+
+
+class HeadGatesTrainer(PruningTrainer):
+    config_class = HeadGatesConfig

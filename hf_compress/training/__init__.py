@@ -1,0 +1,1 @@
+"""What every trainer of ours does: state that lives for training only, resuming, ranks, finite numbers."""

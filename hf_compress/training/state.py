@@ -1,0 +1,289 @@
+"""The one owner of parameters that exist only for training: projections, gates, scores, step sizes.
+
+While a trainer trains, its `TrainingState` is a submodule of the model, so that the optimiser, DDP and FSDP see it. It
+is no part of the model's state dict, so no save of the model holds it; each checkpoint has it in a file of its own.
+"""
+
+import inspect
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+
+from hf_compress.training.finite import find_not_finite, is_finite
+from hf_compress.training.resume import find_fault, last_complete_checkpoint, publish, remove_leftovers, start_writing
+
+logger = logging.getLogger(__name__)
+
+STATE_NAME = "hfc_training_state"  # the attribute of the model while it trains
+STATE_FILE = "training_state.safetensors"  # beside optimizer.pt in a checkpoint
+
+
+class TrainingState(nn.Module):
+    """Training-only modules, parameters and buffers, by name. Their order is the optimiser's, so keep it."""
+
+    def add(self, name: str, value: nn.Module | nn.Parameter | Tensor) -> nn.Module | nn.Parameter | Tensor:
+        """Own `value`: a module, a parameter, or a tensor that is state but not learned (a mask). Returns it."""
+        if isinstance(value, nn.Module):
+            self.add_module(name, value)
+        elif isinstance(value, nn.Parameter):
+            self.register_parameter(name, value)
+        else:
+            self.register_buffer(name, value)
+        return value
+
+    def __len__(self) -> int:
+        return len(self.state_dict())
+
+
+@contextmanager
+def attached(state: TrainingState, model: nn.Module) -> Iterator[None]:
+    """Make `state` a submodule of `model` while open, out of reach of `state_dict` and `load_state_dict`."""
+    prefix = f"{STATE_NAME}."
+
+    def strip(module, state_dict, prefix_of_module, local_metadata):
+        for key in [k for k in state_dict if k.startswith(prefix_of_module + prefix)]:
+            del state_dict[key]
+
+    def do_not_miss(module, incompatible_keys):
+        incompatible_keys.missing_keys[:] = [k for k in incompatible_keys.missing_keys if not k.startswith(prefix)]
+
+    first = next((p for p in model.parameters()), None)
+    if first is not None:
+        state.to(first.device)
+    handles = [
+        model.register_state_dict_post_hook(strip),
+        model.register_load_state_dict_post_hook(do_not_miss),
+    ]
+    setattr(model, STATE_NAME, state)
+    try:
+        yield
+    finally:
+        delattr(model, STATE_NAME)
+        for handle in handles:
+            handle.remove()
+
+
+class TrainingStateMixin(Trainer):
+    """A `Trainer` whose `training_state` trains with the model, is saved in every checkpoint and resumed exactly.
+
+    A checkpoint is written beside its place and renamed, so that a kill leaves either all of it or nothing. Resumes
+    from the last one that is whole, passing over one that a kill, another trainer or a full disk tore.
+    """
+
+    _training_state: TrainingState | None = None
+    _checkpoint: Path | None = None  # the one that is being written, and ...
+    _unfinished: Path | None = None  # ... where, until it is whole
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if getattr(self, "loss_is_scaled_for_ga", None) is None:
+            if self.model is not None and has_own_mean(self.model):
+                self.model_accepts_loss_kwargs = False
+        elif not hasattr(Trainer, "loss_is_scaled_for_ga"):  # 5.17 leaves a loss undivided if there is such a function
+            self.compute_loss_func = self.compute_loss
+
+    @property
+    def training_state(self) -> TrainingState:
+        if self._training_state is None:
+            self._training_state = self.make_training_state(self.model)
+            for callback in self.callback_handler.callbacks:
+                self._add_entries(callback)
+        return self._training_state
+
+    def make_training_state(self, model: PreTrainedModel) -> TrainingState:
+        """Build what training `model` needs besides itself. Called again for each new model of `model_init`."""
+        return TrainingState()
+
+    def add_callback(self, callback) -> None:
+        super().add_callback(callback)
+        if self._training_state is not None:
+            self._add_entries(self.callback_handler.callbacks[-1])
+
+    def _add_entries(self, callback: TrainerCallback) -> None:
+        """Own what a callback keeps between steps: `callback.training_state_entries(model)`, name -> value."""
+        entries = getattr(callback, "training_state_entries", None)
+        for name, value in {} if entries is None else entries(self.model).items():
+            if hasattr(self._training_state, name):
+                raise ValueError(
+                    f"Two callbacks of this trainer keep state under the name {name!r}: a trainer can hold one "
+                    f"{type(callback).__name__}."
+                )
+            self._training_state.add(name, value)
+
+    def call_model_init(self, trial=None):
+        model = super().call_model_init(trial)
+        self._training_state = None
+        return model
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, **kwargs):
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"There is no complete checkpoint in {self.args.output_dir}. Start with "
+                    "resume_from_checkpoint=False, or name a folder."
+                )
+        elif resume_from_checkpoint and (fault := find_fault(Path(resume_from_checkpoint))) is not None:
+            raise ValueError(
+                f"{resume_from_checkpoint} is no whole checkpoint: {fault}. Pass resume_from_checkpoint=True for the "
+                "last whole one of output_dir."
+            )
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, trial=trial, **kwargs)
+
+    def _inner_training_loop(self, *args, **kwargs):
+        with attached(self.training_state, self.model):
+            return super()._inner_training_loop(*args, **kwargs)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """As in `Trainer`, which passes over a loss that is NaN and goes on: here it ends the training, and is named.
+
+        Except in fp16, where an infinite loss is part of the search for a loss scale.
+        """
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not self.args.fp16 and not is_finite(loss):
+            terms = getattr(self, "_train_terms", {})
+            names = [name for name, value in terms.items() if not is_finite(torch.as_tensor(value))]
+            place = ""
+            if self.args.world_size == 1:  # else the others would wait for the rerun
+                place = f": {find_not_finite(self.accelerator.unwrap_model(model), self._prepare_inputs(inputs))}"
+            raise FloatingPointError(
+                f"The loss is {float(loss)} at step {self.state.global_step + 1}{place}."
+                f"{' Losses that are not finite: ' + ', '.join(names) + '.' if names else ''} Look at the data and the "
+                "learning rate; the last checkpoint is from before."
+            )
+        return loss
+
+    def _save_checkpoint(self, model: nn.Module, trial) -> None:
+        """As `Trainer` does it, but in a folder that gets its name when everything is in it."""
+        self._checkpoint = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            remove_leftovers(self._checkpoint.parent)
+        self.accelerator.wait_for_everyone()
+        self._unfinished = start_writing(self._checkpoint)
+        state = self.state
+        write = state.save_to_json
+
+        def write_and_publish(path: str) -> None:
+            """The state is what `Trainer` writes last; afterwards it removes older checkpoints."""
+            self._note_best_checkpoint()
+            write(str(self._unfinished / Path(path).name))
+            self._publish()
+
+        state.save_to_json = write_and_publish
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            del state.save_to_json
+        self._note_best_checkpoint()
+        if not self.args.should_save:
+            self._publish()
+        self.accelerator.wait_for_everyone()
+
+    def _note_best_checkpoint(self) -> None:
+        """`Trainer` looks whether the best checkpoint exists, which this one does not yet."""
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(self._checkpoint)
+
+    def _publish(self) -> None:
+        self.accelerator.wait_for_everyone()  # each process has written its part
+        if self.args.should_save:
+            publish(self._unfinished, self._checkpoint)
+        self._unfinished = None
+
+    def _place(self, folder: str | None) -> str | None:
+        """Where to write what belongs into `folder`."""
+        is_unfinished = folder is not None and self._unfinished is not None and Path(folder) == self._checkpoint
+        return str(self._unfinished) if is_unfinished else folder
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(self._place(output_dir), _internal_call)
+
+    def _save_scaler(self, output_dir: str) -> None:
+        super()._save_scaler(self._place(output_dir))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(self._place(output_dir))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        output_dir = self._place(output_dir)
+        super()._save_optimizer_and_scheduler(output_dir)
+        tensors = {name: _whole(tensor) for name, tensor in self.training_state.state_dict().items()}
+        if tensors and self.args.should_save:
+            save_file(tensors, Path(output_dir) / STATE_FILE)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        file = Path(self.state.best_model_checkpoint) / STATE_FILE
+        if file.exists():  # masks belong to the weights they were saved with
+            _load_whole(self.training_state, load_file(file))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and len(self.training_state):
+            file = Path(checkpoint) / STATE_FILE
+            if not file.exists():
+                raise ValueError(
+                    f"{checkpoint} has no {STATE_FILE}, which this trainer needs to resume: was it written by another "
+                    "trainer, or with save_only_model? Start without resume_from_checkpoint."
+                )
+            _load_whole(self.training_state, load_file(file))
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+
+def has_own_mean(model: nn.Module) -> bool:
+    """Whether the model's loss is a mean over its batch, whatever `num_items_in_batch` says.
+
+    `Trainer` believes each forward with **kwargs to divide by it, and leaves out its own division by micro-batches and
+    ranks. Classes such as `BertForSequenceClassification` do not, and their loss would count that many times.
+    """
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    try:
+        source = inspect.getsource(type(plain).forward)
+    except (OSError, TypeError):  # no source: believed
+        return False
+    return "loss_fct" in source and "loss_function" not in source
+
+
+def check_whole(model: nn.Module, what: str) -> None:
+    """Raise ValueError if the weights are sharded over ranks: blocks, groups and ranges would lie across the pieces."""
+    if any(hasattr(p, "device_mesh") or hasattr(p, "ds_id") for p in model.parameters()):
+        raise ValueError(
+            f"{what} while training needs whole weights on each rank, but these are sharded (FSDP or ZeRO-3). Train "
+            "with DDP or on one device, or do it before or after training."
+        )
+
+
+def check_own_gradients(args: TrainingArguments, what: str) -> None:
+    """Raise ValueError under DeepSpeed, which keeps gradients and the weights it updates in buffers of its own."""
+    if getattr(args, "deepspeed", None) or getattr(args, "deepspeed_plugin", None):
+        raise ValueError(
+            f"{what} while training reads and changes gradients and weights, but DeepSpeed works on copies of its own. "
+            "Train with DDP or on one device, or do it before or after training."
+        )
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The tensor as one process would hold it: FSDP's shards gathered, on CPU, its own memory."""
+    tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+@torch.no_grad()
+def _load_whole(state: TrainingState, tensors: dict[str, Tensor]) -> None:
+    own = state.state_dict()
+    if (shapes := {n: tuple(t.shape) for n, t in own.items()}) != (
+        found := {n: tuple(t.shape) for n, t in tensors.items()}
+    ):
+        raise ValueError(f"{STATE_FILE} belongs to another setting: expected {shapes}, found {found}.")
+    for name, tensor in tensors.items():
+        target = own[name]
+        if hasattr(target, "device_mesh"):
+            from torch.distributed.tensor import distribute_tensor  # only under FSDP
+
+            tensor = distribute_tensor(tensor.to(target.device), target.device_mesh, target.placements)
+        target.copy_(tensor)
