@@ -173,7 +173,7 @@ def main() -> int:
         parser.error("--model, --data and --output are needed")
     args.output.mkdir(parents=True, exist_ok=True)
     file = args.output / "results.jsonl"
-    results = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    results = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
     done = {(result["kind"], result["number"]) for result in results}
     rows, right = None, None
     for number in range(args.runs):
@@ -184,7 +184,7 @@ def main() -> int:
                 rows, right = sentences(args)
             result = comparison(kind, number, args, rows, right)
             results.append(result)
-            with file.open("a") as stream:
+            with file.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(result) + "\n")
             print(f"{kind:7}{number:3}  {'as it should be' if is_as_it_should_be(result) else 'WRONG'}  "
                   f"{result['seconds']} s", flush=True)  # fmt: skip

@@ -289,7 +289,7 @@ def main():
     print(f"torch {torch.__version__}, {instructions()}, {setting}")
     report(table(passes))
     if args.output:
-        args.output.write_text(json.dumps(passes))
+        args.output.write_text(json.dumps(passes), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def main():
         f"length {args.length}, {args.steps} turns; {', '.join(f'{n} {v}' for n, v in versions().items())}"
     )
     if args.output:
-        Path(args.output).write_text(json.dumps(figures, indent=1))
+        Path(args.output).write_text(json.dumps(figures, indent=1), encoding="utf-8")
 
 
 def in_turns(args: BenchmarkArguments, runs: dict[str, Callable]) -> dict[str, list[float]]:

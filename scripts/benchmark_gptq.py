@@ -125,7 +125,7 @@ def evaluate(model: PreTrainedModel, held_out: dict[str, torch.Tensor]) -> dict[
 
 def run_peer(args, folder: Path, calibration: torch.Tensor, held_out: dict, bits: int) -> dict:
     rows, out = args.output / "rows.json", args.output / f"gptqmodel-{bits}"
-    rows.write_text(json.dumps(calibration.tolist()))
+    rows.write_text(json.dumps(calibration.tolist()), encoding="utf-8")
     environment = {**os.environ, "GPTQMODEL_CPU_WORKERS": "2"}
     result = subprocess.run([args.peer_python, "-c", PEER, str(folder), str(rows), str(bits), str(out)],
                             capture_output=True, text=True, env=environment)  # fmt: skip
@@ -140,7 +140,7 @@ def report(output: Path, base: dict, perplexities: dict, **run) -> None:
     excess = {name: math.log(perplexities[name] / base[name]) for name in base}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     line = dict(run, perplexity=perplexities, excess_log_perplexity=excess, base=base, peak_so_far_MiB=peak)
-    with (output / "results.jsonl").open("a") as file:
+    with (output / "results.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
     print(json.dumps(line), flush=True)
 

@@ -241,7 +241,7 @@ def main() -> None:
         rows.append(row)
         print("  ".join(f"{name}={value}" for name, value in row.items()), flush=True)
     if args.output:
-        args.output.write_text(json.dumps({"device": described, "rows": rows}, indent=1) + "\n")
+        args.output.write_text(json.dumps({"device": described, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ JOBS = {  # name -> (job, bytes that it could hold at once, by scale)
 
 def resident(line: str) -> float:
     """MiB, of `VmRSS` now or `VmHWM` at most."""
-    text = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(line))
+    text = next(x for x in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if x.startswith(line))
     return int(text.split()[1]) / 1024
 
 
@@ -102,7 +102,7 @@ def measure(job: Callable, scale: int) -> float:
                 run = job(scale, Path(folder))
                 gc.collect()
                 before = resident("VmRSS")
-                Path("/proc/self/clear_refs").write_text("5")  # the most so far is forgotten
+                Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the most so far is forgotten
                 run()
                 os.write(writing, json.dumps(resident("VmHWM") - before).encode())
             status = 0

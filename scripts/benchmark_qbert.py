@@ -160,14 +160,14 @@ def record(args: Arguments, seed: int, name: str, trainer: Trainer, **more) -> N
 
 def write(args: Arguments, facts: dict) -> None:
     line = json.dumps(facts)
-    with (Path(args.output_dir) / "results.jsonl").open("a") as file:
+    with (Path(args.output_dir) / "results.jsonl").open("a", encoding="utf-8") as file:
         file.write(line + "\n")
     print(line, flush=True)
 
 
 def is_done(args: Arguments, name: str, seed: int) -> bool:
     file = Path(args.output_dir) / "results.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
     return any(line["name"] == name and line["seed"] == seed for line in lines)
 
 

@@ -71,7 +71,7 @@ def main():
         f"of the whole process; {', '.join(f'{n} {v}' for n, v in versions().items())}"
     )
     if args.output:
-        Path(args.output).write_text(json.dumps(figures, indent=1))
+        Path(args.output).write_text(json.dumps(figures, indent=1), encoding="utf-8")
 
 
 def make_heads(args: BenchmarkArguments) -> tuple[nn.Linear, nn.Linear]:

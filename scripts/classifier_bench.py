@@ -79,7 +79,7 @@ class ClassifierBench:
         line = {"run": run, "seed": seed, "accuracy": sum(right) / len(right), "parameters": model.num_parameters(),
                 "seconds": round(time.perf_counter() - start), **facts}  # fmt: skip
         print(json.dumps(line), flush=True)
-        with (self.output / "results.jsonl").open("a") as file:
+        with (self.output / "results.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({**line, "correct": "".join(map(str, right))}) + "\n")
 
     def record_teacher(self) -> None:
@@ -88,7 +88,7 @@ class ClassifierBench:
 
     def results(self) -> list[dict]:
         file = self.output / "results.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 
     def is_done(self, run: str, seed: int) -> bool:
         return any(line["run"] == run and line["seed"] == seed for line in self.results())

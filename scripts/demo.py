@@ -176,11 +176,13 @@ def training_args(kind, args: DemoArguments, epochs: float, learning_rate: float
 def save(model, tokenizer, folder: Path, settings: dict):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder / "settings.json").write_text(json.dumps(settings))  # last: a folder that has it is complete
+    (folder / "settings.json").write_text(
+        json.dumps(settings), encoding="utf-8"
+    )  # last: a folder that has it is complete
 
 
 def read_json(file: Path):
-    return json.loads(file.read_text()) if file.is_file() else None
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def command() -> str:

@@ -43,7 +43,7 @@ def check_build(build: Path) -> None:
 
 
 def main() -> int:
-    general = tomllib.loads((PROJECT / "build.toml").read_text())["general"]
+    general = tomllib.loads((PROJECT / "build.toml").read_text(encoding="utf-8"))["general"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repo-id", default=general["hub"]["repo-id"], help="Where to publish. Default: build.toml's.")
     parser.add_argument("--dry-run", action="store_true", help="Build and check, upload nothing.")

@@ -29,7 +29,7 @@ ALLOWED = {"resident_mib": 24, "file_handles": 0, "hooks": 0, "tensors": 8}  # g
 
 
 def resident_mib() -> float:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def look(model: torch.nn.Module) -> dict[str, float]:

@@ -55,7 +55,7 @@ def sources(general: dict, extensions: list[str]) -> dict[str, bytes]:
 
 def stage(output: Path) -> Path:
     """Write `output/build/torch-<backend>/...` and the card; returns `output`. An earlier build there is replaced."""
-    build = tomllib.loads((PROJECT / "build.toml").read_text())
+    build = tomllib.loads((PROJECT / "build.toml").read_text(encoding="utf-8"))
     general = build["general"]
     package = general["name"].replace("-", "_")
     files = sources(general, build["torch-noarch"]["pyext"])
@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="Folder to write to.")
     output = stage(parser.parse_args().output)
     for variant in sorted((output / "build").iterdir()):
-        print(f"{variant}: {json.loads((variant / 'metadata.json').read_text())['id']}")
+        print(f"{variant}: {json.loads((variant / 'metadata.json').read_text(encoding='utf-8'))['id']}")
 
 
 if __name__ == "__main__":

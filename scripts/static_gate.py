@@ -203,8 +203,8 @@ def measure(index: int) -> dict:
     if not path.is_file():
         numbers = compile_case(case)
         CACHE.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(numbers))
-    return json.loads(path.read_text())
+        path.write_text(json.dumps(numbers), encoding="utf-8")
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def main() -> int:
@@ -216,7 +216,7 @@ def main() -> int:
 
     cases = all_cases()
     wanted = [i for i, case in enumerate(cases) if args.only in f"{case.arch} {case.name}"]
-    golden = json.loads(GOLDEN.read_text()) if GOLDEN.is_file() else {}
+    golden = json.loads(GOLDEN.read_text(encoding="utf-8")) if GOLDEN.is_file() else {}
     failures = 0
     print("case".ljust(58), "regs  shared CTA/SM buffers      mma instr/weight")
     with ProcessPoolExecutor(args.jobs) as pool:
@@ -233,7 +233,7 @@ def main() -> int:
             golden[key] = {name: numbers[name] for name in ("registers", "per_weight") if name in numbers}
     print_model(golden)
     if args.update:
-        GOLDEN.write_text(json.dumps(dict(sorted(golden.items())), indent=1) + "\n")
+        GOLDEN.write_text(json.dumps(dict(sorted(golden.items())), indent=1) + "\n", encoding="utf-8")
     print(f"{len(wanted)} cases, {failures} broken limits")
     return 1 if failures else 0
 

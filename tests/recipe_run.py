@@ -21,7 +21,7 @@ def tiny_folder(folder: Path, family: str = "bert", **changes) -> Path:
 def reviews(file: Path, number: int = 60) -> Path:
     rows = [f"the film was {'good' if i % 2 else 'bad'} {'abcdefghij'[i % 10]},{'pos' if i % 2 else 'neg'}"
             for i in range(number)]  # fmt: skip
-    file.write_text("\n".join(["text,label", *rows]) + "\n")
+    file.write_text("\n".join(["text,label", *rows]) + "\n", encoding="utf-8")
     return file
 
 

@@ -18,11 +18,13 @@ WORDS = ["good", "bad", "a", "film", "very", "not", "the", "plot"]
 def write_model_and_data(folder):
     model = tiny_model("bert", num_hidden_layers=6, intermediate_size=64, max_position_embeddings=64)
     model.save_pretrained(folder / "model")
-    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
+    (folder / "vocab.txt").write_text(
+        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]), encoding="utf-8"
+    )
     BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder / "model")
     (folder / "data").mkdir()
     for split in ("train", "validation", "test"):
-        with (folder / "data" / f"{split}.csv").open("w", newline="") as file:
+        with (folder / "data" / f"{split}.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["text", "label"])
             writer.writerows([[f"a very {word} film", int(word == "good")] for word in ("good", "bad") * 8])
@@ -38,7 +40,7 @@ def test_every_run_is_recorded_once(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     for _ in range(2):
         subprocess.run(command, check=True, env=environment, capture_output=True, text=True)
-    lines = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text(encoding="utf-8").splitlines()]
     runs = {line["run"]: line for line in lines}
     assert len(runs) == len(lines) == 14
     assert runs["heads-50"]["parameters"] < runs["heads-40"]["parameters"] < runs["teacher"]["parameters"]

@@ -28,7 +28,11 @@ MARK = "# runs in the tests"
 
 def blocks(language):
     """(page, text) of each block of code in `language`."""
-    return [(page, text) for page in PAGES for text in re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.S)]
+    return [
+        (page, text)
+        for page in PAGES
+        for text in re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
+    ]
 
 
 SNIPPETS = [(page, text) for page, text in blocks("python") if text.startswith(MARK)]

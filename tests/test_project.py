@@ -32,7 +32,7 @@ def floor(part: str) -> int:
 
 def imports(file: Path) -> set[str]:
     names = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -107,6 +107,38 @@ def test_imports_go_one_way(file):
         assert not {part, other} <= METHOD_FOLDERS, f"`{part}` imports `{other}`: the method folders stand alone"
 
 
+def text_calls_without_encoding(source: str) -> list[int]:
+    """Lines that read or write text in the encoding of whatever machine they run on; ruff sees known paths only."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        name = getattr(node.func, "attr", getattr(node.func, "id", None))
+        mode = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+        is_text = name in ("read_text", "write_text") or (
+            name in ("open", "fdopen") and any(set(m) <= set("rwax+t") for m in mode)
+        )
+        if is_text and not any(keyword.arg in ("encoding", None) for keyword in node.keywords):
+            found.append(node.lineno)
+    return found
+
+
+def test_text_is_utf_8_on_every_machine():
+    for folder in ("hf_compress", "scripts", "triton_kernels", "tests"):
+        for file in (ROOT / folder).rglob("*.py"):
+            assert not text_calls_without_encoding(file.read_text(encoding="utf-8")), file
+
+
+def test_text_without_encoding_would_be_found():
+    assert text_calls_without_encoding('a.write_text("x")\nb.read_text()\nc.open("a")\nos.fdopen(1, "w")') == [
+        1,
+        2,
+        3,
+        4,
+    ]
+    assert text_calls_without_encoding('a.write_text("x", encoding="utf-8")\nb.open("rb")') == []
+
+
 def test_only_ops_knows_the_kernels():
     for file in SOURCES:
         if any(name.split(".")[0] == "hf_compress_kernels" for name in imports(file)):
@@ -119,7 +151,7 @@ def test_the_kernels_import_nothing_of_ours():
     for file in (ROOT / "triton_kernels" / "torch-ext").rglob("*.py"):
         outside = {name.split(".")[0] for name in imports(file)} - sys.stdlib_module_names
         relative = {"", "hf_compress_kernels"}
-        tree = ast.parse(file.read_text())
+        tree = ast.parse(file.read_text(encoding="utf-8"))
         local = {
             n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level and n.module
         }
@@ -127,7 +159,9 @@ def test_the_kernels_import_nothing_of_ours():
 
 
 def test_the_wheel_never_installs_the_name_of_another_project():
-    find = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
+    find = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"][
+        "find"
+    ]
     assert all(pattern.startswith("hf_compress") for pattern in find["include"])
 
 

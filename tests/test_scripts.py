@@ -21,7 +21,9 @@ def run(*command):
 @pytest.fixture
 def tiny_folder(tmp_path):
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "the", "was", "not", *"abcdefghij"]
-    (tmp_path / "vocab.txt").write_text("\n".join([*words, *(f"word{i}" for i in range(64 - len(words)))]))
+    (tmp_path / "vocab.txt").write_text(
+        "\n".join([*words, *(f"word{i}" for i in range(64 - len(words)))]), encoding="utf-8"
+    )
     folder = tmp_path / "model"
     BertTokenizerFast(str(tmp_path / "vocab.txt"), model_max_length=64).save_pretrained(folder)
     tiny_model("bert").save_pretrained(folder)
@@ -30,7 +32,7 @@ def tiny_folder(tmp_path):
 
 def test_demo_on_own_model_and_texts(tiny_folder, tmp_path):
     lines = [f"the film was {'good' if i % 2 else 'bad'} {'abcdefghij'[i % 10]},{i % 2}" for i in range(60)]
-    (tmp_path / "reviews.csv").write_text("\n".join(["text,label", *lines]))
+    (tmp_path / "reviews.csv").write_text("\n".join(["text,label", *lines]), encoding="utf-8")
     output = tmp_path / "run"
     command = [
         "scripts/demo.py",
@@ -51,12 +53,12 @@ def test_demo_on_own_model_and_texts(tiny_folder, tmp_path):
     ]
     printed = run(*command)
     assert "distilled" in printed and "without teacher" in printed and "fine-tuning" in printed
-    report = json.loads((output / "report.json").read_text())
+    report = json.loads((output / "report.json").read_text(encoding="utf-8"))
     assert [entry["name"] for entry in report["entries"]] == ["teacher", "distilled", "without teacher"]
     assert (output / "report.png").stat().st_size > 5000
     student = AutoModelForSequenceClassification.from_pretrained(output / "distilled" / "seed-0")
     assert student.config.num_hidden_layers == 2
-    card = (output / "distilled" / "seed-0" / "README.md").read_text()
+    card = (output / "distilled" / "seed-0" / "README.md").read_text(encoding="utf-8")
     assert "TinyBERT" in card and str(tmp_path) not in card
     assert "from an earlier run" in run(*command)
 
@@ -78,7 +80,7 @@ def test_benchmark_of_a_distillation_step(tmp_path):
         "--output",
         tmp_path / "figures.json",
     )
-    figures = json.loads((tmp_path / "figures.json").read_text())
+    figures = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))
     assert list(figures) == methods
     assert all(value["time"] > 0 and value["memory"] > 0 for value in figures.values())
 
@@ -92,7 +94,7 @@ def test_benchmark_of_a_cached_teacher():
 
 def test_a_bilstm_learns_from_an_encoder(tiny_folder, tmp_path):
     lines = [f"the film was {'good' if i % 2 else 'bad'} {'abcdefghij'[i % 10]},{i % 2}" for i in range(60)]
-    (tmp_path / "reviews.csv").write_text("\n".join(["text,label", *lines]))
+    (tmp_path / "reviews.csv").write_text("\n".join(["text,label", *lines]), encoding="utf-8")
     printed = run(
         "scripts/distil_bilstm.py", "--data", tmp_path / "reviews.csv", "--teacher", tiny_folder,
         "--output_dir", tmp_path / "bilstm", "--hidden_size", 8, "--max_steps", 3, "--report_to", "none",

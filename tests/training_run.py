@@ -82,7 +82,7 @@ def main():
     if trainer.is_world_process_zero():
         tensors = {**student.state_dict(), **{f"state.{n}": t for n, t in trainer.training_state.state_dict().items()}}
         save_file({n: t.detach().clone().contiguous() for n, t in tensors.items()}, run.output / "final.safetensors")
-        (run.output / "log.json").write_text(json.dumps(trainer.state.log_history))
+        (run.output / "log.json").write_text(json.dumps(trainer.state.log_history), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ def run(verb: str, arguments: list[str]) -> int:
     values = None
     if given.sensitivity:
         try:
-            values = by_layer(model, json.loads(Path(given.sensitivity).read_text()))
+            values = by_layer(model, json.loads(Path(given.sensitivity).read_text(encoding="utf-8")))
         except (json.JSONDecodeError, AttributeError) as error:
             raise RecipeError(
                 f"{given.sensitivity} must hold a JSON mapping, module name to number: {error}."
@@ -30,7 +30,7 @@ def run(verb: str, arguments: list[str]) -> int:
         full_neurons=max((layer.neurons for layer in before), default=None),
     )  # fmt: skip
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(picture)
+    output.write_text(picture, encoding="utf-8")
     sys.stdout.write(f"{output}\n")
     return 0
 

@@ -45,7 +45,7 @@ def publish_parser() -> Parser:
 def records(folder: Path) -> list[dict]:
     """The records of the stages that made what `hf-compress run` wrote to `folder`, in order; none of other folders."""
     made = folder / "stages.json"
-    return json.loads(made.read_text()) if made.is_file() else []
+    return json.loads(made.read_text(encoding="utf-8")) if made.is_file() else []
 
 
 def show(found: Published) -> None:

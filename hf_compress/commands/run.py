@@ -119,7 +119,7 @@ def show(result: RecipeResult) -> None:
     if not is_main():
         return
     table = result.output / "report.md"
-    lines = [table.read_text().partition("\n\n")[0], ""] if table.is_file() else []
+    lines = [table.read_text(encoding="utf-8").partition("\n\n")[0], ""] if table.is_file() else []
     lines.append(f"model   {result.model}")
     lines += [f"{name:8}{result.output / file}" for name, file in (("report", "report.html"), ("table", "report.md"))
               if (result.output / file).is_file()]  # fmt: skip

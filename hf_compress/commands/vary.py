@@ -29,7 +29,7 @@ def run(verb: str, arguments: list[str]) -> int:
         result = variant.run(output, command=command_line(verb, arguments))
         figures = next(record for record in reversed(result.stages) if record["kind"] == "evaluate")["figures"]
         trials.append({"changes": list(changes), **list(figures.values())[-1]})
-        (output / "trials.json").write_text(json.dumps(trials, indent=2))
+        (output / "trials.json").write_text(json.dumps(trials, indent=2), encoding="utf-8")
     best = max(trials, key=lambda trial: trial["quality"])
     variants[trials.index(best)].run(output)  # all of it is kept already: the best model takes its place
     sys.stdout.write(f"{table(trials, best)}\n\nbest on the validation texts: {' '.join(best['changes'])}\n"

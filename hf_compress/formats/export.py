@@ -36,7 +36,7 @@ def export(model: PreTrainedModel, folder: str | Path, *, format: str) -> Path:
     elif format == "gptq":
         state, settings = gptq_tensors(model)
         save_as(model, folder, state, settings)
-        (folder / "quantize_config.json").write_text(json.dumps(settings, indent=2))
+        (folder / "quantize_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
     elif format == "compressed-tensors":
         save_as(model, folder, *compressed_tensors(model))
     else:

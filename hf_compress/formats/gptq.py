@@ -60,7 +60,7 @@ def _settings(config, folder: Path) -> dict:
     """What the two config files say, the one beside the weights first."""
     settings = getattr(config, "quantization_config", None)
     if settings is None and (folder / "quantize_config.json").exists():
-        settings = json.loads((folder / "quantize_config.json").read_text())
+        settings = json.loads((folder / "quantize_config.json").read_text(encoding="utf-8"))
     if settings is None:
         raise ValueError(f"{folder} has no quantization_config and no quantize_config.json: it is not quantized.")
     settings = settings if isinstance(settings, dict) else settings.to_dict()

@@ -38,7 +38,7 @@ class Worker:
                    "dtype": None if dtype is None else str(dtype).removeprefix("torch.")}  # fmt: skip
         self.source = source
         command = [sys.executable, "-c", f"from {__name__} import main; main()", json.dumps(request)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
 
     def __enter__(self) -> "Worker":
         return self
@@ -126,7 +126,7 @@ def serve(request: dict, answer: Callable[[str], None]) -> None:
 
 
 def main() -> None:
-    out = os.fdopen(os.dup(1), "w")  # answers alone go there
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")  # answers alone go there
     os.dup2(2, 1)
 
     def answer(line: str) -> None:

@@ -134,8 +134,10 @@ def stage_folder(folder: Path, staged: Path) -> Path:
     for pattern in PUBLISHED:
         for file in sorted(folder.glob(pattern)):
             if file.suffix == ".json" and file.name not in VOCABULARIES:
-                plain = _cleaned(json.loads(file.read_text()))
-                (staged / file.name).write_text(json.dumps(plain, indent=2, ensure_ascii=False) + "\n")
+                plain = _cleaned(json.loads(file.read_text(encoding="utf-8")))
+                (staged / file.name).write_text(
+                    json.dumps(plain, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+                )
             else:
                 shutil.copyfile(file, staged / file.name)
     config = AutoConfig.from_pretrained(staged)
@@ -171,7 +173,7 @@ def _report_of(report: Report | str | Path | None, staged: Path, repo_id: str) -
         file = file / "report.json" if file.is_dir() else file
         if not file.is_file():
             raise ValueError(f"There is no report at {report}: expected a folder with report.json of `compare`.")
-        found = Report.from_json(file.read_text())
+        found = Report.from_json(file.read_text(encoding="utf-8"))
     dataset = found.dataset and without_secrets(found.dataset)
     return replace(found, command=without_secrets(found.command), dataset=dataset)
 
@@ -185,7 +187,7 @@ def check_private(staged: Path) -> None:
     for file in sorted(p for p in staged.rglob("*") if p.is_file()):
         if file.suffix in (".safetensors", ".model", ".png", ".html") or file.name in VOCABULARIES:
             continue  # weights, pictures, words, and a page made of the report that is checked beside it
-        if found := secrets_in(file.read_text()):
+        if found := secrets_in(file.read_text(encoding="utf-8")):
             raise ValueError(
                 f"{file.name} holds what should stay private: {found[0]!r}. Take it out and publish again."
             )

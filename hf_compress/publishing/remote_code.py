@@ -26,12 +26,12 @@ def add_remote_code(model: PreTrainedModel, folder: str | Path) -> None:
     classes = sorted(set(names.values()))
     # The classes keep their names, so that a model loaded this way and saved again still says what it is.
     code = TEMPLATE + "".join(f"\nclass {name}(transformers.{name}):\n    pass\n\n" for name in classes)
-    (folder / FILE_NAME).write_text(code)
+    (folder / FILE_NAME).write_text(code, encoding="utf-8")
     path = folder / "config.json"
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text(encoding="utf-8"))
     module = FILE_NAME.removesuffix(".py")
     config["auto_map"] = {auto: f"{module}.{name}" for auto, name in sorted(names.items())}
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _auto_classes(model: PreTrainedModel) -> dict[str, str]:

@@ -45,14 +45,14 @@ class FinishedLayers:
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / "run.json"
         if file.exists():
-            before = json.loads(file.read_text())
+            before = json.loads(file.read_text(encoding="utf-8"))
             changed = [key for key in run if before.get(key) != run[key]]
             if changed:
                 raise ValueError(
                     f"resume_dir {folder} holds a run with other {', '.join(changed)}. "
                     "Repeat that run's settings, or choose an empty folder."
                 )
-        file.write_text(json.dumps(run, indent=1))
+        file.write_text(json.dumps(run, indent=1), encoding="utf-8")
 
     def load(self, layer: str) -> dict[str, QuantizedWeight] | None:
         file = self.folder / f"{layer}.safetensors"

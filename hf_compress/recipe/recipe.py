@@ -146,8 +146,8 @@ class Recipe:
 
     def _leave(self, store: Store, made: Sequence[Made], records: Sequence[Mapping[str, Any]]) -> Path | str:
         """Write what the output holds beside the stages. Returns where the model is."""
-        (store.output / "recipe.yaml").write_text(self.to_yaml())
-        (store.output / "stages.json").write_text(json.dumps(records, indent=2))
+        (store.output / "recipe.yaml").write_text(self.to_yaml(), encoding="utf-8")
+        (store.output / "stages.json").write_text(json.dumps(records, indent=2), encoding="utf-8")
         return self._copy_model(store, made[-1]) if len(made) > 1 else made[-1].source
 
     def _run_stage(
@@ -242,10 +242,10 @@ class Recipe:
     @staticmethod
     def _copy_model(store: Store, last: Made) -> Path:
         marker, target = store.output / ".model.fingerprint", store.output / "model"
-        if not (target.is_dir() and marker.is_file() and marker.read_text() == last.fingerprint):
+        if not (target.is_dir() and marker.is_file() and marker.read_text(encoding="utf-8") == last.fingerprint):
             marker.unlink(missing_ok=True)
             store.copy_out(Path(last.source), "model")
-            marker.write_text(last.fingerprint)
+            marker.write_text(last.fingerprint, encoding="utf-8")
         return target
 
 
@@ -282,16 +282,18 @@ def ready_recipes() -> dict[str, str]:
     """name -> description of the recipes that come with the package."""
     folder = files("hf_compress.recipe") / "ready"
     found = sorted(file for file in folder.iterdir() if file.name.endswith(".yaml"))
-    return {f.name.removesuffix(".yaml"): read_yaml(f.read_text(), f.name)["description"] for f in found}
+    return {
+        f.name.removesuffix(".yaml"): read_yaml(f.read_text(encoding="utf-8"), f.name)["description"] for f in found
+    }
 
 
 def _read(source: str | Path) -> tuple[str, str]:
     path = Path(source)
     if path.is_file():
-        return path.read_text(), path.name
+        return path.read_text(encoding="utf-8"), path.name
     ready = files("hf_compress.recipe") / "ready" / f"{source}.yaml"
     if ready.is_file():
-        return ready.read_text(), f"{source}.yaml"
+        return ready.read_text(encoding="utf-8"), f"{source}.yaml"
     if path.suffix in (".yaml", ".yml"):
         raise RecipeError(f"There is no recipe {source}: the file does not exist.")
     raise unknown(str(source), ready_recipes(), "There is no file of that name, and the ready recipe")

@@ -43,7 +43,7 @@ class Store:
         if not file.is_file():
             return None
         try:
-            record = json.loads(file.read_text())
+            record = json.loads(file.read_text(encoding="utf-8"))
             sizes = {name: (folder / name).stat().st_size for name in record["files"] if (folder / name).is_file()}
             whole = sizes == record["files"]
         except (ValueError, KeyError, TypeError):  # what a disk left that lost its power
@@ -69,7 +69,7 @@ class Store:
         discard(partial / "trainer")  # checkpoints: what they were for is there
         files = {str(p.relative_to(partial)): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file()}
         files.pop(RECORD, None)
-        (partial / RECORD).write_text(json.dumps({**record, "files": files}, indent=2))
+        (partial / RECORD).write_text(json.dumps({**record, "files": files}, indent=2), encoding="utf-8")
         publish(partial, folder)
 
     def copy_out(self, source: Path, name: str) -> Path:

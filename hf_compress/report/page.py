@@ -20,7 +20,7 @@ def html_page(report: Results, plot: bytes | None) -> str:
     }
     pictures = [(entry.name, Markup(layers_svg(entry.layers, title=f"Layers of {entry.name}", **full)))
                 for entry in drawn]  # fmt: skip
-    template = (files("hf_compress.report") / "page.html.j2").read_text()
+    template = (files("hf_compress.report") / "page.html.j2").read_text(encoding="utf-8")
     return Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template).render(
         title=", ".join(entry.name for entry in report.entries),
         tables=[main_rows(report), cost_rows(report), *([task_rows(report)] if report.tasks else [])],

@@ -77,7 +77,7 @@ def find_fault(checkpoint: Path) -> str | None:
         return "trainer_state.json, written last, is missing"
     for file in (state, *sorted(checkpoint.glob("*.index.json"))):
         try:
-            content = json.loads(file.read_text())
+            content = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             return f"{file.name} cannot be read ({error})"
         for shard in sorted(set(content.get("weight_map", {}).values())) if file != state else ():

@@ -73,7 +73,7 @@ def test_loading_without_hf_compress_fails_and_names_it(folder, tmp_path):
 def test_remote_code_loads_it_without_an_import(folder, tmp_path):
     model = TASKS["classification"].from_pretrained(folder)
     add_remote_code(model, folder)
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert config["auto_map"] == {
         "AutoModel": "modeling_hf_compress.BertModel",
         "AutoModelForSequenceClassification": "modeling_hf_compress.BertForSequenceClassification",
@@ -88,7 +88,7 @@ AutoModel.from_pretrained({str(folder)!r}, trust_remote_code=True)
 """
     result = python(script, tmp_path)
     assert result.returncode == 0, result.stderr
-    config = json.loads((tmp_path / "again" / "config.json").read_text())
+    config = json.loads((tmp_path / "again" / "config.json").read_text(encoding="utf-8"))
     assert config["architectures"] == ["BertForSequenceClassification"]
     assert torch.equal(logits(TASKS["classification"].from_pretrained(tmp_path / "again")), logits(model))
 

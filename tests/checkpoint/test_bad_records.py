@@ -59,9 +59,9 @@ def folder(tmp_path):
 
 def rewrite(folder, change) -> None:
     path = folder / "config.json"
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text(encoding="utf-8"))
     change(config["quantization_config"])
-    path.write_text(json.dumps(config))
+    path.write_text(json.dumps(config), encoding="utf-8")
 
 
 @pytest.mark.parametrize("change, message", BROKEN.values(), ids=BROKEN)

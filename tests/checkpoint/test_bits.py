@@ -130,9 +130,9 @@ def test_other_task_classes_find_their_modules(tmp_path):
 
 def test_a_stock_load_fails_loudly(tmp_path):
     saved(tiny_model("bert"), tmp_path, bits=4)
-    config = json.loads((tmp_path / "config.json").read_text())
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     del config["quantization_config"]  # what a Transformers without the plugin makes of it
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(RuntimeError):
         BertForSequenceClassification.from_pretrained(tmp_path)
     with pytest.raises(RuntimeError):
@@ -144,7 +144,7 @@ def test_quantizing_one_model_leaves_its_config_twin_alone(tmp_path):
     other = BertForSequenceClassification(model.config)
     hfc.quantize(model, 4)
     other.save_pretrained(tmp_path)
-    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
 
 
 def test_casting_keeps_scales_and_follows_the_dtype(tmp_path):
@@ -193,9 +193,9 @@ def test_an_adapter_trains_and_a_merge_that_would_lose_it_raises(tmp_path):
 )
 def test_a_damaged_record_is_named(damage, message, tmp_path):
     saved(tiny_model("bert"), tmp_path, bits=4)
-    config = json.loads((tmp_path / "config.json").read_text())
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     damage(config["quantization_config"])
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         BertForSequenceClassification.from_pretrained(tmp_path)
 

@@ -15,14 +15,15 @@ def work(tmp_path_factory):
 
 
 def run(work, stages, data, *more):
-    (work / "recipe.yaml").write_text(yaml.safe_dump({"stages": stages}))
+    (work / "recipe.yaml").write_text(yaml.safe_dump({"stages": stages}), encoding="utf-8")
     command = ["run", str(work / "recipe.yaml"), "--model", str(work / "model"), "--data", str(data)]
     return main([*command, "--output", str(work / "out"), *more])
 
 
 def labels(file, *names):
     file.write_text(
-        "\n".join(["text,label", *(f"the film was good {i},{name}" for i, name in enumerate(names))]) + "\n"
+        "\n".join(["text,label", *(f"the film was good {i},{name}" for i, name in enumerate(names))]) + "\n",
+        encoding="utf-8",
     )
 
 
@@ -55,7 +56,7 @@ def test_recipes_with_typos_and_stages_that_do_not_fit(stages, message, work, ca
     ("notes.pdf", "%PDF", "must be a CSV, TSV, JSON or text file, got .pdf."),
 ])  # fmt: skip
 def test_files_without_what_is_needed(name, content, message, work, tmp_path, capsys):
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_text(content, encoding="utf-8")
     assert run(work, [{"fine-tune": {}}], tmp_path / name) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
 

@@ -27,15 +27,20 @@ def options(values):
 
 def test_run_takes_a_file_and_changes_from_the_command_line(work, capsys):
     recipe = {"stages": [{"fine-tune": TRAIN}, {"quantize": {"bits": 8}}, {"evaluate": QUICK}]}
-    (work / "mine.yaml").write_text(yaml.safe_dump(recipe))
+    (work / "mine.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     command = ["run", str(work / "mine.yaml"), "--model", str(work / "model"), "--data", str(work / "reviews.csv"),
                "--output", str(work / "out"), "--max-length", "16", "--set", "fine-tune.max_steps=2"]  # fmt: skip
     assert main(command) == 0, capsys.readouterr().err
     printed = capsys.readouterr().out
     assert "accuracy" in printed and str(work / "out" / "model") in printed
-    report = json.loads((work / "out" / "report.json").read_text())
+    report = json.loads((work / "out" / "report.json").read_text(encoding="utf-8"))
     assert report["command"].startswith("hf-compress run mine.yaml --model model --data reviews.csv")
-    assert yaml.safe_load((work / "out" / "recipe.yaml").read_text())["stages"][0]["fine-tune"]["max_steps"] == 2
+    assert (
+        yaml.safe_load((work / "out" / "recipe.yaml").read_text(encoding="utf-8"))["stages"][0]["fine-tune"][
+            "max_steps"
+        ]
+        == 2
+    )
     assert main([*command, "--set", "tune.max_steps=2"]) == 2
     assert "there is no stage 'tune', only fine-tune, quantize, evaluate" in capsys.readouterr().err
 
@@ -102,7 +107,7 @@ def test_wrong_columns_and_unwritable_output_are_mistakes(work, tmp_path, capsys
     start = ["quantize", "--model", str(work / "model"), "--data", str(work / "reviews.csv")]
     assert main([*start, "--output", str(tmp_path / "o"), "--label_column", "stars"]) == 2
     assert "needs the column 'stars'; it has ['text', 'label']" in capsys.readouterr().err
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     assert main([*start, "--output", str(tmp_path / "file" / "o")]) == 2
     assert "Nothing can be written to" in capsys.readouterr().err
 

@@ -18,7 +18,7 @@ def run(name, folder, output, data, changes, capsys):
     words = [word for option, value in settings.items() for word in ("--set", f"{option}={str(value).lower()}")]
     command = ["run", name, "--model", str(folder), "--data", str(data), "--output", str(output), *words]
     assert main([*command, "--max-length", "16"]) == 0, capsys.readouterr().err
-    report = json.loads((output / "report.json").read_text())
+    report = json.loads((output / "report.json").read_text(encoding="utf-8"))
     assert (output / "report.html").is_file() and "| model |" in capsys.readouterr().out
     return report["entries"]
 
@@ -27,7 +27,7 @@ def run(name, folder, output, data, changes, capsys):
 def texts(tmp_path):
     words = random.Random(0).choices(["good", "bad", "film", "the", "was", "not", *"abcdefghij"], k=2000)
     lines = [" ".join(words[i : i + 20]) for i in range(0, len(words), 20)]
-    (tmp_path / "texts.txt").write_text("\n".join(lines))
+    (tmp_path / "texts.txt").write_text("\n".join(lines), encoding="utf-8")
     return tmp_path / "texts.txt"
 
 

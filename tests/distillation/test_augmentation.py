@@ -34,7 +34,9 @@ TEXTS = ["A good film,  playing bad!", "bad player", "film 7 film, film good bad
 def tokenizer(tmp_path_factory):
     file = tmp_path_factory.mktemp("tokenizer") / "vocab.txt"
     extra = [a + b for a in "bcdfghk" for b in "eiouy"]
-    file.write_text("\n".join([*WORDS, *extra, *(f"##{w}" for w in extra[: 64 - len(WORDS) - len(extra)])]))
+    file.write_text(
+        "\n".join([*WORDS, *extra, *(f"##{w}" for w in extra[: 64 - len(WORDS) - len(extra)])]), encoding="utf-8"
+    )
     return BertTokenizerFast(str(file), model_max_length=64)
 
 
@@ -152,10 +154,10 @@ def test_a_stopped_run_goes_on_and_other_settings_are_refused(tokenizer, tmp_pat
 
 def test_vectors_from_a_file(tokenizer, tmp_path):
     file = tmp_path / "glove.txt"
-    file.write_text("good 1 0\nfine 0.9 0.1\nbad -1 0\nfilm 0 1\n")
+    file.write_text("good 1 0\nfine 0.9 0.1\nbad -1 0\nfilm 0 1\n", encoding="utf-8")
     data = augment(tokenizer, word_vectors=file, num_candidates=1)
     assert set(data.filter(lambda row: row["original_row"] == 3)["text"]) == {"good", "fine"}
-    file.write_text("good 1 0\nfine 0.9\n")
+    file.write_text("good 1 0\nfine 0.9\n", encoding="utf-8")
     with pytest.raises(ValueError, match="line 2: expected a word and 2 numbers, got 'fine 0.9'"):
         augment(tokenizer, word_vectors=file)
 
@@ -171,6 +173,6 @@ def test_bad_input_is_refused(tokenizer, tmp_path):
         augment(tokenizer, masked_lm=tiny_model("bert"))
     with pytest.raises(ValueError, match=r"already has the columns \['is_augmented'\]"):
         hfc.augment(dataset().add_column("is_augmented", [0] * 5), tokenizer, word_vectors=tiny_model("bert"))
-    (tmp_path / "notes").write_text("mine")
+    (tmp_path / "notes").write_text("mine", encoding="utf-8")
     with pytest.raises(ValueError, match="a folder with other files in it"):
         augment(tokenizer, path=tmp_path)

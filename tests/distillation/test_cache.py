@@ -268,8 +268,8 @@ def test_what_is_not_its_own_is_refused(tmp_path):
         unseen.evaluate(rows(8, seed=1))
     with pytest.raises(ValueError, match="There is no teacher cache at"):
         CachedTeacher(tmp_path / "none")
-    manifest = json.loads((tmp_path / MANIFEST).read_text())
-    (tmp_path / MANIFEST).write_text(json.dumps({**manifest, "version": 9}))
+    manifest = json.loads((tmp_path / MANIFEST).read_text(encoding="utf-8"))
+    (tmp_path / MANIFEST).write_text(json.dumps({**manifest, "version": 9}), encoding="utf-8")
     with pytest.raises(ValueError, match="has version 9, but this hf_compress reads version 1"):
         CachedTeacher(tmp_path)
 
@@ -376,7 +376,7 @@ def test_jobs_that_were_started_apart_write_one_after_the_other(tmp_path, caplog
 def test_two_processes_write_one_cache(tmp_path):
     """Each rank has its part; what comes out is what one process wrote."""
     script = tmp_path / "writer.py"
-    script.write_text(WRITER)
+    script.write_text(WRITER, encoding="utf-8")
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone")
     command = [sys.executable, *launcher, str(script), str(Path(__file__).parent.parent), str(tmp_path / "two")]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)

@@ -34,7 +34,7 @@ dist.destroy_process_group()
 
 def test_each_process_holds_half(tmp_path):
     script = tmp_path / "worker.py"
-    script.write_text(WORKER)
+    script.write_text(WORKER, encoding="utf-8")
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone")
     command = [sys.executable, *launcher, str(script), str(Path(__file__).parent.parent)]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)

@@ -227,10 +227,10 @@ def test_what_is_not_read_and_what_is_damaged_is_named(change, message, tmp_path
     model = tiny_model("llama")
     write(model, tmp_path, {(NAME,): group(4, symmetric=False, group_size=8)}, g_idx=True)
     state = load_file(tmp_path / "model.safetensors")
-    config = json.loads((tmp_path / "config.json").read_text())
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     change(state, config["quantization_config"])
     save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "model.safetensors", {"format": "pt"})
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         hfc.load_compressed_tensors(tmp_path)
 

@@ -25,7 +25,7 @@ def test_gptq_files_come_back_bit_for_bit(family, options, tmp_path):
     loaded = load_gptq(tmp_path)
     assert torch.equal(loaded(**batch).logits, model(**batch).logits)
     expected = "gptq" if options.get("symmetric") else "gptq_v2"
-    assert json.loads((tmp_path / "quantize_config.json").read_text())["checkpoint_format"] == expected
+    assert json.loads((tmp_path / "quantize_config.json").read_text(encoding="utf-8"))["checkpoint_format"] == expected
     loaded.save_pretrained(tmp_path / "own")
     assert torch.equal(type(model).from_pretrained(tmp_path / "own")(**batch).logits, model(**batch).logits)
 
@@ -37,7 +37,7 @@ def test_act_order_and_different_bits_come_back(tmp_path):
     hfc.quantize(model, dict(zip(names, (2, 3, 4, 8), strict=True)), method="gptq", desc_act=True, group_size=32,
                  calibration=data)  # fmt: skip
     hfc.export(model, tmp_path, format="gptq")
-    settings = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    settings = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     assert settings["dynamic"] and settings["desc_act"]
     loaded = load_gptq(tmp_path)
     batch = tiny_batch(model)
@@ -63,9 +63,9 @@ def test_a_wrong_label_is_seen_in_the_values(tmp_path, caplog):
     model = hfc.quantize(tiny_model("bert", **WIDE["bert"]), 4, symmetric=True)
     hfc.export(model, tmp_path, format="gptq")
     for file in ("config.json", "quantize_config.json"):
-        content = json.loads((tmp_path / file).read_text())
+        content = json.loads((tmp_path / file).read_text(encoding="utf-8"))
         content.get("quantization_config", content).update(checkpoint_format="gptq_v2", format="gptq_v2")
-        (tmp_path / file).write_text(json.dumps(content))
+        (tmp_path / file).write_text(json.dumps(content), encoding="utf-8")
     batch = tiny_batch(model)
     assert torch.equal(load_gptq(tmp_path)(**batch).logits, model(**batch).logits)
     assert "zero points are not those of 'gptq_v2'" in caplog.text
@@ -97,7 +97,7 @@ def test_damaged_gptq_files_are_named(part, value, message, tmp_path):
 def test_plain_export_needs_no_plugin(tmp_path):
     model = hfc.quantize(tiny_model("bert"), 3, embedding_bits=8)
     hfc.export(model, tmp_path, format="plain")
-    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     batch = tiny_batch(model)
     assert torch.equal(type(model).from_pretrained(tmp_path)(**batch).logits, model(**batch).logits)
     assert model.is_quantized  # the model itself stays packed

@@ -120,7 +120,7 @@ def test_metadata_holds_what_the_loader_reads(build):
         assert metadata.version == 1
         assert re.fullmatch(rf"_hf_compress_kernels_{backend}_[0-9a-f]{{7}}", metadata.id)
         metadata.digest.validate(Digest.hash_variant(DigestAlgorithm.SHA256, folder))
-        assert not json.loads((folder / "metadata.json").read_text())["python-depends"]
+        assert not json.loads((folder / "metadata.json").read_text(encoding="utf-8"))["python-depends"]
 
 
 MODULES = sorted(PACKAGE.glob("*.py"))
@@ -129,7 +129,7 @@ MODULES = sorted(PACKAGE.glob("*.py"))
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: p.name)
 def test_sources_fit_a_build(path):
     """Python 3.9 syntax; imports of torch, Triton, the standard library and the package itself, relatively, only."""
-    tree = ast.parse(path.read_text(), feature_version=(3, 9))
+    tree = ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 9))
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -138,9 +138,9 @@ def test_sources_fit_a_build(path):
         else:
             continue
         assert all(name.split(".")[0] in {"torch", "triton", *sys.stdlib_module_names} for name in names), names
-    if "custom_op(" in path.read_text():  # schemas are read from annotations
-        assert "from __future__ import annotations" not in path.read_text()
-        assert not re.search(r"custom_op\((?!add_op_namespace_prefix\()", path.read_text())
+    if "custom_op(" in path.read_text(encoding="utf-8"):  # schemas are read from annotations
+        assert "from __future__ import annotations" not in path.read_text(encoding="utf-8")
+        assert not re.search(r"custom_op\((?!add_op_namespace_prefix\()", path.read_text(encoding="utf-8"))
 
 
 def test_public_names_are_sorted_and_there():
@@ -154,7 +154,9 @@ def test_the_wheel_has_no_module_of_another_project():
     """`triton_kernels` is the import name of a package by others; the folder of that name must not be one of ours."""
     from setuptools import find_packages
 
-    settings = re.search(r"\[tool\.setuptools\.packages\.find\]\n((?:.+\n)+)", (ROOT / "pyproject.toml").read_text())[1]
+    settings = re.search(
+        r"\[tool\.setuptools\.packages\.find\]\n((?:.+\n)+)", (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    )[1]
     where, include = (json.loads(value) for value in re.findall(r"= (\[.*\])", settings))
     top_level = {name.split(".")[0] for folder in where for name in find_packages(str(ROOT / folder), include=include)}
     assert top_level == {"hf_compress", "hf_compress_kernels"}

@@ -22,7 +22,7 @@ def run(*args: str) -> str:
 def test_benchmark_times_us_against_the_dense_product(what, name, tmp_path):
     output = tmp_path / "rows.json"
     run("scripts/benchmark_kernels.py", what, "--model", "tiny", "--output", str(output))
-    report = json.loads(output.read_text())
+    report = json.loads(output.read_text(encoding="utf-8"))
     assert report["device"]["device"]
     rows = [row for row in report["rows"] if row["name"] == name]
     assert rows
@@ -44,7 +44,7 @@ def test_only_a_committed_tree_is_published(monkeypatch, tmp_path):
 
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
     (tmp_path / "triton_kernels").mkdir()
-    (tmp_path / "triton_kernels" / "new.py").write_text("")
+    (tmp_path / "triton_kernels" / "new.py").write_text("", encoding="utf-8")
     monkeypatch.setattr(publish_kernels, "ROOT", tmp_path)
     with pytest.raises(RuntimeError, match="Commit first"):
         publish_kernels.check_tree()

@@ -12,7 +12,7 @@ from hf_compress_kernels.dispatch import HAS_TRITON
 if not HAS_TRITON:
     pytest.skip("needs Triton", allow_module_level=True)
 ROOT = Path(__file__).resolve().parents[2]
-GOLDEN = json.loads((ROOT / "tests" / "kernels" / "static_golden.json").read_text())
+GOLDEN = json.loads((ROOT / "tests" / "kernels" / "static_golden.json").read_text(encoding="utf-8"))
 
 SASS = """
 .L_x_1:

@@ -25,7 +25,7 @@ def entry(**changes):
 def write(folder, device, *entries, version=1):
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"wna16_linear.{device}.json"
-    path.write_text(json.dumps({"version": version, "entries": entries}))
+    path.write_text(json.dumps({"version": version, "entries": entries}), encoding="utf-8")
     return path
 
 
@@ -119,7 +119,7 @@ class TestTune:
         assert len(seen) <= 24
 
         tune_linear([(4096, 4096)], rows=[16], folder=tmp_path, device=A100, time_config=lambda *args: 1.0)
-        assert len(json.loads(path.read_text())["entries"]) == 1
+        assert len(json.loads(path.read_text(encoding="utf-8"))["entries"]) == 1
 
     def test_candidates_are_few_distinct_and_start_with_the_rule(self):
         from hf_compress_kernels.tune import candidates

@@ -270,4 +270,6 @@ class TestErrors:
 
 def test_a_folder_loads_as_the_class_in_its_config(tmp_path):
     tiny_model("bert", "tokens", num_labels=5).save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [type(load_model(tmp_path)).__name__]
+    assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["architectures"] == [
+        type(load_model(tmp_path)).__name__
+    ]

@@ -57,7 +57,7 @@ def test_each_answer_has_a_sentence_and_a_code(step, answer, code, message, hub,
 
 def test_a_recipe_publishes_once_and_goes_on_after_a_failure(hub, tmp_path, capsys, caplog):
     stages = [{"quantize": {"bits": 8, "embedding_bits": 8}}, {"publish": {"repo_id": "me/recipe", "license": "mit"}}]
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"stages": stages}))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"stages": stages}), encoding="utf-8")
     command = ["run", str(tmp_path / "recipe.yaml"), "--model", str(tiny_folder(tmp_path / "start")), "--data",
                str(reviews(tmp_path / "r.csv")), "--max-length", "16", "--output", str(tmp_path / "out")]  # fmt: skip
     hub.fail["commit"] = [500] * 100
@@ -70,7 +70,7 @@ def test_a_recipe_publishes_once_and_goes_on_after_a_failure(hub, tmp_path, caps
     assert "1/2 rtn: kept from an earlier run" in caplog.text
     files = hub.repos["model", "me/recipe"].files("main")
     assert "model.safetensors" in files and "1. quantize, rtn (`bits=8`" in files["README.md"].decode()
-    record = json.loads((tmp_path / "out" / "stages.json").read_text())[1]
+    record = json.loads((tmp_path / "out" / "stages.json").read_text(encoding="utf-8"))[1]
     assert record["figures"]["url"].startswith(f"{hub.url}/me/recipe/commit/")
     commits = hub.count("commit")
     assert main(command) == 0 and hub.count("commit") == commits, "what was published is not published again"

@@ -40,10 +40,12 @@ def folder(tmp_path):
     folder = tiny_folder(tmp_path / "model")
     model = hfc.quantize(tiny_model("bert"), bits=8, embedding_bits=8)
     model.save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "_name_or_path": "/home/me/models/teacher"}))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(
+        json.dumps({**config, "_name_or_path": "/home/me/models/teacher"}), encoding="utf-8"
+    )
     (folder / "training_args.bin").write_bytes(b"pickle")
-    (folder / "notes.txt").write_text(SECRET)
+    (folder / "notes.txt").write_text(SECRET, encoding="utf-8")
     return folder
 
 
@@ -92,7 +94,7 @@ def test_an_upload_that_breaks_off_shows_nothing_and_goes_on(folder, hub, report
 ])  # fmt: skip
 def test_what_may_pass_is_tried_again(step, answers, hub, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"weights" * 100)
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     hub.fail[step] = answers
     upload(tmp_path, "me/small", token=TOKEN, endpoint=hub.url, sleep=lambda seconds: None)
     assert set(hub.repos["model", "me/small"].files("main")) == {"model.safetensors", "config.json"}
@@ -115,7 +117,7 @@ def test_what_the_hub_refuses_is_said(step, status, kind, message, hub, tmp_path
 
 
 def test_a_wrong_token_and_a_hub_that_is_not_there(hub, tmp_path):
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     with pytest.raises(HubPermissionError, match="does not know this token"):
         upload(tmp_path, "me/small", token="wrong", endpoint=hub.url)
     with pytest.raises(HubError, match="the connection broke off .ConnectError."):
@@ -138,9 +140,9 @@ def test_bad_folders_and_names_are_refused(tmp_path, folder, report):
         publish(folder, "/home/me/small")
     with pytest.raises(ValueError, match="There is no report at"):
         publish(folder, "me/small", report=tmp_path / "nothing")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "chat_template.jinja").write_text(f"{{# {SECRET} #}}")
-    (folder / "config.json").write_text(json.dumps(config))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "chat_template.jinja").write_text(f"{{# {SECRET} #}}", encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(ValueError, match="chat_template.jinja holds what should stay private"):
         publish(folder, "me/small", report=report, dry_run=True)
 

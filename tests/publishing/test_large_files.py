@@ -24,7 +24,7 @@ def hub():
 def folder(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model.safetensors").write_bytes(WEIGHTS)
-    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "config.json").write_text("{}", encoding="utf-8")
     return tmp_path / "model"
 
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.long
 def test_two_kills_change_no_byte():
-    command = [sys.executable, "scripts/kill_recipe.py", "--kills", "2", "--kills-per-run", "2", "--steps", "4"]
+    command = [sys.executable, "scripts/checks/kill.py", "--kills", "2", "--kills-per-run", "2", "--steps", "4"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert done.stdout.count("killed at") == 2

@@ -18,7 +18,9 @@ def test_two_processes_run_a_recipe(tmp_path):
     stages = [{"fine-tune": TRAIN}, {"prune": {"method": "structure", "layers": 0.5}},
               {"together": [{"distil": {"teacher": "fine-tune", **TRAIN}}, {"quantize": {"method": "qat", "bits": 8}}]},
               {"evaluate": QUICK}]  # fmt: skip
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"data": {"max_length": 16}, "stages": stages}))
+    (tmp_path / "recipe.yaml").write_text(
+        yaml.safe_dump({"data": {"max_length": 16}, "stages": stages}), encoding="utf-8"
+    )
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines",
                "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m",
                "hf_compress.commands.main", "run", str(tmp_path / "recipe.yaml"), "--model",

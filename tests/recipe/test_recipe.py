@@ -39,7 +39,7 @@ def test_a_chain_makes_a_smaller_model_and_a_report(finished):
     model = AutoModelForSequenceClassification.from_pretrained(finished.output / "model")
     assert model.config.num_hidden_layers == 2 and model.config.vocab_size < 64
     assert model.config.id2label == {0: "neg", 1: "pos"}
-    report = json.loads((finished.output / "report.json").read_text())
+    report = json.loads((finished.output / "report.json").read_text(encoding="utf-8"))
     assert [entry["name"] for entry in report["entries"]] == ["fine-tune", "distil", "rtn"]
     assert report["command"] == "hf-compress run test"
     assert report["entries"][2]["byte_rate"] > report["entries"][1]["byte_rate"] > 1
@@ -97,7 +97,7 @@ def test_a_kill_while_checkpoints_are_deleted_leaves_no_half_of_one(tmp_path, mo
     place = store.folder(1, "fine-tune", "0" * 16)
     checkpoint = store.begin(place) / "trainer" / "checkpoint-20"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "rng_state.pth").write_text("")
+    (checkpoint / "rng_state.pth").write_text("", encoding="utf-8")
 
     def killed_halfway(folder, **_):
         if folder.exists():
@@ -124,9 +124,9 @@ def test_a_damaged_stage_runs_again(work, finished):
     recipe.run(output)
     assert weights.read_bytes() == content
     record = weights.parents[1] / "stage.json"
-    record.write_text("")  # as a disk leaves it that lost its power
+    record.write_text("", encoding="utf-8")  # as a disk leaves it that lost its power
     recipe.run(output)
-    assert json.loads(record.read_text())["name"] == "vocabulary"
+    assert json.loads(record.read_text(encoding="utf-8"))["name"] == "vocabulary"
 
 
 def test_together_distils_prunes_and_quantizes_in_one_run(work, finished):
@@ -176,12 +176,14 @@ def test_labels_of_another_task_are_refused(work, tmp_path):
 
 def test_yaml_reads_numbers_and_pairs_as_they_are_meant(tmp_path):
     file = tmp_path / "mine.yaml"
-    file.write_text("stages:\n- distil: {learning_rate: 1e-4, hints: 1:2, teacher: no, num_train_epochs: 3}\n")
+    file.write_text(
+        "stages:\n- distil: {learning_rate: 1e-4, hints: 1:2, teacher: no, num_train_epochs: 3}\n", encoding="utf-8"
+    )
     stage = Recipe.from_yaml(file).stages[0]
     assert (stage.own.learning_rate, stage.own.hints, stage.own.num_train_epochs) == (1e-4, "1:2", 3.0)
-    file.write_text("stages: [\n")
+    file.write_text("stages: [\n", encoding="utf-8")
     with pytest.raises(RecipeError, match="mine.yaml, line 2 is not valid YAML"):
         Recipe.from_yaml(file)
-    file.write_text("stage: []\n")
+    file.write_text("stage: []\n", encoding="utf-8")
     with pytest.raises(RecipeError, match="the key 'stage' is not known. Did you mean 'stages'"):
         Recipe.from_yaml(file)

@@ -34,4 +34,4 @@ def test_tokenizing_leaves_no_trace_in_the_tokenizer(task, tmp_path):
 def test_whether_there_was_a_network_is_not_saved(tmp_path):
     """Transformers keeps `local_files_only`, which it takes from HF_HUB_OFFLINE, among what describes a tokenizer."""
     load_tokenizer(tiny_folder(tmp_path / "model")).save_pretrained(tmp_path / "saved")
-    assert "local_files_only" not in (tmp_path / "saved" / "tokenizer_config.json").read_text()
+    assert "local_files_only" not in (tmp_path / "saved" / "tokenizer_config.json").read_text(encoding="utf-8")

@@ -11,7 +11,7 @@ ROWS = [{"sentence": f"text number {i}", "topic": "odd" if i % 2 else "even", "o
 
 def write_csv(path, rows):
     names = list(rows[0])
-    path.write_text("\n".join([",".join(names), *(",".join(str(r[n]) for n in names) for r in rows)]))
+    path.write_text("\n".join([",".join(names), *(",".join(str(r[n]) for n in names) for r in rows)]), encoding="utf-8")
     return str(path)
 
 
@@ -38,7 +38,9 @@ def test_a_folder_keeps_its_own_splits(tmp_path):
 
 def test_json_lines_and_named_columns(tmp_path):
     file = tmp_path / "all.jsonl"
-    file.write_text("\n".join(json.dumps({"body": r["sentence"], "kind": i % 2}) for i, r in enumerate(ROWS)))
+    file.write_text(
+        "\n".join(json.dumps({"body": r["sentence"], "kind": i % 2}) for i, r in enumerate(ROWS)), encoding="utf-8"
+    )
     splits = load_texts(str(file), text_column="body", label_column="kind")
     assert label_names(splits) == ["0", "1"]
     with pytest.raises(ValueError, match=r"needs a column named one of \['text', .* it has \['body', 'kind'\]"):

@@ -183,12 +183,12 @@ def test_what_was_saved_can_be_read(tmp_path, tokenizer, monkeypatch):
     report.save(tmp_path / "new" / "report")
     files = {file.name for file in (tmp_path / "new" / "report").iterdir()}
     assert files == {f"report.{kind}" for kind in ("csv", "html", "json", "md", "png")}
-    record = json.loads((tmp_path / "new" / "report" / "report.json").read_text())
+    record = json.loads((tmp_path / "new" / "report" / "report.json").read_text(encoding="utf-8"))
     assert record["command"] == "python compare.py --model teacher --token ***"
     assert record["entries"][0]["quality"] == 1.0
     assert record["entries"][1]["difference"]["verdict"] in ("worse", "no difference")
     assert len(record["entries"][0]["measurement"]["latency_ms"]["samples"]) == QUICK["latency_rounds"]
-    text = (tmp_path / "new" / "report" / "report.md").read_text()
+    text = (tmp_path / "new" / "report" / "report.md").read_text(encoding="utf-8")
     for part in ("| m |", "1 thread" if torch.get_num_threads() == 1 else "threads", "float32", "torch 2", "made-up"):
         assert part in text
 

@@ -74,7 +74,7 @@ def test_a_browser_shows_the_page_without_a_network(report, tmp_path):
         document.title = JSON.stringify({image: document.images[0].naturalWidth, tables: tables.length,
             page: document.documentElement.scrollWidth, window: innerWidth});
     })</script></body>"""
-    (tmp_path / "page.html").write_text(report.to_html().replace("</body>", look))
+    (tmp_path / "page.html").write_text(report.to_html().replace("</body>", look), encoding="utf-8")
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=500,900", "--dump-dom",
                "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path}",
                str(tmp_path / "page.html")]  # fmt: skip

@@ -55,7 +55,7 @@ def test_the_checkpoint_is_plain_unless_the_family_builds_the_layers_differently
         keep = [*keep, 1] if 1 not in keep else keep
     model = prune_layers(tiny_model(family, **SMALL_WINDOW.get(family, {})), keep)
     model.save_pretrained(tmp_path)
-    record = json.loads((tmp_path / "config.json").read_text()).get("quantization_config")
+    record = json.loads((tmp_path / "config.json").read_text(encoding="utf-8")).get("quantization_config")
     if family == "modernbert" and keep != [0, 2]:  # its first layer has no norm: a shorter config builds one without
         assert record["structure"] == {"layers": {"config": {"num_hidden_layers": 4, "layer_types": [
             "full_attention", "sliding_attention"] * 2}, "keep": {"layers": keep}}}  # fmt: skip
@@ -70,7 +70,7 @@ def test_layers_that_a_shorter_config_cannot_build_are_cut_again_and_loaded(tmp_
     prune_heads(model, {0: [1], 2: [0, 1]})
     prune_layers(model, [0, 2])
     model.save_pretrained(tmp_path)
-    record = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["structure"]
+    record = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["quantization_config"]["structure"]
     assert record["layers"]["keep"] == {"layers": [1, 3]}
     assert torch.equal(logits(TASKS["classification"].from_pretrained(tmp_path)), logits(model))
 

@@ -31,7 +31,7 @@ def final(folder):
 
 
 def losses(folder):
-    return [entry for entry in json.loads((folder / "log.json").read_text()) if "loss" in entry]
+    return [entry for entry in json.loads((folder / "log.json").read_text(encoding="utf-8")) if "loss" in entry]
 
 
 def test_attached_state_is_trained_and_never_saved(tmp_path):
@@ -92,7 +92,7 @@ def test_checkpoints_that_were_torn_are_named(tmp_path, caplog):
     for step in (2, 10):
         folder = tmp_path / f"checkpoint-{step}"
         tiny_model("bert").save_pretrained(folder)
-        (folder / "trainer_state.json").write_text("{}")
+        (folder / "trainer_state.json").write_text("{}", encoding="utf-8")
     assert last_complete_checkpoint(tmp_path).endswith("checkpoint-10")
     file = tmp_path / "checkpoint-10" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-7])
@@ -105,10 +105,10 @@ def test_checkpoints_that_were_torn_are_named(tmp_path, caplog):
     assert find_fault(tmp_path / "checkpoint-2") == "rng_state.pth is missing: it may be half deleted"
     (tmp_path / "checkpoint-2" / "optimizer.pt").unlink()
     index = tmp_path / "checkpoint-2" / "model.safetensors.index.json"
-    index.write_text('{"weight_map": {"a": "model-00002-of-00002.safetensors"}}')
+    index.write_text('{"weight_map": {"a": "model-00002-of-00002.safetensors"}}', encoding="utf-8")
     assert find_fault(tmp_path / "checkpoint-2").endswith("named by model.safetensors.index.json, is missing")
     index.unlink()
-    (tmp_path / "checkpoint-2" / "trainer_state.json").write_text('{"cut')
+    (tmp_path / "checkpoint-2" / "trainer_state.json").write_text('{"cut', encoding="utf-8")
     assert last_complete_checkpoint(tmp_path) is None
 
 

@@ -13,7 +13,7 @@ from transformers import BertForMaskedLM, core_model_loading
 import hf_compress as hfc
 from hf_compress.layers.packed_linear import PackedLinear
 from hf_compress.layers.scheme import WeightScheme
-from scripts.fuzz_checkpoints import CHECKPOINTS, Bomb, bert, fuzz_apart
+from scripts.checks.fuzz import CHECKPOINTS, Bomb, bert, fuzz_apart
 
 # Transformers 5.17 gives a head of other labels the file's shape, for any quantized model
 MAKES_NEW_HEADS = "param_needs_quantization(model, target_name)" in inspect.getsource(core_model_loading)
@@ -71,9 +71,9 @@ def test_a_damaged_tensor_is_named(folder, change, message):
 
 def test_a_size_is_believed_only_if_the_file_has_it(folder):
     """A table of 32 TB by config.json: refused by the header, before anything of that size is made."""
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["vocab_size"] = 2**38
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(ValueError, match=r"word_embeddings.weight has the shape \[274877906944, 32\] by config.json"):
         load(folder)
 
@@ -119,9 +119,9 @@ def test_a_scheme_of_the_wrong_type_is_refused(entry):
 def test_layers_that_cannot_be_built_are_refused(layers, tmp_path):
     model = CHECKPOINTS["layers"]()
     model.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"]["structure"]["layers"] = layers
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(ValueError, match="structure: "):
         type(model).from_pretrained(tmp_path)
 

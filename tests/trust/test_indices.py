@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import hf_compress as hfc
-from scripts.fuzz_checkpoints import CHECKPOINTS, bert
+from scripts.checks.fuzz import CHECKPOINTS, bert
 
 MADE = {**CHECKPOINTS, "ternary": lambda: hfc.quantize(bert(), 2, grid="ternary", group_size=-1)}
 

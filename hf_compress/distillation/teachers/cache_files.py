@@ -58,7 +58,7 @@ def read_manifest(folder: Path) -> dict:
             "dataset, path)."
         )
     try:
-        manifest = json.loads(file.read_text())
+        manifest = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} cannot be read ({error}). Delete the folder and write the cache again.") from error
     if manifest.get("version") != VERSION:
@@ -86,7 +86,7 @@ def write_shard(folder: Path, tensors: dict[str, Tensor]) -> None:
 def read_notes(folder: Path) -> dict[str, dict]:
     """The shards that were written since the manifest: name -> entry."""
     notes = sorted(folder.glob("shard-*.safetensors.json"))
-    return {note.name.removesuffix(".json"): json.loads(note.read_text()) for note in notes}
+    return {note.name.removesuffix(".json"): json.loads(note.read_text(encoding="utf-8")) for note in notes}
 
 
 def remove_notes(folder: Path) -> None:

@@ -24,7 +24,7 @@ class Shards:
         settings = json.loads(json.dumps({**settings, "num_rows": num_rows, "rows_per_shard": rows_per_shard}))
         file = self.path / SETTINGS
         if file.is_file():
-            found = json.loads(file.read_text())
+            found = json.loads(file.read_text(encoding="utf-8"))
             other = sorted(k for k in {*found, *settings} if found.get(k) != settings.get(k))
             if other:
                 raise ValueError(
@@ -36,7 +36,9 @@ class Shards:
             raise ValueError(f"{path} is a folder with other files in it: expected a new one, or one to go on with.")
         else:
             self.path.mkdir(parents=True, exist_ok=True)
-            _write_beside(file, lambda temporary: temporary.write_text(json.dumps(settings, indent=1)))
+            _write_beside(
+                file, lambda temporary: temporary.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+            )
 
     def file(self, number: int) -> Path:
         return self.path / f"part-{number:05}.arrow"

@@ -129,10 +129,10 @@ def _out_of_resources() -> type:
 
 def _store(path: Path, entry: Dict[str, int]) -> None:
     """Add the entry to the table, in place of an earlier one of the same shape; the file is replaced at once."""
-    entries = json.loads(path.read_text())["entries"] if path.is_file() else []
+    entries = json.loads(path.read_text(encoding="utf-8"))["entries"] if path.is_file() else []
     same = ("bits", "group_size", "M", "N", "K")
     entries = [e for e in entries if any(e[name] != entry[name] for name in same)] + [entry]
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"version": VERSION, "entries": entries}, indent=1) + "\n")
+    partial.write_text(json.dumps({"version": VERSION, "entries": entries}, indent=1) + "\n", encoding="utf-8")
     partial.replace(path)

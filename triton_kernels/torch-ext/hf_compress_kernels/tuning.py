@@ -176,7 +176,7 @@ def _table(op: str, name: str, arch: str) -> Dict[tuple, List[dict]]:
 
 def read_table(path: Path, arch: str) -> Dict[tuple, List[dict]]:
     """The entries of a table by (bits, M bucket). Raises ValueError for a table that this version cannot use."""
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict) or content.get("version") != VERSION:
         raise ValueError(f"{path} is not a table of version {VERSION}. Delete it, or run `hf-compress tune` again.")
     table: Dict[tuple, List[dict]] = {}

@@ -1,6 +1,6 @@
 """Kill a recipe at random moments, start it again until it is done, and compare what it leaves, byte by byte.
 
-    python scripts/kill_recipe.py --kills 20
+    python scripts/checks/kill.py --kills 20
 
 A tiny classifier is fine-tuned, cut, distilled, pruned while it trains, quantized and evaluated, once undisturbed. Then
 the same recipe is killed by SIGKILL, each time at a random moment of another part of the undisturbed run's duration,
@@ -21,7 +21,7 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "the", "was", "not", *"abcdefghij"]
 
 ARGUMENTS = ["run", "../recipe.yaml", "--model", "../start", "--data", "../reviews.csv", "--output", "out"]
@@ -58,15 +58,15 @@ def prepare(folder: Path, steps: int) -> None:
     BertForSequenceClassification(config).save_pretrained(folder / "start")
     rows = [f"the film was {'good' if i % 2 else 'bad'} {'abcdefghij'[i % 10]},{'pos' if i % 2 else 'neg'}"
             for i in range(80)]  # fmt: skip
-    (folder / "reviews.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+    (folder / "reviews.csv").write_text("\n".join(["text,label", *rows]) + "\n", encoding="utf-8")
     recipe = {"name": "killed", "data": {"max_length": 16}, "stages": stages(steps)}
-    (folder / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
+    (folder / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")  # JSON is YAML
 
 
 def processor_seconds(pid: int) -> float | None:
     """What the process has used, None when it has ended."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return None
     return None if fields[0] == "Z" else (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

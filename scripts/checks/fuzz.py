@@ -1,6 +1,6 @@
 """Damage compressed checkpoints at random, load them, and see that nothing but the right tensors or an error comes out.
 
-    python scripts/fuzz_checkpoints.py --count 10000 --seed 0
+    python scripts/checks/fuzz.py --count 10000 --seed 0
 
 A mutation is made from (seed, number) alone, so `--only 4711` makes one again. Each ends in a model whose tensors are,
 byte for byte, what the file holds under their names, or in a ValueError or OSError (or in Transformers' own errors for
@@ -106,7 +106,7 @@ class Checkpoint:
         model = CHECKPOINTS[name]()
         model.save_pretrained(folder)
         self.name, self.kind = name, type(model)
-        self.config = json.loads((folder / "config.json").read_text())
+        self.config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         self.weights = (folder / "model.safetensors").read_bytes()
         loaded = self.kind.from_pretrained(folder)
         compare(loaded, folder)
@@ -257,7 +257,7 @@ def damage(checkpoint: Checkpoint, seed: int, number: int, folder: Path, marker:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     (folder / "config.json").write_bytes(text)
-    (folder / "evil.py").write_text(EVIL.format(str(marker)))
+    (folder / "evil.py").write_text(EVIL.format(str(marker)), encoding="utf-8")
     if weights is None or "transformers_weights" in config:
         for name in ("pytorch_model.bin", "evil.bin"):
             torch.save(Bomb(marker), folder / name)
@@ -287,7 +287,7 @@ def is_expected(error: Exception, mutation: str, folder: Path) -> bool:
         return True
     frames = traceback.extract_tb(error.__traceback__)
     is_ours = any("/hf_compress" in frame.filename for frame in frames)
-    names_us = '"quant_method": "hf_compress"' in (folder / "config.json").read_text()
+    names_us = '"quant_method": "hf_compress"' in (folder / "config.json").read_text(encoding="utf-8")
     return (mutation in ("change_plain_field", "ask_for_code") or not names_us) and not is_ours
 
 
@@ -330,7 +330,7 @@ def fuzz(numbers: range, seed: int, folder: Path) -> tuple[Counter, dict[int, st
     checkpoints = [Checkpoint(name, folder / name) for name in CHECKPOINTS]
     ends, complaints = Counter(), {}
     for number in numbers:
-        (folder / "number").write_text(str(number))
+        (folder / "number").write_text(str(number), encoding="utf-8")
         end, complaint = attempt(checkpoints[number % len(checkpoints)], seed, number, folder / "damaged")
         ends[end] += 1
         if complaint is not None:
@@ -346,17 +346,22 @@ def fuzz_apart(numbers: range, seed: int) -> tuple[Counter, dict[int, str]]:
         if child == 0:
             status = 1
             try:
-                limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + MOST_ADDRESSES
+                limit = (
+                    int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
+                    + MOST_ADDRESSES
+                )
                 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
                 ends, complaints = fuzz(numbers, seed, folder)
-                (folder / "result").write_text(json.dumps([ends, complaints]))
+                (folder / "result").write_text(json.dumps([ends, complaints]), encoding="utf-8")
                 status = 0
             finally:
                 os._exit(status)
         _, status = os.waitpid(child, 0)
         if status:
-            return Counter(), {int((folder / "number").read_text()): f"the process ended with status {status}"}
-        ends, complaints = json.loads((folder / "result").read_text())
+            return Counter(), {
+                int((folder / "number").read_text(encoding="utf-8")): f"the process ended with status {status}"
+            }
+        ends, complaints = json.loads((folder / "result").read_text(encoding="utf-8"))
         return Counter(ends), {int(number): text for number, text in complaints.items()}
 
 
