@@ -22,7 +22,7 @@ from hf_compress.model.anatomy import anatomy, in_features, is_projection, out_f
 from hf_compress.model.record import find_name
 from hf_compress.surgery.depth import ATTRIBUTES, DEPTH_FIELDS, PER_LAYER_FIELDS, place_layers
 from hf_compress.surgery.marks import expect_mark, marked_norm, take_mark
-from hf_compress.surgery.stand_ins import COUNTS_HEADS, HeadlessAttention, linear_class
+from hf_compress.surgery.stand_ins import COUNTS_HEADS, HeadlessAttention, config_without_heads, linear_class
 
 KEYS = ("shapes", "attributes", "layers", "ranks")
 MOST_LAYERS = 1_000  # a deeper model is built, so a file must not ask for any number
@@ -85,9 +85,16 @@ def prepare(model: nn.Module, part: dict[str, Any]) -> None:
         retie_low_rank(model)
     if "layers" in part:
         expect_mark(model)
-    for name, module in list(model.named_modules()):
-        if type(module).__name__ in COUNTS_HEADS and module.num_attention_heads == 0:
-            model.set_submodule(name, HeadlessAttention(module))
+    if "shapes" in part:
+        _stand_in_for_heads(model)
+
+
+def _stand_in_for_heads(model: nn.Module) -> None:
+    for attention in anatomy(model).attentions:
+        if attention.num_heads == 0 and type(attention.module).__name__ in COUNTS_HEADS:
+            model.set_submodule(attention.name, HeadlessAttention(attention.module))
+        elif attention.num_heads == 0 and hasattr(attention.module, "config"):
+            attention.module.config = config_without_heads(attention.module.config)
 
 
 def _validate_layers(layers: dict[str, Any]) -> None:

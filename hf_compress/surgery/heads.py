@@ -6,7 +6,7 @@ from torch import nn
 
 from hf_compress.model.anatomy import Anatomy, Attention, anatomy, module_names
 from hf_compress.surgery.cache import assign_slots
-from hf_compress.surgery.stand_ins import COUNTS_HEADS, HeadlessAttention
+from hf_compress.surgery.stand_ins import COUNTS_HEADS, HeadlessAttention, config_without_heads
 from hf_compress.surgery.transaction import Transaction
 
 FUSED_LAYOUTS = ("c_attn", "Wqkv")  # all queries, then all keys, then all values: these are known to be cut right
@@ -37,6 +37,8 @@ def prune_heads(model: nn.Module, heads: Mapping[int, Iterable[int]]) -> nn.Modu
             _cut(transaction, attention, kept)
             if not kept and type(attention.module).__name__ in COUNTS_HEADS:
                 transaction.replace(attention.name, HeadlessAttention)
+            elif not kept and hasattr(attention.module, "config"):
+                transaction.set(attention.module, "config", config_without_heads(attention.module.config))
         num_heads = {parts.attentions[number].name: len(kept) for number, kept in keep.items()}
         for stack in parts.stacks:
             assign_slots(transaction, stack.layers, getattr(model.config, "layer_types", None), num_heads)

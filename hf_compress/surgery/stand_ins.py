@@ -1,8 +1,12 @@
-"""Stand-ins for the few modules whose code cannot run on nothing, so that a layer may lose all its heads or neurons."""
+"""Stand-ins for what cannot run on nothing, so that a layer may lose all its heads or neurons."""
+
+import copy
 
 from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+WITHOUT_HEADS = "without_heads"  # among the attention functions of Transformers
 COUNTS_HEADS = ("DisentangledSelfAttention",)  # DeBERTa-v2 splits a width into a number of heads: not into zero
 
 
@@ -18,6 +22,24 @@ class HeadlessAttention(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> tuple[Tensor, None]:
         return hidden_states[..., :0], None  # (B, T, 0)
+
+
+def attend_without_heads(module: nn.Module, query: Tensor, key: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    """The context (B, T, 0, Dh) and probabilities (B, 0, T, S) of no heads; the query is (B, 0, T, Dh).
+
+    The fused kernels of attention divide by the number of heads, and some end the process where that is zero.
+    """
+    return query.transpose(1, 2), query @ key.mT
+
+
+AttentionInterface.register(WITHOUT_HEADS, attend_without_heads)
+
+
+def config_without_heads(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A config for one attention module that lost all its heads, whatever attention the model runs elsewhere."""
+    config = copy.deepcopy(config)
+    config._attn_implementation = WITHOUT_HEADS
+    return config
 
 
 class BiasConv1D(Conv1D):

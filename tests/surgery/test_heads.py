@@ -53,6 +53,44 @@ def test_pruned_heads_equal_silenced_heads(family, plan):
     assert [a.num_heads for a in anatomy(model).attentions] == left
 
 
+@pytest.fixture
+def fused_attention(monkeypatch):
+    """The numbers of heads that PyTorch's fused attention is called with: where it is none, it may divide by zero."""
+    heads, attend = [], nn.functional.scaled_dot_product_attention
+
+    def noted(query, *args, **kwargs):
+        heads.append(query.shape[1])
+        return attend(query, *args, **kwargs)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", noted)
+    return heads
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "deberta-v2"])  # which has no fused attention
+def test_no_heads_never_reach_the_fused_attention(family, fused_attention, tmp_path):
+    model = prune_heads(tiny_model(family, attn="sdpa"), {0: [0, 1, 2, 3], 2: [0, 1, 2, 3]})
+    model.save_pretrained(tmp_path)
+    for one in (model, copy.deepcopy(model), type(model).from_pretrained(tmp_path, attn_implementation="sdpa")):
+        fused_attention.clear()
+        logits(one)
+        assert set(fused_attention) == {4}, "the layers that have heads run the fused attention, the others do not"
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_no_heads_give_probabilities_of_no_heads():
+    model = prune_heads(tiny_model("bert", attn="eager"), {1: [0, 1, 2, 3]})
+    batch = tiny_batch(model)
+    heads = [probabilities.shape[1] for probabilities in model(**batch, output_attentions=True).attentions]
+    assert heads == [4, 0, 4, 4]
+
+
+def test_heads_that_stay_keep_their_attention_when_a_cut_fails():
+    model = tiny_model("bert", attn="sdpa")
+    with pytest.raises(ValueError, match="do not exist"):
+        prune_heads(model, {0: [0, 1, 2, 3], 1: [4]})
+    assert {a.module.config._attn_implementation for a in anatomy(model).attentions} == {"sdpa"}
+
+
 def test_cross_attention_counts_as_an_attention_of_its_own():
     model = tiny_model("bart").double()
     heads = {2: [0], 3: [1, 2], 5: [0, 1, 2, 3]}  # 0, 1: encoder; 2, 3: decoder layer 0, itself and over the encoder
