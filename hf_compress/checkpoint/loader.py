@@ -105,11 +105,17 @@ class HfCompressQuantizer(HfQuantizer):
         state.update({name: torch.empty(0) for name in self._sentinels(model)})
         return state, {}
 
-    def _dequantize(self, model, dtype: torch.dtype | None = None):
-        """`model.dequantize()`: packed modules become ordinary ones, what pruning changed stays."""
+    def dequantize(self, model, dtype: torch.dtype | str | None = None):
+        """`model.dequantize()`: packed modules become ordinary ones, what pruning changed stays.
+
+        dtype: of the whole model afterwards. By default each module keeps its own: `config.dtype`, which Transformers
+        would take, is a string once the model was saved, and an old one once it was cast.
+        """
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         if self.quantization_config.bits:
             import_module("hf_compress.checkpoint.bits").unpack(model, dtype)
-        return model
+        self.remove_quantization_config(model)
+        return model if dtype is None else model.to(dtype)
 
     def remove_quantization_config(self, model) -> None:
         """What `dequantize` does last: of the record, only what is packed goes."""
