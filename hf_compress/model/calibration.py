@@ -6,12 +6,13 @@ one before.
 """
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -23,62 +24,6 @@ HIDDEN = "hidden_states"
 
 class _StackIsDone(Exception):
     """Ends a forward pass once all that was wanted of it is known."""
-
-
-def calibration_batches(calibration: Iterable, model: PreTrainedModel, *, batch_size: int = 8) -> list[dict]:
-    """Batches of tensors from a dataset (rows of lists), a list of rows, or anything that yields batches.
-
-    Shorter rows of a batch are padded on the right under an attention mask. Raises ValueError for data that is empty,
-    holds no token, or holds tokens that the model's vocabulary does not have.
-    """
-    rows = [dict(row) for row in calibration]
-    if not rows:
-        raise ValueError("calibration is empty: pass a dataset with `input_ids`, or batches of tensors.")
-    is_batched = all(isinstance(v, Tensor) and v.ndim > 1 for v in rows[0].values())
-    starts = range(0, len(rows), batch_size)
-    batches = rows if is_batched else [_collate(rows[start : start + batch_size]) for start in starts]
-    embeddings = model.get_input_embeddings()
-    largest = embeddings.num_embeddings if isinstance(embeddings, nn.Embedding) else None
-    for batch in batches:
-        batch.pop("labels", None)
-        ids = batch.get("input_ids")
-        if ids is None:
-            continue
-        if ids.numel() == 0:
-            raise ValueError("calibration holds a batch without tokens: drop empty rows before quantizing.")
-        if largest is not None and (int(ids.max()) >= largest or int(ids.min()) < 0):
-            raise ValueError(
-                f"calibration holds token {int(ids.max())}, but the vocabulary of {type(model).__name__} has {largest} "
-                "entries. Tokenize the text with this model's own tokenizer."
-            )
-    return batches
-
-
-def _collate(rows: Sequence[Mapping]) -> dict:
-    if "input_ids" not in rows[0]:
-        raise ValueError(
-            f"calibration rows must hold `input_ids`, got {sorted(rows[0])}. Tokenize the text first, "
-            "e.g. `dataset.map(lambda row: tokenizer(row['text'], truncation=True, max_length=512))`."
-        )
-    names = [name for name, value in rows[0].items() if name != "labels" and _is_numbers(value)]
-    lengths = [len(row["input_ids"]) for row in rows]
-    if max(lengths) == 0:
-        raise ValueError("calibration holds rows without tokens: drop empty rows before quantizing.")
-    batch = {}
-    for name in names:
-        values = [torch.as_tensor(row[name]) for row in rows]
-        batch[name] = nn.utils.rnn.pad_sequence(values, batch_first=True) if values[0].ndim else torch.stack(values)
-    if "attention_mask" not in batch and len(set(lengths)) > 1:
-        batch["attention_mask"] = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
-    return batch
-
-
-def _is_numbers(value: object) -> bool:
-    if isinstance(value, Tensor):
-        return True
-    return (
-        isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(v, (int, float)) for v in value)
-    )
 
 
 class HiddenStates:
@@ -102,9 +47,12 @@ class HiddenStates:
 class StackInputs:
     """The inputs of the next layer of a stack, for every calibration batch."""
 
-    def __init__(self, stack: Stack, calls: list[list[tuple]], masks: list[Tensor | None], hidden: HiddenStates,
-                 fast: bool):  # fmt: skip
-        self.stack, self.calls, self.masks, self.hidden, self.fast = stack, calls, masks, hidden, fast
+    def __init__(self, stack: Stack, calls: list[list[tuple]], masks: list[Tensor | None],
+                 cross_masks: list[Tensor | None], hidden: HiddenStates, fast: bool):  # fmt: skip
+        self.stack, self.calls, self.hidden, self.fast = stack, calls, hidden, fast
+        self.masks, self.cross_masks = masks, cross_masks
+        attentions = [attention for layer in stack.layers for attention in layer.attentions if attention.is_cross]
+        self.over_encoder = {module for attention in attentions for module in (attention.key, attention.value)}
         self.index = 0  # of the layer whose inputs these are
 
     @property
@@ -119,6 +67,10 @@ class StackInputs:
         with fast_forward(hidden.device, enabled=self.fast):
             output = module(hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
+
+    def tokens(self, module: nn.Module, x: Tensor, batch: int) -> Tensor:
+        """The rows of the input `x` of `module` that are real tokens: the encoder's, where a decoder looks at them."""
+        return token_rows(x, (self.cross_masks if module in self.over_encoder else self.masks)[batch])
 
     def advance(self) -> None:
         """Turn the inputs of this layer into those of the next."""
@@ -138,34 +90,56 @@ def capture_stack_inputs(
     layers = [layer.module for layer in stack.layers]
     device = next(layers[0].parameters()).device
     calls: list[list[tuple]] = [[] for _ in layers]
-    masks: list[Tensor | None] = []
-    hidden = HiddenStates(folder)
-    returns_tuple = _layer_returns_tuple(model, layers[0], batches[0])
+    hidden, shapes = HiddenStates(folder), []
+    example = _layer_output(model, layers[0], batches[0])
+    # what a layer hands on beside its states (T5's relative positions) goes into the next ones, so it has to be true
+    hands_on = isinstance(example, tuple) and any(isinstance(part, Tensor) for part in example[1:])
 
-    def stub(index: int, batch: int, *args, **kwargs):
+    def stub(index: int, forward: Callable, batch: int, *args, **kwargs):
         if HIDDEN in kwargs:
             states = kwargs.pop(HIDDEN)
         else:
             states, args = args[0], args[1:]
         if index == 0:
             hidden[batch] = states
+            shapes.append(states.shape)
         calls[index].append((args, kwargs))
         if index == len(layers) - 1:
             raise _StackIsDone
-        return (states, None) if returns_tuple else states
+        if hands_on:
+            return forward(states, *args, **kwargs)
+        return (states, *example[1:]) if isinstance(example, tuple) else states
 
-    is_decoder = model.config.is_encoder_decoder and "decoder" in stack.name
     for number, batch in enumerate(batches):
-        with _replaced_forwards(layers, lambda i, n=number: lambda *a, **k: stub(i, n, *a, **k)):
+        with _replaced_forwards(layers, lambda i, forward, n=number: lambda *a, **k: stub(i, forward, n, *a, **k)):
             try:
                 run_model(model, batch, device)
             except _StackIsDone:
                 pass
             else:
                 raise RuntimeError(f"{type(model).__name__} ran without reaching the last layer of {stack.name}.")
-        mask = batch.get("decoder_attention_mask" if is_decoder else "attention_mask")
-        masks.append(None if mask is None or mask.ndim != 2 else mask.bool())
-    return StackInputs(stack, calls, masks, hidden, fast)
+    is_decoder = model.config.is_encoder_decoder and "decoder" in stack.name
+    masks = [text_mask(batch, is_decoder=is_decoder) for batch in batches]
+    masks = [_fitted(mask, shape, stack.name) for mask, shape in zip(masks, shapes, strict=True)]
+    return StackInputs(stack, calls, masks, [text_mask(batch) for batch in batches], hidden, fast)
+
+
+def text_mask(batch: Mapping, *, is_decoder: bool = False) -> Tensor | None:
+    """True for the real tokens of a batch, (B, T); None if all are. `is_decoder`: of what the decoder reads."""
+    name = "decoder_attention_mask" if is_decoder and "decoder_input_ids" in batch else "attention_mask"
+    mask = batch.get(name)
+    if mask is not None and mask.ndim == 3:  # several choices to an example: the model makes a row of each
+        mask = mask.flatten(0, 1)
+    return None if mask is None or mask.ndim != 2 else mask.bool()
+
+
+def _fitted(mask: Tensor | None, shape: torch.Size, stack: str) -> Tensor | None:
+    """The mask (B, T) with the padding that the model itself put behind it, as for whole windows. shape (B, T', D)"""
+    if mask is None or mask.shape == shape[:2]:
+        return mask
+    if len(shape) != 3 or mask.shape[0] != shape[0] or mask.shape[1] > shape[1]:
+        raise ValueError(f"The attention mask {tuple(mask.shape)} does not fit the states {tuple(shape)} of {stack}.")
+    return F.pad(mask, (0, shape[1] - mask.shape[1]))
 
 
 def run_model(model: PreTrainedModel, batch: Mapping, device: torch.device | None = None):
@@ -175,11 +149,12 @@ def run_model(model: PreTrainedModel, batch: Mapping, device: torch.device | Non
     return model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}, **options)
 
 
-def _layer_returns_tuple(model: PreTrainedModel, layer: nn.Module, batch: Mapping) -> bool:
+def _layer_output(model: PreTrainedModel, layer: nn.Module, batch: Mapping) -> Tensor | tuple:
+    """What `layer` returns for the first example of `batch`."""
     found = []
 
     def look(module, args, output):
-        found.append(isinstance(output, tuple))
+        found.append(output)
         raise _StackIsDone
 
     handle = layer.register_forward_hook(look)
@@ -193,11 +168,11 @@ def _layer_returns_tuple(model: PreTrainedModel, layer: nn.Module, batch: Mappin
 
 
 @contextmanager
-def _replaced_forwards(modules: Sequence[nn.Module], make: Callable[[int], Callable]) -> Iterator[None]:
+def _replaced_forwards(modules: Sequence[nn.Module], make: Callable[[int, Callable], Callable]) -> Iterator[None]:
     before = [vars(module).get("forward") for module in modules]
     try:
         for index, module in enumerate(modules):
-            module.forward = make(index)
+            module.forward = make(index, module.forward)
         yield
     finally:
         for module, forward in zip(modules, before, strict=True):
@@ -206,27 +181,40 @@ def _replaced_forwards(modules: Sequence[nn.Module], make: Callable[[int], Calla
                 module.forward = forward
 
 
-def input_groups(modules: Mapping[str, nn.Module], run: Callable[[], object]) -> list[list[str]]:
-    """Names of `modules` in the order in which `run()` calls them; those that get the same tensor form one group."""
-    order: list[tuple[Tensor, list[str]]] = []
+def input_groups(modules: Mapping[str, nn.Module], run: Callable[[], object]) -> tuple[list[list[str]], dict[str, int]]:
+    """Names of `modules` in the order in which `run()` calls them, and how often it calls each.
 
-    def note(name: str, x: Tensor) -> None:
-        for seen, names in order:
-            if seen is x:
-                if name not in names:
-                    names.append(name)
-                return
-        order.append((x, [name]))
-
-    with input_hooks(modules, note):
+    Those that get the same tensors form one group. DeBERTa may call a projection twice: for tokens and for positions.
+    """
+    calls: dict[str, list[Tensor]] = {}
+    with input_hooks(modules, lambda name, x: calls.setdefault(name, []).append(x)):
         run()
-    missing = modules.keys() - {name for _, names in order for name in names}
-    if missing:
+    if missing := modules.keys() - calls.keys():
         raise ValueError(
             f"No calibration input reached {sorted(missing)}. Leave them out with `skip_modules`, or calibrate with "
             "data that uses them (an encoder-decoder also needs `decoder_input_ids`)."
         )
-    return [names for _, names in order]
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for name, inputs in calls.items():
+        groups.setdefault(tuple(map(id, inputs)), []).append(name)
+    return list(groups.values()), {name: len(inputs) for name, inputs in calls.items()}
+
+
+def inputs_of(
+    modules: Mapping[str, nn.Module], run: Callable[[], object], counts: Mapping[str, int]
+) -> dict[str, list[Tensor]]:
+    """The inputs that `run()` gives to `modules`, each called as often as `counts` says. The last one ends the run."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in modules}
+    wanted = sum(counts[name] for name in modules)
+
+    def see(name: str, x: Tensor) -> None:
+        seen[name].append(x)
+        if sum(map(len, seen.values())) == wanted:
+            raise _StackIsDone
+
+    with input_hooks(modules, see), suppress(_StackIsDone):
+        run()
+    return seen
 
 
 @contextmanager
@@ -244,9 +232,19 @@ def input_hooks(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], N
 
 
 def token_rows(x: Tensor, mask: Tensor | None) -> Tensor:
-    """The rows (tokens, K) of an input (..., K) that are real tokens, where `mask` (B, T) fits its shape."""
-    if mask is not None and x.shape[:-1] == mask.shape:
-        return x[mask.to(x.device)]
+    """The rows (tokens, K) of an input (..., K) that are real tokens, where `mask` (B, T) fits its shape.
+
+    Some models flatten it (OPT), or put the tokens first (Longformer). What has other rows than tokens (positions, a
+    pooler's examples) comes whole.
+    """
+    if mask is not None:
+        mask = mask.to(x.device)
+        if x.shape[:-1] == mask.shape:
+            return x[mask]
+        if x.ndim == 2 and len(x) == mask.numel():
+            return x[mask.flatten()]
+        if x.ndim == 3 and x.shape[1::-1] == mask.shape:
+            return x.transpose(0, 1)[mask]
     return x.reshape(-1, x.shape[-1])
 
 

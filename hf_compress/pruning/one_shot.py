@@ -14,11 +14,10 @@ from hf_compress.model.anatomy import anatomy, is_projection
 from hf_compress.model.calibration import (
     InputMoments,
     StackInputs,
-    calibration_batches,
     capture_stack_inputs,
     input_hooks,
-    token_rows,
 )
+from hf_compress.model.calibration_data import calibration_batches
 from hf_compress.pruning.masks import Blocks, layer_projections
 from hf_compress.pruning.methods.weights import check_bank
 from hf_compress.pruning.saliency import damage_saliency, surgery
@@ -66,22 +65,21 @@ def prune_weights(
         for stack in anatomy(model).stacks:
             inputs = capture_stack_inputs(model, stack, batches)
             for layer in stack.layers:
-                over = {m for a in layer.attentions if a.is_cross for m in (a.key, a.value)}
                 mine = [m for m in matrices if m.module in set(layer.module.modules()) and is_projection(m.module)]
-                for matrix, moments in zip(mine, _moments(inputs, mine, over), strict=True):
+                for matrix, moments in zip(mine, _moments(inputs, mine), strict=True):
                     matrix.weight.copy_(pruned_weight(matrix.weight, moments, sparsity, method, bank_size))
                 inputs.advance()
     return model
 
 
-def _moments(inputs: StackInputs, matrices: list[Blocks], over: set) -> list[InputMoments]:
-    """Moments of the inputs of each matrix of the running layer. `over` are maps that see the encoder's tokens."""
+def _moments(inputs: StackInputs, matrices: list[Blocks]) -> list[InputMoments]:
+    """Moments of the inputs of each matrix of the running layer."""
     moments = {matrix.name: InputMoments() for matrix in matrices}
     modules = {matrix.name: matrix.module for matrix in matrices}
     for batch in range(inputs.num_batches):
 
-        def see(name: str, x: Tensor, mask: Tensor | None = inputs.masks[batch]) -> None:
-            moments[name].add(token_rows(x, None if modules[name] in over else mask))
+        def see(name: str, x: Tensor, batch: int = batch) -> None:
+            moments[name].add(inputs.tokens(modules[name], x, batch))
 
         with input_hooks(modules, see):
             inputs.run(batch)

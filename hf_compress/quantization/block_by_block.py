@@ -1,6 +1,5 @@
 """GPTQ through a whole model: layer after layer, each seeing what the quantized layers before it hand on."""
 
-import contextlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,12 +17,13 @@ from hf_compress.model.calibration import (
     HiddenStates,
     InputMoments,
     StackInputs,
-    calibration_batches,
     capture_stack_inputs,
     fast_matmul,
     input_groups,
     input_hooks,
+    inputs_of,
     run_model,
+    text_mask,
     token_rows,
     working_folder,
 )
@@ -33,10 +33,6 @@ from hf_compress.quantization.modules import install, is_linear, matrix, set_mat
 from hf_compress.quantization.offloaded import bring_in, check_offloaded
 
 logger = logging.getLogger(__name__)
-
-
-class _AllSeen(Exception):
-    """Ends a run once the last wanted input has come by."""
 
 
 @dataclass(frozen=True)
@@ -100,13 +96,12 @@ class GPTQOptions:
 def quantize_block_by_block(
     model: PreTrainedModel,
     schemes: Mapping[str, WeightScheme],
-    calibration: Iterable,
+    batches: Sequence[Mapping[str, Tensor]],
     options: GPTQOptions,
     *,
     range_method: str = "mse",
 ) -> None:
-    """Replace the linear modules named in `schemes` by packed ones, in place."""
-    batches = calibration_batches(calibration, model, batch_size=options.batch_size)
+    """Replace the linear modules named in `schemes` by packed ones, in place. `batches` are `calibration_batches`."""
     _check_amount(model, schemes, batches, options.split_over_ranks)
     check_offloaded(model)
     was_training = model.training
@@ -149,7 +144,6 @@ class _Run:
                  options: GPTQOptions, range_method: str, progress, folder: Path | None):  # fmt: skip
         self.model, self.schemes, self.batches, self.options = model, schemes, batches, options
         self.range_method, self.progress, self.folder = range_method, progress, folder
-        self.cross_inputs = {m for a in anatomy(model).attentions if a.is_cross for m in (a.key, a.value)}
         self.finished = None
         if options.resume_dir is not None:
             settings = {
@@ -187,15 +181,15 @@ class _Run:
         bring_in(layer.module)
         modules = self._inside(layer)
         done = self.finished.load(layer.name) if self.finished is not None else None
-        groups = input_groups(modules, lambda: inputs.run(0)) if modules and done is None else []
+        groups, counts = input_groups(modules, lambda: inputs.run(0)) if modules and done is None else ([], {})
         firsts = {group[0]: modules[group[0]] for group in groups}
-        wanted = self._run_exact(firsts, exact) if exact is not None else None
+        wanted = self._run_exact(firsts, exact, counts) if exact is not None else None
         results = done or {}
         for name, result in results.items():
             set_matrix(modules[name], result.dequantize())
             self.progress.update()
         for stage in [[group] for group in groups] if self.options.true_sequential else [groups]:
-            moments = self._moments({name: firsts[name] for name, *_ in stage}, list(firsts), inputs, wanted)
+            moments = self._moments({name: firsts[name] for name, *_ in stage}, inputs, wanted, counts)
             for group in stage:
                 for name in group:
                     results[name] = self._weight(name, modules[name], moments[group[0]])
@@ -206,33 +200,36 @@ class _Run:
         for name, result in results.items():
             install(self.model, name, result, self.schemes[name])
 
-    def _run_exact(self, modules: Mapping[str, nn.Module], exact: StackInputs) -> HiddenStates:
-        """Run the layer as it still is on its exact inputs; keep what `modules` got, as "number.batch"."""
-        kept = HiddenStates(exact.hidden.folder)
+    def _run_exact(
+        self, modules: Mapping[str, nn.Module], exact: StackInputs, counts: Mapping[str, int]
+    ) -> Callable[[str, int, int], Tensor]:
+        """Run the layer as it still is on its exact inputs; returns what `modules` got, by name, batch and call."""
+        kept, numbers = HiddenStates(exact.hidden.folder), {name: i for i, name in enumerate(modules)}
         dtype = None if self.options.exact_products else torch.bfloat16  # what the products will round to anyway
         for batch in range(exact.num_batches):
-            seen = {}
-            with input_hooks(modules, seen.__setitem__):
+            seen = {name: [] for name in modules}
+            with input_hooks(modules, lambda name, x, seen=seen: seen[name].append(x)):
                 exact.hidden[batch] = exact.run(batch)
-            for number, name in enumerate(modules):  # numbered: the files of the layer before are overwritten
-                kept[f"{number}.{batch}"] = seen[name].to(dtype)
+            for name, number in numbers.items():  # numbered: the files of the layer before are overwritten
+                for call in range(counts[name]):
+                    kept[f"{number}.{batch}.{call}"] = seen[name][call].to(dtype)
         exact.index += 1
-        return kept
+        return lambda name, batch, call: kept[f"{numbers[name]}.{batch}.{call}"]
 
     def _moments(
-        self, modules: Mapping[str, nn.Module], order: list[str], inputs: StackInputs, wanted: HiddenStates | None
+        self,
+        modules: Mapping[str, nn.Module],
+        inputs: StackInputs,
+        wanted: Callable[[str, int, int], Tensor] | None,
+        counts: Mapping[str, int],
     ) -> dict[str, InputMoments]:
         moments = {name: InputMoments() for name in modules}
         for batch in range(inputs.num_batches):
-            for name, x in _inputs_of(modules, lambda b=batch: inputs.run(b)).items():
-                mask = inputs.masks[batch]
-                if modules[name] in self.cross_inputs:
-                    mask = self.batches[batch].get("attention_mask")
-                    mask = None if mask is None else mask.bool()
-                exact = (
-                    None if wanted is None else token_rows(wanted[f"{order.index(name)}.{batch}"].to(x.device), mask)
-                )
-                moments[name].add(token_rows(x, mask), exact)
+            for name, calls in inputs_of(modules, lambda b=batch: inputs.run(b), counts).items():
+                for call, x in enumerate(calls):
+                    exact = None if wanted is None else wanted(name, batch, call).to(x.device)
+                    rows = [None if y is None else inputs.tokens(modules[name], y, batch) for y in (x, exact)]
+                    moments[name].add(*rows)
         self._share(moments.values())
         return moments
 
@@ -278,14 +275,16 @@ class _Run:
         modules = {name: m for name in self.schemes if is_linear(m := self.model.get_submodule(name))}
         if not modules:
             return
-        for group in input_groups(modules, lambda: run_model(self.model, self.batches[0])):
+        is_decoder = self.model.config.is_encoder_decoder  # what is outside comes after it
+        groups, counts = input_groups(modules, lambda: run_model(self.model, self.batches[0]))
+        for first, *others in groups:
             moments = InputMoments()
             for batch in self.batches:
-                x = _inputs_of({group[0]: modules[group[0]]}, lambda b=batch: run_model(self.model, b))[group[0]]
-                mask = batch.get("attention_mask")
-                moments.add(token_rows(x, None if mask is None else mask.bool()))
+                calls = inputs_of({first: modules[first]}, lambda b=batch: run_model(self.model, b), counts)
+                for x in calls[first]:
+                    moments.add(token_rows(x, text_mask(batch, is_decoder=is_decoder)))
             self._share([moments])
-            for name in group:
+            for name in (first, *others):
                 install(self.model, name, self._weight(name, modules[name], moments), self.schemes[name])
 
 
@@ -306,17 +305,3 @@ def matching_weight(W: Tensor, H: Tensor, cross: Tensor, damp_percent: float) ->
     right = W.double() @ cross.double() + damp * W.double()
     V, info = torch.linalg.solve_ex(damped, right, left=False)
     return W if info else V.to(W.dtype)  # singular: `inverse_cholesky` damps it more or says whose it is
-
-
-def _inputs_of(modules: Mapping[str, nn.Module], run: Callable[[], object]) -> dict[str, Tensor]:
-    """The inputs that `run()` gives to `modules`. It is cut short once the last one is known."""
-    seen: dict[str, Tensor] = {}
-
-    def see(name: str, x: Tensor) -> None:
-        seen[name] = x
-        if len(seen) == len(modules):
-            raise _AllSeen
-
-    with input_hooks(modules, see), contextlib.suppress(_AllSeen):
-        run()
-    return seen

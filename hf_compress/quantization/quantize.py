@@ -4,11 +4,12 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.checkpoint.bits import packed_modules, settle_bits
 from hf_compress.checkpoint.packed_ties import untie_packed
 from hf_compress.layers.packed_linear import PackedLinear
+from hf_compress.model.calibration_data import calibration_batches
 from hf_compress.quantization.block_by_block import GPTQOptions, quantize_block_by_block
 from hf_compress.quantization.codebooks import CODEBOOKS, install_codebook
 from hf_compress.quantization.modules import choose_modules, install, matrix, scheme_for
@@ -33,6 +34,7 @@ def quantize(
     grid: str = "uniform",
     range_method: str = "mse",
     scale_dtype: str = "float16",
+    tokenizer: PreTrainedTokenizerBase | None = None,
     **gptq_options,
 ) -> PreTrainedModel:
     """Replace linear layers by layers of few bits, in place. Returns the model, ready to run, save and adapt.
@@ -44,7 +46,8 @@ def quantize(
         group_size (`int` or `str`): consecutive weights along the columns that share a scale; -1 for the whole row;
             "auto" for the largest of 128, 64 and 32 that divides the columns, the whole row where none does.
         symmetric (`bool`): fix the zero point at mid-range instead of storing one for each group.
-        calibration: rows or batches with `input_ids` (pixels for image models) for "gptq"; 128 rows of text will do.
+        calibration: for "gptq": rows with `input_ids` (pixels for image models), a data loader's batches, arrays, or
+            texts, which need `tokenizer`; the same text gives the same model. 128 rows of 512 tokens will do.
         embedding_bits (`int`, *optional*): also pack the embedding tables, one scale a row, rounded to nearest.
         activation_bits (`int`, *optional*): 8 rounds the inputs of each packed linear layer to the token's own 8-bit
             grid as they come; with 8-bit symmetric weights and one scale a row, products are those of integers.
@@ -53,6 +56,7 @@ def quantize(
             at 2 bits "ternary" and "binary". Levels are stored for each group, so let groups be large (-1).
         range_method (`str`): "mse", "minmax", "percentile" or "kl".
         scale_dtype (`str`): "float16", or "float32" for weights too small or too large for it.
+        tokenizer: the model's own, where `calibration` holds texts.
         gptq_options: the fields of `GPTQOptions`.
 
     Raises ValueError for a model that is quantized already, unknown modules, bits, and groups that do not divide.
@@ -79,7 +83,8 @@ def quantize(
                                    activation_bits=activation_bits)  # fmt: skip
     if method == "gptq":
         linear = {n: s for n, s in schemes.items() if not isinstance(model.get_submodule(n), nn.Embedding)}
-        quantize_block_by_block(model, linear, calibration, options, range_method=range_method)
+        batches = calibration_batches(calibration, model, batch_size=options.batch_size, tokenizer=tokenizer)
+        quantize_block_by_block(model, linear, batches, options, range_method=range_method)
     for name, scheme in schemes.items():
         module = model.get_submodule(name)
         if isinstance(module, PackedLinear):

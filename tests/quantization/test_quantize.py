@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM
 
 import hf_compress as hfc
 from hf_compress.layers.packed_linear import PackedLinear
-from hf_compress.model.calibration import InputMoments, calibration_batches, capture_stack_inputs, input_groups
+from hf_compress.model.calibration import InputMoments, capture_stack_inputs, input_groups
+from hf_compress.model.calibration_data import calibration_batches
 from hf_compress.quantization import block_by_block
 from hf_compress.quantization.block_by_block import matching_weight, shrink
 from tests.helpers import FAMILIES, tiny_batch, tiny_model
@@ -60,13 +61,14 @@ def test_projections_with_one_input_share_a_hessian():
     layer = model.model.layers[0]
     modules = {n: m for n, m in layer.named_modules() if isinstance(m, torch.nn.Linear)}
     batch = tiny_batch(model)
-    groups = input_groups(modules, lambda: model(**batch))
+    groups, counts = input_groups(modules, lambda: model(**batch))
     assert groups == [
         ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
         ["self_attn.o_proj"],
         ["mlp.gate_proj", "mlp.up_proj"],
         ["mlp.down_proj"],
     ]
+    assert set(counts.values()) == {1}
 
 
 def test_moments_are_those_of_all_samples_at_once():
