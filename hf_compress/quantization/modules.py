@@ -98,7 +98,8 @@ def scheme_for(module: nn.Module, name: str, bits: int, *, group_size: int | str
 
 def matrix(module: nn.Module) -> Tensor:
     """The weight as (N, K): out_features, in_features; a table as (V, D)."""
-    return module.weight.t() if isinstance(module, Conv1D) else module.weight
+    weight = module._parameters["weight"]  # itself: as an attribute, that of a fake-quantized table is on its grid
+    return weight.t() if isinstance(module, Conv1D) else weight
 
 
 @torch.no_grad()

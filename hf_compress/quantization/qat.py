@@ -39,7 +39,7 @@ class FakeQuantized:
         return self._quantizer()(matrix(self))  # (N, K)
 
     def _quantizer(self) -> WeightQuantizer:
-        return self.weight_quantizer.to(self.weight.device).train(self.training)
+        return self.weight_quantizer.to(matrix(self).device).train(self.training)
 
 
 class FakeQuantLinear(FakeQuantized, nn.Linear):
@@ -53,8 +53,13 @@ class FakeQuantConv1D(FakeQuantized, Conv1D):
 
 
 class FakeQuantEmbedding(FakeQuantized, nn.Embedding):
+    @property
+    def weight(self) -> Tensor:
+        """The table on its grid, for those that read it whole, as DeBERTa its relative positions."""
+        return self.fake_weight()
+
     def forward(self, input: Tensor) -> Tensor:
-        return self._quantizer().look_up(input, self.weight, self.padding_idx)
+        return self._quantizer().look_up(input, matrix(self), self.padding_idx)
 
 
 def prepare_qat(

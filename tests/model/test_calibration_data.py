@@ -129,7 +129,9 @@ def test_choices_of_one_example_stay_together():
     ids = torch.tensor([[[5, 6, 7, 0], [8, 9, 0, 0]], [[5, 0, 0, 0], [7, 8, 0, 0]]])
     whole = {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": torch.tensor([0, 1])}
     (batch,) = calibration_batches([whole], model)
-    assert torch.equal(batch["input_ids"], ids[..., :3]) and torch.equal(batch["attention_mask"], (ids != 0)[..., :3].long())
+    assert torch.equal(batch["input_ids"], ids[..., :3]) and torch.equal(
+        batch["attention_mask"], (ids != 0)[..., :3].long()
+    )
     inputs = capture_stack_inputs(model, hfc.anatomy(model).stacks[0], [batch])
     assert inputs.masks[0].tolist() == (ids != 0)[..., :3].flatten(0, 1).tolist()
 

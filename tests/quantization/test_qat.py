@@ -188,3 +188,23 @@ def test_looking_up_quantizes_the_same_rows():
     mine, theirs = (torch.autograd.grad((rows * upstream).sum(), table)[0] for rows in (looked_up, whole))
     torch.testing.assert_close(mine, theirs)
     assert (mine[[1, 4, 7, 0, 19]] == 0).any() and (mine[1] != 0).any()
+
+
+@pytest.mark.parametrize("options", [{}, dict(share_att_key=True), dict(norm_rel_ebd="layer_norm", share_att_key=True)],
+                         ids=["projected", "shared", "normed"])  # fmt: skip
+@pytest.mark.parametrize("learned", [False, True], ids=["searched", "learned"])
+def test_a_table_that_is_read_whole_is_on_its_grid_while_it_trains(options, learned):
+    """DeBERTa reads the weight of its relative positions, it does not look them up."""
+    model = prepare_qat(tiny_model("deberta-v2", **options), 4, embedding_bits=3, learned_steps=learned).train()
+    batch = tiny_batch(model)
+    model(**batch)  # ranges of activations
+    table = model.deberta.encoder.rel_embeddings
+    model.eval()(**batch).logits.sum().backward()
+    gradient = table._parameters["weight"].grad
+    assert table.weight.unique(dim=1).shape[1] > 1 and gradient.abs().sum() > 0  # straight through the rounding
+    state = model.state_dict()["deberta.encoder.rel_embeddings.weight"]
+    assert not torch.equal(state, table.weight)  # what is saved is as precise as ever
+    with torch.no_grad():
+        trained = model(**batch).logits
+        assert torch.equal(pack_qat(model)(**batch).logits, trained)
+    assert isinstance(model.deberta.encoder.rel_embeddings, PackedEmbedding)

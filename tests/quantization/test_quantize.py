@@ -265,3 +265,40 @@ def test_a_quantized_model_is_not_quantized_again():
     model = hfc.quantize(tiny_model("bert"), 4)
     with pytest.raises(ValueError, match="quantized already"):
         hfc.quantize(model, 4)
+
+
+@torch.no_grad()
+def every_input(model, name, batches):
+    """All rows that the module ever gets, real tokens and positions, by a hook on the whole model."""
+    rows = []
+    for batch in batches:
+        mask = batch["attention_mask"].bool()
+
+        def see(module, args, mask=mask):
+            x = args[0]
+            rows.append(x[mask] if x.shape[:2] == mask.shape else x.flatten(0, -2))
+
+        handle = model.get_submodule(name).register_forward_pre_hook(see)
+        model(**batch)
+        handle.remove()
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("name", ["query_proj", "key_proj", "value_proj"])
+def test_a_projection_that_is_called_twice_is_fitted_to_both_inputs(name, monkeypatch):
+    """DeBERTa with `share_att_key` projects tokens and relative positions by the same weights."""
+    model, hessians = tiny_model("deberta-v2", share_att_key=True), {}
+    module = f"deberta.encoder.layer.0.attention.self.{name}"
+    batches = calibration_batches(calibration(model), model)
+    X = every_input(model, module, batches)
+    positions = 0 if name == "value_proj" else len(batches) * 2 * model.config.position_buckets
+    assert len(X) == sum(int(batch["attention_mask"].sum()) for batch in batches) + positions
+    quantize_weight = block_by_block.quantize_weight
+
+    def note(weight, hessian, *args, **kwargs):
+        hessians[kwargs["name"]] = hessian
+        return quantize_weight(weight, hessian, *args, **kwargs)
+
+    monkeypatch.setattr(block_by_block, "quantize_weight", note)
+    hfc.quantize(model, 4, method="gptq", calibration=batches, exact_products=True, match_exact=0, shrinkage=0)
+    torch.testing.assert_close(hessians[module], 2 * X.T @ X / len(X))
