@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hf_compress.model.anatomy import in_features
-from hf_compress.model.calibration import token_rows
+from hf_compress.model.anatomy import anatomy, in_features
+from hf_compress.model.calibration import text_mask, token_rows
+from hf_compress.model.calibration_data import IGNORED
 from hf_compress.pruning.masks import Blocks
 
 
@@ -96,11 +97,14 @@ class _FromInputs(Score):
 
     def open(self, model, matrices):
         self.seen: list[Tensor | None] = [None] * len(matrices)  # by this rank since the last optimizer step
-        self.mask: Tensor | None = None  # attention mask of the running pass
+        self.masks: tuple[Tensor | None, Tensor | None] = (None, None)  # of the running pass: encoder's, decoder's
+        self.of_decoder = decoder_maps(model)
 
         def note_mask(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            mask = kwargs.get("attention_mask")
-            self.mask = mask.bool() if mask is not None and mask.dim() == 2 else None
+            labels = kwargs.get("labels")
+            if labels is not None and labels.dim() == 2 and "decoder_attention_mask" not in kwargs:
+                kwargs = {**kwargs, "decoder_input_ids": labels, "decoder_attention_mask": labels != IGNORED}
+            self.masks = text_mask(kwargs), text_mask(kwargs, is_decoder=True)
 
         def note_input(number: int):
             def hook(module: nn.Module, args: tuple) -> None:
@@ -163,6 +167,15 @@ class GateGradient(_FromInputs):
         return (buffer / norm)[None]
 
 
+def decoder_maps(model: nn.Module) -> set[nn.Module]:
+    """Of an encoder-decoder: what sees the decoder's tokens, so without cross-attention's keys and values."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return set()
+    layers = anatomy(model).stacks[-1].layers
+    over = {m for layer in layers for a in layer.attentions if a.is_cross for m in (a.key, a.value)}
+    return {module for layer in layers for module in layer.module.modules()} - over
+
+
 class Wanda(_FromInputs):
     """|w| times the norm of its input over real tokens. Sun et al. 2023, https://arxiv.org/abs/2306.11695, eq. 1."""
 
@@ -170,7 +183,8 @@ class Wanda(_FromInputs):
         return torch.zeros(in_features(matrix.module))
 
     def see(self, number, matrix, x):
-        self.add(number, (token_rows(x.detach(), self.mask).float() ** 2).sum(dim=0))
+        mask = self.masks[matrix.module in self.of_decoder]
+        self.add(number, (token_rows(x.detach(), mask).float() ** 2).sum(dim=0))
 
     def scores(self, number, matrix, buffer):
         return matrix.sum(matrix.weight.abs().float() * buffer.sqrt())

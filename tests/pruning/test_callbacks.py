@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import hf_compress as hfc
 from hf_compress.model.anatomy import anatomy
 from hf_compress.pruning.importance.gates import mean_absolute_gradients
-from hf_compress.pruning.masks import Blocks
+from hf_compress.pruning.masks import Blocks, layer_projections
 from hf_compress.pruning.scores import GateGradient, Taylor
 from hf_compress.training.state import TrainingStateMixin
 
@@ -235,6 +235,31 @@ def test_wanda_scores_weigh_by_the_norm_of_real_tokens(tmp_path):
     place = [matrix.name for matrix in callback._matrices].index(number[0])
     torch.testing.assert_close(scores[place].double(), expected, rtol=1e-3, atol=1e-6)
     assert (callback.masks[number[0]].sum(1) == 16).all()
+
+
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_wanda_counts_the_tokens_that_each_map_sees(family):
+    """The encoder's under its mask, also where the decoder looks at them; the decoder's where they have a label."""
+    model = tiny_model(family).train()
+    labels = torch.tensor([[5, 6, 7, -100, -100], [8, 9, 10, 11, 2]])  # as long as the encoder's rows
+    inputs = {"input_ids": torch.full((2, 5), 9), "attention_mask": torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 0]])}
+    matrices = layer_projections(model, anatomy(model))
+    score, counted = hfc.WeightPruning(0.5, method="wanda").score, {}
+    score.add = lambda number, value: counted.update({matrices[number].name: value})
+    handles, seen = score.open(model, matrices), {}
+    for matrix in matrices:
+        note = lambda _, args, name=matrix.name: seen.update({name: args[0].detach()})  # noqa: E731
+        handles.append(matrix.module.register_forward_pre_hook(note))
+    model(**inputs, labels=labels)
+    for handle in handles:
+        handle.remove()
+    for layer in anatomy(model).stacks[-1].layers:
+        crossed = [
+            f"{layer.attentions[1].name}.{n}" for n in (("k_proj", "v_proj") if family == "bart" else ("k", "v"))
+        ]
+        for name in (n for n in counted if n.startswith(layer.name)):
+            real = inputs["attention_mask"].bool() if name in crossed else labels != -100
+            torch.testing.assert_close(counted[name], seen[name][real].square().sum(0))
 
 
 def test_dense_sparse_dense_lets_weights_grow_again(tmp_path):

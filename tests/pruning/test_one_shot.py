@@ -88,12 +88,10 @@ def test_inputs_that_are_always_zero_lose_their_weights(problem):
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "obd", "obs"])
-@pytest.mark.parametrize("family", ["bert", "gpt2", "bart"])
+@pytest.mark.parametrize("family", ["bert", "gpt2", "bart", "t5", "longformer"])
 def test_whole_models_reach_their_sparsity(family, method):
     model = tiny_model(family)
-    data = rows(6, kind="seq2seq" if family == "bart" else "clm")
-    if family == "bart":
-        data = data.map(lambda row: {"decoder_input_ids": row["input_ids"]})
+    data = rows(6, kind="seq2seq" if model.config.is_encoder_decoder else "clm")
     assert hfc.prune_weights(model, 0.5, method=method, calibration=data) is model
     matrices = layer_projections(model, anatomy(model))
     zeros = sum(int((m.weight == 0).sum()) for m in matrices) / sum(m.weight.numel() for m in matrices)

@@ -24,7 +24,7 @@ def distance(model, other, batch):
     return float((model(**batch).logits - other(**batch).logits).norm())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "t5", "longformer", "opt"])
 def test_gptq_is_nearer_than_rounding(family):
     original = tiny_model(family)
     batch = tiny_batch(original, batch=4)
@@ -36,7 +36,10 @@ def test_gptq_is_nearer_than_rounding(family):
     assert len(inside) == sum(1 for m in rounded.modules() if isinstance(m, PackedLinear)) > 0
 
 
-@pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "deberta-v2", "bart"])
+@pytest.mark.parametrize(
+    "family",
+    ["bert", "llama", "gpt2", "deberta-v2", "bart", "t5", "mt5", "longformer", "opt", "gpt_neo", "bloom", "falcon"],
+)
 def test_layer_by_layer_states_are_those_of_the_whole_model(family):
     model = tiny_model(family)
     batches = calibration(model, batches=2)
