@@ -8,7 +8,8 @@ from hf_compress.engines.integers import Stored
 from hf_compress.engines.ops import pack_rows, unpack_rows, words_per_row
 from hf_compress.engines.packed import packed_linear
 from hf_compress.engines.processor import choose_route
-from hf_compress.layers.packed_linear import PackedModule, ReadOnlyWeight
+from hf_compress.layers.packed_linear import PackedModule
+from hf_compress.layers.read_only import read_only
 from hf_compress.layers.scheme import SCALE_DTYPES, WeightScheme
 
 OWN = (
@@ -167,7 +168,7 @@ class TiedEmbedding(nn.Embedding):
 
     @property
     def weight(self) -> Tensor:
-        return self.table.dequantize().as_subclass(ReadOnlyWeight)
+        return read_only(self.table.dequantize())
 
     def unpacked(self, weight: nn.Parameter) -> nn.Embedding:
         """The ordinary module with the dequantized table of the other."""
@@ -190,7 +191,7 @@ class TiedHead(nn.Linear):
 
     @property
     def weight(self) -> Tensor:
-        return self.table.dequantize().as_subclass(ReadOnlyWeight)
+        return read_only(self.table.dequantize())
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):  # as nn.Linear does

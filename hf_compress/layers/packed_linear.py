@@ -22,29 +22,12 @@ from hf_compress.engines.ops import (
 from hf_compress.engines.packed import FEW_TOKENS, engine_in_graph, packed_linear
 from hf_compress.engines.processor import choose_route
 from hf_compress.layers.activations import round_per_token, round_to_range
+from hf_compress.layers.read_only import read_only
 from hf_compress.layers.scheme import SCALE_DTYPES, WeightScheme
 
 logger = logging.getLogger(__name__)
 
 ENGINE_DTYPES = torch.float32, torch.bfloat16
-
-
-class ReadOnlyWeight(Tensor):
-    """A dequantized copy. Writing into it would be lost, so its `data` raises: PEFT's merge is told so, not silent."""
-
-    __torch_function__ = torch._C._disabled_torch_function_impl
-
-    @property
-    def data(self):
-        raise RuntimeError(
-            "A packed weight is read-only: call `model.dequantize()` first, then merge or change weights."
-        )
-
-    @data.setter
-    def data(self, value):
-        raise RuntimeError(
-            "A packed weight is read-only: call `model.dequantize()` first, then merge or change weights."
-        )
 
 
 class PackedModule:
@@ -58,7 +41,7 @@ class PackedModule:
 
     @property
     def weight(self) -> Tensor:
-        return self.dequantize().as_subclass(ReadOnlyWeight)
+        return read_only(self.dequantize())
 
     def _apply(self, fn, recurse: bool = True):
         before = getattr(self, self.KEPT)

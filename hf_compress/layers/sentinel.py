@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_compress.layers.packed_linear import ReadOnlyWeight
+from hf_compress.layers.read_only import read_only
 
 
 class Sentinel:
@@ -21,7 +21,7 @@ class Sentinel:
     def weight(self) -> Tensor:
         """The weight that the stored tensors stand for: a copy, which cannot be written to."""
         if not self.is_loading:
-            return self.dense_weight().as_subclass(ReadOnlyWeight)
+            return read_only(self.dense_weight())
         is_linear = isinstance(self, nn.Linear)
         shape = (self.out_features, self.in_features) if is_linear else (self.num_embeddings, self.embedding_dim)
         empty = torch.empty(shape, device="meta")

@@ -18,7 +18,7 @@ PROJECTION_NAMES = {
     "value": re.compile(r"v|value|v_proj|v_lin|value_proj"),
     "fused": re.compile(r"c_attn|qkv|Wqkv|qkv_proj|query_key_value"),
 }
-POSITIONAL = re.compile(r"pos_(key|query|k|q)_proj")  # DeBERTa: cut along with the heads
+POSITIONAL = re.compile(r"pos_(key|query|k|q)_proj|(query|key|value)_global")  # DeBERTa, Longformer: with the heads
 HEAD_DIM_NAMES = ("head_dim", "attention_head_size", "key_value_proj_dim", "dim_per_head")
 
 Projection = nn.Linear | Conv1D
@@ -50,7 +50,7 @@ class Attention:
     head_dim: int
     num_heads: int
     num_key_value_heads: int
-    positional: tuple[Projection, ...] = ()  # DeBERTa's projections of relative positions, one row block a head
+    positional: tuple[Projection, ...] = ()  # DeBERTa's relative positions, Longformer's global tokens: (H * Dh, D)
     is_cross: bool = False  # decoder over encoder
 
     @property

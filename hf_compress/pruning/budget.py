@@ -14,6 +14,7 @@ from hf_compress.measuring.measure import LATENCY_BATCH, evaluating
 from hf_compress.measuring.timing import synchronize, time_interleaved
 from hf_compress.model.anatomy import Anatomy, anatomy
 from hf_compress.model.inputs import example_batch
+from hf_compress.pruning.masks import check_prunable
 from hf_compress.pruning.units import Unit, units
 from hf_compress.surgery import prune_heads, prune_layers, prune_neurons
 
@@ -51,6 +52,7 @@ def prune(
         raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}.")
     if not 0 < target < 1:
         raise ValueError(f"target is the share that is left, between 0 and 1, got {target}.")
+    check_prunable(model, "prune")
     tokens = None if metric == "parameters" else sequence_length
     pieces = sorted(units(model, dataloader, tokens), key=lambda unit: unit.importance / max(unit.cost, 1))
     if metric == "latency":

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
-from hf_compress.pruning.masks import Blocks
+from hf_compress.pruning.masks import Blocks, check_prunable
 from hf_compress.pruning.schedules import TwoSlopes, check_schedule, make_schedule
 from hf_compress.pruning.scores import Magnitude, Score
 from hf_compress.pruning.selection import SCOPES, keep_above, keep_largest
@@ -80,6 +80,7 @@ class Pruning(TrainerCallback):
 
     def training_state_entries(self, model: nn.Module) -> dict[str, Tensor]:
         """What this callback keeps in the `TrainingState`: masks, and scores that are gathered over steps."""
+        check_prunable(model, type(self).__name__)
         self._matrices = self.matrices(model)
         entries = {}
         for i, matrix in enumerate(self._matrices):

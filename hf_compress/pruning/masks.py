@@ -8,9 +8,20 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_compress.model.anatomy import Anatomy, Projection, in_features, is_projection, module_names, out_features
+from hf_compress.model.anatomy import (
+    Anatomy,
+    Projection,
+    anatomy,
+    in_features,
+    is_projection,
+    module_names,
+    out_features,
+)
+from hf_compress.model.record import read_part
+from hf_compress.model.weights import check_writable
 
 
 @dataclass(frozen=True)
@@ -59,6 +70,26 @@ class Blocks:
     def is_alive(self) -> Tensor:
         """True for blocks that are not all zeros."""
         return self.largest(self.weight.abs()) > 0
+
+
+def check_prunable(model: nn.Module, what: str) -> None:
+    """Raise ValueError for a model whose weights `what` could not change, or that could not be cut afterwards."""
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"{what} changes a Transformers model and its config, but got {type(model).__name__}. Pass the model "
+            "inside it; merge adapters first (model.merge_and_unload()), or train them on the pruned model."
+        )
+    if adapted := [name for name, module in model.named_modules() if hasattr(module, "base_layer")]:
+        raise ValueError(
+            f"{what} changes weights that adapters add to, such as {adapted[0]}: the zeros would not stay. Merge the "
+            "adapters first, or train them on the pruned model."
+        )
+    if any(read_part(model.config, part) for part in ("bits", "sparsity")):
+        raise ValueError(
+            f"{what} cuts weights, and this model is quantized or block-sparse. Prune it first, or call "
+            "model.dequantize() before."
+        )
+    check_writable(anatomy(model), what)
 
 
 def layer_projections(model: nn.Module, parts: Anatomy, block_size: int = 1) -> list[Blocks]:

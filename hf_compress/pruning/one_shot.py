@@ -18,7 +18,7 @@ from hf_compress.model.calibration import (
     input_hooks,
 )
 from hf_compress.model.calibration_data import calibration_batches
-from hf_compress.pruning.masks import Blocks, layer_projections
+from hf_compress.pruning.masks import Blocks, check_prunable, layer_projections
 from hf_compress.pruning.methods.weights import check_bank
 from hf_compress.pruning.saliency import damage_saliency, surgery
 from hf_compress.pruning.selection import keep_largest
@@ -44,12 +44,14 @@ def prune_weights(
     calibration  tokenized rows or batches, as for `hfc.quantize`; all methods but magnitude need them
     bank_size    decide within banks of so many weights of a row: sparsity 0.5 in banks of 4 is 2:4
 
-    Raises ValueError for unknown methods, for shares outside [0, 1), and for data that is missing or empty.
+    Raises ValueError for unknown methods, for shares outside [0, 1), for data that is missing or empty, and for packed
+    weights.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}.")
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity is the share that goes: it must be at least 0 and below 1, got {sparsity}.")
+    check_prunable(model, "prune_weights")
     matrices = layer_projections(model, anatomy(model))
     check_bank("row" if bank_size is None else "bank", bank_size, matrices)
     if method == "magnitude":

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_compress.checkpoint.bits import settle_bits
 from hf_compress.model.anatomy import anatomy, out_features
+from hf_compress.model.weights import check_writable
 from hf_compress.quantization.fake_quantize import ActivationQuantizer, WeightQuantizer
 from hf_compress.quantization.modules import choose_modules, install, matrix
 from hf_compress.training.state import STATE_NAME, check_whole
@@ -95,7 +96,9 @@ def prepare_qat(
         raise ValueError(f"activation_bits must be 8 or None, got {activation_bits}.")
     if any(isinstance(m, FakeQuantized) for m in model.modules()):
         raise ValueError("The model is prepared already.")
-    heads = {m: a.head_dim for a in anatomy(model).attentions for m in (a.query, a.key, a.value)}
+    parts = anatomy(model)
+    check_writable(parts, "prepare_qat")
+    heads = {m: a.head_dim for a in parts.attentions for m in (a.query, a.key, a.value)}
     chosen = choose_modules(model, bits, embedding_bits=embedding_bits, skip_modules=skip_modules)
     for name, width in chosen.items():
         module = model.get_submodule(name)

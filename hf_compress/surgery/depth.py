@@ -6,6 +6,7 @@ The record then says which layers of which deeper config they are:
 """
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ from hf_compress.model.record import find_name
 from hf_compress.surgery.stand_ins import BiasConv1D, HeadlessAttention
 
 DEPTH_FIELDS = (("num_hidden_layers",), ("encoder_layers", "decoder_layers"), ("num_layers", "num_decoder_layers"))
-PER_LAYER_FIELDS = ("layer_types", "no_rope_layers", "mlp_layer_types")  # lists with one entry for each layer
+PER_LAYER_FIELDS = (  # lists with one entry for each layer
+    "layer_types", "no_rope_layers", "mlp_layer_types", "attention_window", "attention_layers", "attention_types",
+)  # fmt: skip
 
 # What a module's `forward` reads of its own numbers, beside the shapes of its weights, and surgery changes.
 ATTRIBUTES = (
@@ -32,6 +35,16 @@ ATTRIBUTES = (
     "layer_idx",
 )
 _SIZES = {*ATTRIBUTES, *HEAD_DIM_NAMES, "in_features", "out_features", "nf", "nx", "training", "gradient_checkpointing"}
+
+
+def per_layer_changes(config: Any, depth: int, keep: Sequence[int]) -> dict[str, Any]:
+    """Fields of a config that list something for each of `depth` layers -> the lists of the layers `keep`."""
+    found = {name: getattr(config, name, None) for name in PER_LAYER_FIELDS}
+    listed = {name: list(v) for name, v in found.items() if isinstance(v, (list, tuple)) and len(v) == depth}
+    changes = {name: [values[i] for i in keep] for name, values in listed.items()}
+    if "attention_layers" in changes and hasattr(config, "attention_types"):  # GPT-Neo: made of [[kinds, repeats], ...]
+        changes["attention_types"] = [[changes["attention_layers"], 1]]
+    return changes
 
 
 def place_layers(model: nn.Module, layers: dict[str, Any]) -> None:

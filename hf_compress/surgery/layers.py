@@ -8,7 +8,7 @@ from torch import nn
 from hf_compress.model.anatomy import Anatomy, anatomy
 from hf_compress.model.record import read_part, stored_name
 from hf_compress.surgery.cache import assign_slots
-from hf_compress.surgery.depth import DEPTH_FIELDS, PER_LAYER_FIELDS
+from hf_compress.surgery.depth import DEPTH_FIELDS, per_layer_changes
 from hf_compress.surgery.transaction import Transaction
 
 
@@ -77,8 +77,4 @@ def _config_changes(config, parts: Anatomy, kept: list[list[int]]) -> dict[str, 
             f"{type(config).__name__} has no field that says the model has {depths} layers (looked for {DEPTH_FIELDS})."
         )
     changes: dict[str, Any] = {name: len(numbers) for name, numbers in zip(fields, kept, strict=True)}
-    for name in PER_LAYER_FIELDS if len(depths) == 1 else ():
-        values = getattr(config, name, None)
-        if isinstance(values, list) and len(values) == depths[0]:
-            changes[name] = [values[i] for i in kept[0]]
-    return changes
+    return changes | (per_layer_changes(config, depths[0], kept[0]) if len(depths) == 1 else {})

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 
-from hf_compress.pruning.masks import Blocks
+from hf_compress.pruning.masks import Blocks, check_prunable
 from hf_compress.pruning.methods.heads import HeadPruning
 from hf_compress.pruning.silent import cut_silent
 from hf_compress.pruning.trainer import PruningTrainer
@@ -63,6 +63,7 @@ class HeadGates(TrainerCallback):
         self._handles: list[Any] = []
 
     def training_state_entries(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        check_prunable(model, type(self).__name__)
         self._matrices = HeadPruning().matrices(model)
         start = [torch.full((m.grid[1],), self.initial / self.gate_rate) for m in self._matrices]
         return {f"{self.name}_{i}": nn.Parameter(value) for i, value in enumerate(start)}

@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from hf_compress.model.anatomy import anatomy
 from hf_compress.pruning.importance import every_other
+from hf_compress.pruning.masks import check_prunable
 from hf_compress.pruning.trainer import PruningTrainer
 from hf_compress.surgery import prune_layers
 
@@ -40,6 +41,7 @@ class LayerPruning(TrainerCallback):
         self._handles: list[Any] = []
 
     def training_state_entries(self, model: nn.Module) -> dict[str, Tensor]:
+        check_prunable(model, type(self).__name__)
         self.kept_layers(model)  # what is wrong with it is said before training
         return {}
 
@@ -54,6 +56,7 @@ class LayerPruning(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state, control, model: nn.Module = None, **kwargs) -> None:
         self._close()
+        check_prunable(model, type(self).__name__)
         layers = [layer.module for layer in anatomy(model).layers]
         dropped = [False] * len(layers)
 
