@@ -18,7 +18,7 @@ import tomllib
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from hf_compress.publishing.hub import HubError, HubPermissionError, upload  # noqa: E402
+from hf_compress.publishing.upload import HubError, HubPermissionError, upload  # noqa: E402
 from scripts.stage_hub import PROJECT, stage  # noqa: E402
 
 

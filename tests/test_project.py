@@ -21,7 +21,7 @@ FLOORS = [
     {"layers"},
     {"engines"},
     {"model", "surgery"},
-    {"version"},
+    {"version", "files"},
 ]
 METHOD_FOLDERS = {"distillation", "pruning", "quantization"}
 

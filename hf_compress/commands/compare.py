@@ -67,7 +67,7 @@ def made_by(source: str, shared: dict[str, Any], output: Path) -> str:
     path = Path(source)
     if path.suffix in (".yaml", ".yml"):
         recipe = Recipe.from_yaml(source)
-        changes = {**shared, "data": {**recipe.data, **shared["data"]}}
+        changes = {**shared, "data": {**recipe.data, **shared.get("data", {})}}
         return str(recipe.changed(**changes).run(output / "recipes" / path.stem).model)
     if path.is_dir() and not (path / "config.json").is_file() and (path / "model" / "config.json").is_file():
         return str(path / "model")  # what `hf-compress run` wrote

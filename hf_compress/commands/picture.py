@@ -6,14 +6,21 @@ from pathlib import Path
 
 from hf_compress.commands.compare import made_by
 from hf_compress.commands.parser import Parser
+from hf_compress.files.whole import write_whole
 from hf_compress.measuring.measure import load_model
 from hf_compress.recipe.options import RecipeError
 from hf_compress.report.layers import by_layer, layer_facts, layers_svg
+
+MARK = 'data-made-by="hf_compress"'  # what has it may be replaced
 
 
 def run(verb: str, arguments: list[str]) -> int:
     given = picture_parser().parse_all(arguments)
     output = Path(given.output)
+    if output.exists() and MARK not in output.read_text(encoding="utf-8", errors="replace")[:200]:
+        raise RecipeError(
+            f"{output} is there, and no picture of ours. Choose another --output, so that nothing is lost."
+        )
     model = load_model(made_by(given.model, {}, output.parent), device="cpu")
     before = layer_facts(load_model(given.before, device="cpu")) if given.before else layer_facts(model)
     values = None
@@ -30,7 +37,7 @@ def run(verb: str, arguments: list[str]) -> int:
         full_neurons=max((layer.neurons for layer in before), default=None),
     )  # fmt: skip
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(picture, encoding="utf-8")
+    write_whole(output, picture.replace("<svg ", f"<svg {MARK} ", 1))
     sys.stdout.write(f"{output}\n")
     return 0
 

@@ -1,17 +1,22 @@
 """`hf-compress publish FOLDER --repo-id ...`: a model, its card and its report go to the Hub."""
 
 import json
+import logging
 import sys
 from dataclasses import fields
 from pathlib import Path
 
 from hf_compress.commands.compare import made_by
 from hf_compress.commands.parser import Parser, add_options
+from hf_compress.measuring.identity import model_identity
 from hf_compress.publishing.hub import Published, publish
 from hf_compress.recipe.options import RecipeError, build
 from hf_compress.recipe.publish import PublishOptions
 from hf_compress.recipe.recipe import card_stages
+from hf_compress.report.report import Report
 from hf_compress.report.tables import size_text
+
+logger = logging.getLogger(__name__)
 
 
 def run(verb: str, arguments: list[str]) -> int:
@@ -21,9 +26,9 @@ def run(verb: str, arguments: list[str]) -> int:
     folder = Path(given["folder"])
     if not folder.is_dir():
         raise RecipeError(f"There is no folder {folder}: give what save_pretrained or `hf-compress run` wrote.")
-    report = given["report"] or (folder if (folder / "report.json").is_file() else None)
+    model = made_by(str(folder), {}, folder)
     found = publish(
-        made_by(str(folder), {}, folder), options.repo_id, report=report, stages=card_stages(records(folder)),
+        model, options.repo_id, report=given["report"] or report_in(folder, model), stages=card_stages(records(folder)),
         private=not options.public, dry_run=options.dry_run, revision=given["revision"], keep=given["keep"],
         **options.card_options(),
     )  # fmt: skip
@@ -46,6 +51,18 @@ def records(folder: Path) -> list[dict]:
     """The records of the stages that made what `hf-compress run` wrote to `folder`, in order; none of other folders."""
     made = folder / "stages.json"
     return json.loads(made.read_text(encoding="utf-8")) if made.is_file() else []
+
+
+def report_in(folder: Path, model: str) -> Path | None:
+    """The report that lies beside a model, if it is of this very model and not of what it was before."""
+    file = folder / "report.json"
+    if not file.is_file():
+        return None
+    entries = Report.from_json(file.read_text(encoding="utf-8")).entries
+    if model_identity(model) in [entry.measurement.identity for entry in entries]:
+        return file
+    logger.warning("%s is of another model: size and speed are measured now.", file)
+    return None
 
 
 def show(found: Published) -> None:

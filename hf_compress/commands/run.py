@@ -1,14 +1,17 @@
 """`hf-compress run NAME_OR_FILE`: a whole recipe."""
 
 import argparse
+import copy
 import logging
-import shlex
 import sys
+from typing import NamedTuple
 
 from hf_compress.commands.parser import Parser, add_options
 from hf_compress.recipe.data import DataOptions
 from hf_compress.recipe.options import RecipeError, read_yaml
 from hf_compress.recipe.recipe import Recipe, RecipeResult, ready_recipes
+from hf_compress.recipe.stages import ALIASES, DEFAULT_METHODS, name_of, numbered
+from hf_compress.report.privacy import public_command
 from hf_compress.training.ranks import is_main
 
 logger = logging.getLogger(__name__)
@@ -68,59 +71,74 @@ def recipe_of(given: dict) -> Recipe:
 
 
 def changed_stages(stages: list, changes: list[str]) -> list:
-    """`stages` as written, with `STAGE.OPTION=VALUE` put in. Raises RecipeError for stages that are not there."""
+    """`stages` as written, with `STAGE.OPTION=VALUE` put in; STAGE is a stage's name, or its kind or method where one
+    stage alone has it. Raises RecipeError for stages that are not there, and for several."""
+    stages = copy.deepcopy(stages)
     for change in changes:
         target, equals, value = change.partition("=")
         stage, dot, option = target.rpartition(".")
         if not (equals and dot):
             raise RecipeError(f"--set takes STAGE.OPTION=VALUE, such as distil.alpha=0.7, got {change!r}.")
-        stages = [_changed(entry, stage, option, read_yaml(value, "--set")) for entry in stages]
-        if not any(_is_called(part, stage) for entry in stages for part in _parts(entry)):
-            names = [name for entry in stages for part in _parts(entry) for name in _names(part)]
-            raise RecipeError(f"--set {change}: there is no stage {stage!r}, only {', '.join(dict.fromkeys(names))}.")
+        stage, parts = ALIASES.get(stage, stage), _parts(stages)
+        named = [part for part in parts if part.name == stage] or [part for part in parts if stage in part.also]
+        if len(named) != 1:
+            names = ", ".join(part.name for part in named or parts)
+            what = (
+                f"{len(named)} stages are called {stage!r}: say which,"
+                if named
+                else f"there is no stage {stage!r}, only"
+            )
+            raise RecipeError(f"--set {change}: {what} {names}.")
+        named[0].options[option] = read_yaml(value, "--set")
     return stages
 
 
-def _parts(entry) -> list:
-    if isinstance(entry, dict) and "together" in entry:
-        inner = entry["together"]
-        return list(inner["stages"] if isinstance(inner, dict) else inner)
-    return [entry]
+class _Part(NamedTuple):
+    """A stage as written, or a part of one that works together: `options` can be changed in their place."""
+
+    name: str
+    also: set[str | None]  # its kind and method, and its own name within another
+    options: dict
 
 
-def _names(entry) -> list[str]:
-    if isinstance(entry, str):
-        return [entry]
-    ((kind, options),) = entry.items()
-    return [name for name in (kind, (options or {}).get("name"), (options or {}).get("method")) if name]
+def _parts(stages: list) -> list[_Part]:
+    """The stages of a list, which is changed so that each is a mapping of its kind to its options.
 
-
-def _is_called(entry, name: str) -> bool:
-    return name in _names(entry)
-
-
-def _changed(entry, stage: str, option: str, value):
-    if isinstance(entry, dict) and "together" in entry:
-        inner = entry["together"]
-        parts = [_changed(part, stage, option, value) for part in _parts(entry)]
-        return {"together": {**inner, "stages": parts} if isinstance(inner, dict) else parts}
-    if not _is_called(entry, stage):
-        return entry
-    ((kind, options),) = ({entry: {}} if isinstance(entry, str) else entry).items()
-    return {kind: {**(options or {}), option: value}}
+    Named as `read_stages` names them; a part of a stage that works together has that stage's name before its own.
+    """
+    found = []
+    for number, entry in enumerate(stages):
+        ((kind, options),) = ({entry: {}} if isinstance(entry, str) else entry).items()
+        if kind == "together":
+            inner = options["stages"] if isinstance(options, dict) else options
+            own = options.get("name") if isinstance(options, dict) else None
+            found.append((own or kind, _parts(inner)))
+            continue
+        stages[number] = {kind: options or {}}
+        kind, given = ALIASES.get(kind, kind), stages[number][kind]
+        method = given.get("method") or DEFAULT_METHODS.get(kind)
+        name = name_of(kind, method, given.get("name"))
+        found.append((name, [_Part("", {kind, method, given.get("name")}, given)]))
+    parts = []
+    for name, (_, inner) in zip(numbered([name for name, _ in found]), found, strict=True):
+        for part in inner:
+            parts.append(part._replace(name=f"{name}.{part.name}" if part.name else name, also=part.also | {part.name}))
+    return parts
 
 
 def command_line(verb: str, arguments: list[str]) -> str:
-    return shlex.join(["hf-compress", verb, *arguments])
+    """For reports: without the folders of files, and without tokens."""
+    return public_command(["hf-compress", verb, *arguments])
 
 
 def show(result: RecipeResult) -> None:
-    """Say where things are, once for all processes; the table of the last evaluation first."""
+    """Say where things are, once for all processes; the table first, where an evaluation is of this very model."""
     if not is_main():
         return
-    table = result.output / "report.md"
-    lines = [table.read_text(encoding="utf-8").partition("\n\n")[0], ""] if table.is_file() else []
+    lines = []
+    if result.report is not None:
+        lines += [(result.report / "report.md").read_text(encoding="utf-8").partition("\n\n")[0], ""]
     lines.append(f"model   {result.model}")
-    lines += [f"{name:8}{result.output / file}" for name, file in (("report", "report.html"), ("table", "report.md"))
-              if (result.output / file).is_file()]  # fmt: skip
+    if result.report is not None:
+        lines += [f"report  {result.report / 'report.html'}", f"table   {result.report / 'report.md'}"]
     sys.stdout.write("\n".join(lines) + "\n")

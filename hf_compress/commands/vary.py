@@ -8,6 +8,7 @@ from typing import Any
 
 from hf_compress.commands.parser import Parser
 from hf_compress.commands.run import add_shared, changed_stages, command_line, shared_arguments
+from hf_compress.files.output import Output
 from hf_compress.recipe.options import RecipeError
 from hf_compress.recipe.recipe import Recipe
 
@@ -24,12 +25,15 @@ def run(verb: str, arguments: list[str]) -> int:
     output, trials = Path(given["output"]), []
     combinations = list(itertools.product(*choices))
     variants = [recipe.changed(stages=changed_stages(stages, list(changes)), **shared) for changes in combinations]
+    with Output(output) as place:
+        place.check(["trials.json"])
     for number, (changes, variant) in enumerate(zip(combinations, variants, strict=True), 1):
         sys.stderr.write(f"trial {number} of {len(combinations)}: {' '.join(changes)}\n")
         result = variant.run(output, command=command_line(verb, arguments))
         figures = next(record for record in reversed(result.stages) if record["kind"] == "evaluate")["figures"]
         trials.append({"changes": list(changes), **list(figures.values())[-1]})
-        (output / "trials.json").write_text(json.dumps(trials, indent=2), encoding="utf-8")
+        with Output(output) as place:
+            place.write({"trials.json": json.dumps(trials, indent=2)})
     best = max(trials, key=lambda trial: trial["quality"])
     variants[trials.index(best)].run(output)  # all of it is kept already: the best model takes its place
     sys.stdout.write(f"{table(trials, best)}\n\nbest on the validation texts: {' '.join(best['changes'])}\n"

@@ -1,6 +1,5 @@
 """Size and speed of one model, or of several that take turns."""
 
-import json
 import logging
 import platform
 import tempfile
@@ -17,6 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from hf_compress.measuring.counting import multiply_adds, num_parameters, sparsity
+from hf_compress.measuring.identity import model_identity, read_header, weight_files
 from hf_compress.measuring.timing import Spread, peak_allocated_bytes, synchronize, time_interleaved
 from hf_compress.model.inputs import THROUGHPUT_BATCH, example_batch
 from hf_compress.version import __version__
@@ -44,6 +44,7 @@ class Measurement:
     device: str
     threads: int
     versions: dict[str, str]
+    identity: str | None = None  # of the stored files, see `model_identity`: which model this is
 
 
 def measure(
@@ -108,7 +109,7 @@ def measure_together(
     measurements = []
     for i, model in enumerate(models):
         parameters = num_parameters(model)
-        stored_bytes, tensor_bytes = stored[i]
+        stored_bytes, tensor_bytes, identity = stored[i]
         measurements.append(
             Measurement(
                 parameters=parameters,
@@ -124,6 +125,7 @@ def measure_together(
                 device=device_name(model.device),
                 threads=torch.get_num_threads(),
                 versions=versions(),
+                identity=identity,
             )
         )
     return measurements
@@ -153,19 +155,20 @@ def local_folder(source: Source) -> Path | None:
     return Path(source) if isinstance(source, (str, Path)) and Path(source).is_dir() else None
 
 
-def stored_size(model: PreTrainedModel, folder: Path | None = None) -> tuple[int, int]:
-    """Bytes of the files (safetensors, their index, config.json), and of the tensors alone, without file headers.
+def stored_size(model: PreTrainedModel, folder: Path | None = None) -> tuple[int, int, str | None]:
+    """Bytes of the files (safetensors, their index, config.json), of the tensors alone, without file headers, and which
+    model they are, see `model_identity`.
 
     Of `folder` when it holds safetensors, else of what `save_pretrained` writes.
     """
-    weights = _weight_files(folder) if folder else []
+    weights = weight_files(folder) if folder else []
     if not weights:
         with tempfile.TemporaryDirectory() as temporary, _no_progress_bar():
             model.save_pretrained(temporary)
             return stored_size(model, Path(temporary))
     others = [folder / name for name in ("config.json", "model.safetensors.index.json")]
     size = sum(file.stat().st_size for file in [*weights, *others] if file.is_file())
-    return size, sum(_tensor_bytes(file) for file in weights)
+    return size, sum(_tensor_bytes(file) for file in weights), model_identity(folder)
 
 
 @contextmanager
@@ -180,17 +183,9 @@ def _no_progress_bar() -> Iterator[None]:
             transformers.utils.logging.enable_progress_bar()
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return sorted({folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-    return [file for file in [folder / "model.safetensors"] if file.is_file()]
-
-
 def _tensor_bytes(file: Path) -> int:
-    """Sum of the tensors of a safetensors file, from its header: 8 bytes of length, then JSON."""
-    with file.open("rb") as stream:
-        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    """Sum of the tensors of a safetensors file, from its header."""
+    header, _ = read_header(file)
     offsets = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
     return sum(end - start for start, end in offsets)
 

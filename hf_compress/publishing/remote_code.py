@@ -1,7 +1,6 @@
 """A file of code beside the weights, so that `trust_remote_code=True` loads a compressed model without an import."""
 
 import json
-from pathlib import Path
 
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
@@ -15,23 +14,26 @@ import transformers
 '''
 
 
-def add_remote_code(model: PreTrainedModel, folder: str | Path) -> None:
-    """Let `Auto...from_pretrained(folder, trust_remote_code=True)` load `model` without `import hf_compress`.
+def remote_code(model: PreTrainedModel, config: str) -> dict[str, bytes]:
+    """The files with which `Auto...from_pretrained(folder, trust_remote_code=True)` loads `model` without `import
+    hf_compress`: one of Python, and `config`, the text of config.json, with an `auto_map` at its end.
 
-    `folder` is where `model.save_pretrained` has written it: gains one Python file, and an `auto_map` in config.json.
-    Without the package the load stops and says which package is missing.
+    Nothing else of the text changes. Without the package the load stops and says which package is missing. Raises
+    ValueError for a config that names other code.
     """
-    folder = Path(folder)
     names = _auto_classes(model)
-    classes = sorted(set(names.values()))
-    # The classes keep their names, so that a model loaded this way and saved again still says what it is.
-    code = TEMPLATE + "".join(f"\nclass {name}(transformers.{name}):\n    pass\n\n" for name in classes)
-    (folder / FILE_NAME).write_text(code, encoding="utf-8")
-    path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
     module = FILE_NAME.removesuffix(".py")
-    config["auto_map"] = {auto: f"{module}.{name}" for auto, name in sorted(names.items())}
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    auto_map = {auto: f"{module}.{name}" for auto, name in sorted(names.items())}
+    # The classes keep their names, so that a model loaded this way and saved again still says what it is.
+    classes = "".join(f"\nclass {name}(transformers.{name}):\n    pass\n\n" for name in sorted(set(names.values())))
+    found = json.loads(config).get("auto_map", auto_map)
+    if found != auto_map:
+        raise ValueError(f"config.json has an auto_map of other code, {found!r}, which is not published. Take it out.")
+    if '"auto_map"' not in config:
+        body = config.rstrip().removesuffix("}").rstrip()
+        written = json.dumps({"auto_map": auto_map}, indent=2).partition("\n")[2]
+        config = f"{body},\n{written}\n"
+    return {FILE_NAME: (TEMPLATE + classes).encode(), "config.json": config.encode()}
 
 
 def _auto_classes(model: PreTrainedModel) -> dict[str, str]:

@@ -4,13 +4,16 @@ import hashlib
 import json
 from dataclasses import fields, is_dataclass
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils.hub import cached_file
 
+from hf_compress.files.whole import file_digest
 from hf_compress.recipe.options import RecipeError
+from hf_compress.version import __version__
 
 LENGTH = 16  # characters; of different results among a thousand, two are mistaken with probability 1e-14
 # what changes where, how often and how loudly, but not what comes out
@@ -45,7 +48,9 @@ def model_fingerprint(source: str | Path) -> str:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise RecipeError(f"{source} holds no model: there is no config.json in it.")
-        files = sorted(p for p in folder.iterdir() if p.is_file() and p.name != "README.md")
+        files = sorted(
+            p for p in folder.iterdir() if p.is_file() and p.name != "README.md" and not p.name.startswith(".")
+        )
         return digest({file.name: file_digest(file) for file in files})
     try:
         validate_repo_id(str(source))
@@ -56,13 +61,8 @@ def model_fingerprint(source: str | Path) -> str:
     return Path(config).parent.name  # snapshots are called by their commit
 
 
-def file_digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(stream)
-
-
-def _digest(stream) -> str:  # Python 3.10
-    content = hashlib.sha256()
-    while piece := stream.read(1 << 20):
-        content.update(piece)
-    return content.hexdigest()
+@cache
+def code_fingerprint() -> str:
+    """Of this package's code, which may have changed though its version has not."""
+    code = Path(__file__).parents[1]
+    return digest([__version__, {str(f.relative_to(code)): file_digest(f) for f in sorted(code.rglob("*.py"))}])

@@ -17,8 +17,17 @@ class RecipeError(ValueError):
     """Something in a recipe or on the command line that its writer can mend."""
 
 
+MOST_CHARACTERS = 2**20  # of a YAML file
+MOST_VALUES = 10_000  # that one stands for, however often it refers to what it has said before
+
+
 class _Loader(yaml.SafeLoader):
     """YAML with the numbers of version 1.2: `1e-4` is a number, `1:2` (a pair of layers) and `no` are texts."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)  # `<<`: a few lines can stand for billions
+        if len(node.value) > MOST_VALUES:
+            raise yaml.constructor.ConstructorError(problem="it is too large", problem_mark=node.start_mark)
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -36,12 +45,29 @@ _Loader.add_implicit_resolver(
 
 def read_yaml(text: str, source: str) -> Any:
     """The value that `text` stands for. Raises RecipeError, with the line, for what is not YAML."""
+    if len(text) > MOST_CHARACTERS:
+        raise RecipeError(f"{source} has {len(text):,} characters, of at most {MOST_CHARACTERS:,}: it is no recipe.")
     try:
-        return yaml.load(text, Loader=_Loader)
+        value = yaml.load(text, Loader=_Loader)
+        _check_size(value, source)
+        return value
+    except RecursionError:
+        raise RecipeError(f"{source} is nested too deeply.") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark else ""
         raise RecipeError(f"{source}{place} is not valid YAML: {getattr(error, 'problem', error)}.") from error
+
+
+def _check_size(value: Any, source: str) -> None:
+    """Counts what is referred to each time; a value that holds itself never ends."""
+    left, count = [value], 0
+    while left:
+        one = left.pop()
+        count += 1
+        left += [*one, *one.values()] if isinstance(one, dict) else one if isinstance(one, (list, set, tuple)) else ()
+        if count > MOST_VALUES:
+            raise RecipeError(f"{source} stands for more than {MOST_VALUES:,} values: its aliases (*) refer too often.")
 
 
 def unknown(name: str, known: Iterable[str], what: str) -> RecipeError:

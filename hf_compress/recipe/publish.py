@@ -14,8 +14,13 @@ class PublishOptions:
     dataset_id: str | None = field(default=None, metadata={"help": "Hub name or identifier of the data."})
     license: str | None = field(default=None, metadata={"help": "Licence of the model, such as apache-2.0."})
     language: str | None = field(default=None, metadata={"help": "Language of the texts, such as en."})
+    allow: str | None = field(
+        default=None,
+        metadata={"help": "Texts, with commas, that may be published though they look private."},
+    )
     dry_run: bool = field(default=False, metadata={"help": "Make everything that would be sent, and send nothing."})
 
     def card_options(self) -> dict[str, Any]:
         names = ("base_model", "dataset_id", "license", "language")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return {**given, **({"allow": tuple(self.allow.split(","))} if self.allow else {})}

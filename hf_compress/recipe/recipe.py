@@ -12,15 +12,17 @@ from typing import Any
 import yaml
 from transformers import AutoConfig
 
+from hf_compress.files.whole import write_whole
 from hf_compress.publishing.hub import publish
 from hf_compress.recipe.data import CLASSIFICATION, LANGUAGE_MODEL, TASKS, DataOptions, RecipeData
 from hf_compress.recipe.evaluate import chosen_models, evaluate, main_figures
-from hf_compress.recipe.fingerprints import digest, model_fingerprint, settings
+from hf_compress.recipe.fingerprints import code_fingerprint, digest, model_fingerprint, settings
 from hf_compress.recipe.options import RecipeError, build, read_yaml, unknown
 from hf_compress.recipe.stages import Stage, StudentOptions, read_stages
 from hf_compress.recipe.store import Store
 from hf_compress.recipe.training import Work, change_model
 from hf_compress.report.card import Stage as CardStage
+from hf_compress.report.privacy import public_word
 from hf_compress.training.ranks import is_main, wait_for_all
 from hf_compress.version import __version__
 
@@ -28,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 KEYS = ("name", "description", "model", "task", "seed", "data", "stages")
 INPUT = "input"  # what stages call the model that a recipe begins with
+MARKER = ".model.fingerprint"  # of the model that is in the output
 REPORT_FILES = ("report.json", "report.md", "report.csv", "report.html", "report.png")
 
 
@@ -42,11 +45,13 @@ class Made:
 
 @dataclass(frozen=True)
 class RecipeResult:
-    """Where a recipe's results are. `stages` holds the record of each, in order."""
+    """Where a recipe's results are. `stages` holds the record of each, in order; `report` is None where no evaluation
+    is of `model`, the one that the run ends with."""
 
     output: Path
     model: Path | str
     stages: tuple[dict[str, Any], ...]
+    report: Path | None = None
 
 
 class Recipe:
@@ -117,38 +122,54 @@ class Recipe:
         needs_data = any(stage.kind != "publish" for stage in self.stages)
         if needs_data and not self.data.get("source"):
             raise RecipeError("The recipe names no data: give a file, a folder or a Hub name (`data:`, or --data).")
-        made = [Made(INPUT, self.model, model_fingerprint(self.model))]
         data = RecipeData(build(DataOptions, self.data, "data"), self.task or task_of(self.model))
-        store = Store(output_dir)
+        with Store(output_dir) as store:
+            return self._run_stages(store, data, command)
+
+    def _run_stages(self, store: Store, data: RecipeData, command: str | None) -> RecipeResult:
+        made = [Made(INPUT, self.model, model_fingerprint(self.model))]
+        if is_main():
+            store.check(["recipe.yaml", "stages.json", MARKER, *REPORT_FILES])  # hours before they are written
         records: list[dict[str, Any]] = []
         for number, stage in enumerate(self.stages, 1):
-            current = made[-1]
             fingerprint = self._fingerprint(stage, made, data, records)
-            folder = store.folder(number, stage.name, fingerprint)
+            folder = store.place(number, stage.name, fingerprint)
             record = store.record(folder)
             if record is None:
                 if stage.kind == "publish" and is_main():  # whatever the Hub says, all that was made is in its place
                     self._leave(store, made, records)
+                if stage.kind not in ("evaluate", "publish") and is_main():
+                    store.check(["model"])
                 logger.warning("%d/%d %s", number, len(self.stages), stage.name)
                 record = self._run_stage(stage, store, folder, fingerprint, made, data, records, command)
             else:
                 logger.warning("%d/%d %s: kept from an earlier run", number, len(self.stages), stage.name)
             records.append(record)
             if (folder / "model").is_dir():
-                current = Made(stage.name, folder / "model", fingerprint)
-                made.append(current)
-            if is_main() and stage.kind == "evaluate":
-                for file in REPORT_FILES:
-                    if (folder / file).is_file():
-                        store.copy_out(folder / file, file)
+                made.append(Made(stage.name, folder / "model", fingerprint))
         source = self._leave(store, made, records) if is_main() else made[-1].source
-        return RecipeResult(store.output, source, tuple(records))
+        report = None if evaluation_of(made[-1], records) is None else store.folder
+        return RecipeResult(store.folder, source, tuple(records), report)
 
     def _leave(self, store: Store, made: Sequence[Made], records: Sequence[Mapping[str, Any]]) -> Path | str:
-        """Write what the output holds beside the stages. Returns where the model is."""
-        (store.output / "recipe.yaml").write_text(self.to_yaml(), encoding="utf-8")
-        (store.output / "stages.json").write_text(json.dumps(records, indent=2), encoding="utf-8")
-        return self._copy_model(store, made[-1]) if len(made) > 1 else made[-1].source
+        """Write what the output holds beside the stages: the last model, and a report of that model if there is one.
+
+        Returns where the model is. What tells of another model goes before the model comes.
+        """
+        last, marker = made[-1], store.folder / MARKER
+        is_there = marker.is_file() and marker.read_text(encoding="utf-8") == last.fingerprint
+        if not is_there:
+            store.remove([*REPORT_FILES, "stages.json", MARKER, *(["model"] if len(made) == 1 else [])])
+        if len(made) > 1 and not (is_there and (store.folder / "model").is_dir()):
+            store.copy(Path(last.source), "model")
+        files: dict[str, str | bytes] = {"recipe.yaml": self.to_yaml(), "stages.json": json.dumps(records, indent=2)}
+        if (evaluation := evaluation_of(last, records)) is not None:
+            folder = store.folder / "stages" / evaluation["folder"]
+            files |= {name: (folder / name).read_bytes() for name in REPORT_FILES if (folder / name).is_file()}
+        elif any(record["kind"] == "evaluate" for record in records):
+            logger.warning("No evaluation is of the model that the run ends with: evaluate after the last change.")
+        store.write({**files, MARKER: last.fingerprint})
+        return store.folder / "model" if len(made) > 1 else last.source
 
     def _run_stage(
         self, stage: Stage, store: Store, folder: Path, fingerprint: str, made: Sequence[Made], data: RecipeData,
@@ -165,8 +186,10 @@ class Recipe:
                 sources = {one.name: one.source for one in made}
                 models = chosen_models(stage.own, sources, made[-1].name, self._reference(made))
                 report = evaluate(stage.own, models, data, command or f"hf-compress run {self.name}")
-                report.save(partial)
+                for name, content in report.files().items():
+                    write_whole(partial / name, content)
                 figures = main_figures(report)
+                record["model"] = made[-1].fingerprint
         elif stage.kind == "publish":
             figures = self._publish(stage, made, before, partial) if is_main() else {}
         else:
@@ -182,7 +205,7 @@ class Recipe:
     def _publish(
         self, stage: Stage, made: Sequence[Made], before: Sequence[Mapping[str, Any]], folder: Path
     ) -> dict[str, Any]:
-        report = _last_evaluation(before)
+        report = evaluation_of(made[-1], before)
         options = stage.own
         found = publish(
             made[-1].source,
@@ -206,7 +229,7 @@ class Recipe:
             sources = {one.name: one.source for one in made}
             chosen = chosen_models(stage.own, sources, made[-1].name, self._reference(made))
             others = {one.name: one.fingerprint for one in made if one.name in chosen}
-        if stage.kind == "publish" and (report := _last_evaluation(before)):
+        if stage.kind == "publish" and (report := evaluation_of(made[-1], before)):
             others["report"] = report["fingerprint"]
         teacher = self._teacher(stage, made)
         if teacher is not None:
@@ -215,7 +238,7 @@ class Recipe:
         if student := self._student(stage):
             others["student"] = model_fingerprint(student)
         texts = "" if stage.kind == "publish" else data.fingerprint
-        return digest([__version__, options, made[-1].fingerprint, texts, others, self.seed])
+        return digest([code_fingerprint(), options, made[-1].fingerprint, texts, others, self.seed])
 
     def _teacher(self, stage: Stage, made: Sequence[Made]) -> str | Path | None:
         part = stage.part("distil")
@@ -236,17 +259,8 @@ class Recipe:
 
     def _reference(self, made: Sequence[Made]) -> str:
         """What the model is held against, and learns from: the last fine-tuned one, else the one that came in."""
-        tuned = {stage.name for stage in self.stages if stage.kind == "fine-tune"}
+        tuned = {stage.name for stage in self.stages if stage.part("fine-tune")}
         return next((one.name for one in reversed(made) if one.name in tuned), INPUT)
-
-    @staticmethod
-    def _copy_model(store: Store, last: Made) -> Path:
-        marker, target = store.output / ".model.fingerprint", store.output / "model"
-        if not (target.is_dir() and marker.is_file() and marker.read_text(encoding="utf-8") == last.fingerprint):
-            marker.unlink(missing_ok=True)
-            store.copy_out(Path(last.source), "model")
-            marker.write_text(last.fingerprint, encoding="utf-8")
-        return target
 
 
 @dataclass
@@ -262,13 +276,16 @@ def card_stages(records: Sequence[Mapping[str, Any]]) -> list[CardStage]:
             continue
         parts = record["options"].get("stages") or [{"kind": record["kind"], **record["options"]}]
         for part in parts:
-            options = {name: value for name, value in part.items() if name not in ("kind", "method", "name")}
+            options = {name: public_word(value) if isinstance(value, str) else value
+                       for name, value in part.items() if name not in ("kind", "method", "name")}  # fmt: skip
             told.append(CardStage(f"{part['kind']}, {part['method']}", options))
     return told
 
 
-def _last_evaluation(records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    return next((record for record in reversed(records) if record["kind"] == "evaluate"), None)
+def evaluation_of(model: Made, records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The last evaluation whose model is this very one; None where all are of what it was before."""
+    found = (record for record in reversed(records) if record["kind"] == "evaluate")
+    return next((record for record in found if record.get("model") == model.fingerprint), None)
 
 
 def task_of(model: str | Path) -> str:

@@ -1,7 +1,7 @@
 """The kinds of stages, their methods, and which options each takes."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from importlib import import_module
 from typing import Any
 
@@ -171,9 +171,13 @@ def make_stage(method: Method, given: Mapping[str, Any], where: str) -> Stage:
     for kind, values in zip(method.options, parts, strict=True):
         fixed = training_defaults(values) if issubclass(kind, TrainingArguments) else {}
         options.append(build(kind, values, where, **fixed))
-    kind = method.kind
-    usual = method.name if kind in ("prune", "quantize") else kind
-    return Stage(kind, options[0].name or usual, method, tuple(options), given={"method": method.name, **given})
+    name = name_of(method.kind, method.name, options[0].name)
+    return Stage(method.kind, name, method, tuple(options), given={"method": method.name, **given})
+
+
+def name_of(kind: str, method: str | None, given: str | None) -> str:
+    """What reports, other stages and `--set` call a stage: its own name, or what it does."""
+    return given or ((method or DEFAULT_METHODS[kind]) if kind in ("prune", "quantize") else kind)
 
 
 def training_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -224,16 +228,16 @@ def _read_together(given: Any, where: str) -> Stage:
     )
 
 
-def _with_names(stages: list[Stage]) -> list[Stage]:
+def numbered(names: Sequence[str]) -> list[str]:
     """Names that occur once: a second `evaluate` is called evaluate-2."""
-    seen: dict[str, int] = {}
-    named = []
-    for stage in stages:
-        seen[stage.name] = seen.get(stage.name, 0) + 1
-        name = stage.name if seen[stage.name] == 1 else f"{stage.name}-{seen[stage.name]}"
-        if not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
-            raise RecipeError(f"A stage's name becomes a folder: letters, digits, - and _ only, got {name!r}.")
-        named.append(Stage(stage.kind, name, stage.method, stage.options, stage.parts, stage.given))
+    return [name if (n := list(names[: i + 1]).count(name)) == 1 else f"{name}-{n}" for i, name in enumerate(names)]
+
+
+def _with_names(stages: list[Stage]) -> list[Stage]:
+    named = [replace(s, name=name) for s, name in zip(stages, numbered([s.name for s in stages]), strict=True)]
+    for stage in named:
+        if not stage.name.replace("-", "").replace("_", "").replace(".", "").isalnum():
+            raise RecipeError(f"A stage's name becomes a folder: letters, digits, - and _ only, got {stage.name!r}.")
     return named
 
 

@@ -7,35 +7,36 @@ output/model/                                       a copy of the last stage's m
 
 import json
 import logging
-import shutil
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hf_compress.recipe.options import RecipeError
-from hf_compress.training.resume import DISCARDED, discard, publish
+from hf_compress.files.inside import inside
+from hf_compress.files.output import Output
+from hf_compress.files.whole import DISCARDED, discard, remove, replace_folder, write_whole
+from hf_compress.training.ranks import is_main
 
 logger = logging.getLogger(__name__)
 
 RECORD = "stage.json"
 PARTIAL = ".partial"
+DAMAGED = ".damaged"
 
 
-class Store:
-    """The folder that a recipe writes to. Raises RecipeError if nothing can be written there."""
+class Store(Output):
+    """The folder that a recipe writes to, see `Output`. Raises ValueError if nothing can be written there."""
 
-    def __init__(self, output: str | Path):
-        self.output = Path(output)
-        try:
-            (self.output / "stages").mkdir(parents=True, exist_ok=True)
-            probe = self.output / "stages" / ".writable"
-            probe.touch()
-            probe.unlink(missing_ok=True)
-        except OSError as error:
-            raise RecipeError(f"Nothing can be written to {output}: {error.strerror}. Choose another output.") from None
+    def __enter__(self) -> "Store":
+        if is_main():  # of several processes one writes
+            super().__enter__()
+        return self
 
-    def folder(self, number: int, name: str, fingerprint: str) -> Path:
-        return self.output / "stages" / f"{number:02d}-{name}-{fingerprint}"
+    def __exit__(self, *error: Any) -> None:
+        if is_main():
+            super().__exit__(*error)
+
+    def place(self, number: int, name: str, fingerprint: str) -> Path:
+        """Where the result of a stage belongs."""
+        return self.folder / "stages" / f"{number:02d}-{name}-{fingerprint}"
 
     def record(self, folder: Path) -> dict[str, Any] | None:
         """What a finished stage left, None if it is not there or no longer whole."""
@@ -44,23 +45,27 @@ class Store:
             return None
         try:
             record = json.loads(file.read_text(encoding="utf-8"))
-            sizes = {name: (folder / name).stat().st_size for name in record["files"] if (folder / name).is_file()}
-            whole = sizes == record["files"]
+            files = {name: inside(folder, name) for name in record["files"]}
+            whole = {n: file.stat().st_size for n, file in files.items() if file.is_file()} == record["files"]
         except (ValueError, KeyError, TypeError):  # what a disk left that lost its power
             whole = False
         if not whole:
             logger.warning("%s was changed since it was made: the stage runs again.", folder.name)
             return None
-        return record
+        return {**record, "folder": folder.name}
 
     def begin(self, folder: Path) -> Path:
         """The folder to work in; what an interrupted run left there is kept for the stage to go on from."""
-        if folder.exists():
-            shutil.rmtree(folder)  # not whole, see `record`
+        if folder.exists():  # not whole, see `record`: what somebody put there or changed is not ours to delete
+            number = 1
+            while (aside := folder.with_name(f"{folder.name}{DAMAGED}-{number}")).exists():
+                number += 1
+            folder.rename(aside)
+            logger.warning("What is left of %s is kept as %s.", folder.name, aside.name)
         partial = folder.with_name(folder.name + PARTIAL)
-        partial.mkdir(exist_ok=True)
+        partial.mkdir(parents=True, exist_ok=True)
         for left in partial.glob(f"{DISCARDED}*"):
-            shutil.rmtree(left)
+            remove(left)
         return partial
 
     def finish(self, folder: Path, record: dict[str, Any]) -> None:
@@ -69,29 +74,5 @@ class Store:
         discard(partial / "trainer")  # checkpoints: what they were for is there
         files = {str(p.relative_to(partial)): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file()}
         files.pop(RECORD, None)
-        (partial / RECORD).write_text(json.dumps({**record, "files": files}, indent=2), encoding="utf-8")
-        publish(partial, folder)
-
-    def copy_out(self, source: Path, name: str) -> Path:
-        """Copy a file or folder of a stage to `output/name`, whole or not at all."""
-        target, beside = self.output / name, self.output / f".{name}{PARTIAL}"
-        _remove(beside)
-        if source.is_dir():
-            shutil.copytree(source, beside)
-            old = self.output / f".{name}.old"
-            _remove(old)
-            with suppress(FileNotFoundError):
-                target.rename(old)
-            beside.rename(target)
-            _remove(old)
-        else:
-            shutil.copy2(source, beside)
-            beside.replace(target)
-        return target
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+        write_whole(partial / RECORD, json.dumps({**record, "files": files}, indent=2))
+        replace_folder(partial, folder)

@@ -9,7 +9,7 @@ import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_compress.report import tables
-from hf_compress.report.privacy import without_secrets
+from hf_compress.report.privacy import find_leaks
 from hf_compress.report.report import Report
 from hf_compress.report.result import Entry
 
@@ -48,6 +48,7 @@ def model_card(
     language: str | Sequence[str] | None = None,
     license: str | None = None,
     limits: Sequence[str] = (),
+    allow: Sequence[str] = (),
 ) -> ModelCard:
     """The card of one model of `report`, for `repo_id` on the Hub. Asks nothing of the network.
 
@@ -57,8 +58,10 @@ def model_card(
     dataset_id     Hub name of the evaluation data, or an identifier such as "bbc-news"; results are listed with it
     stages         the steps that made it, in order
     limits         sentences on what it should not be used for
+    allow          texts that the card may hold though they look private: a folder, a mail address
 
-    Raises ValueError for names that are local folders, and KeyError for a model that is not in the report.
+    Raises ValueError for names that are local folders and for what should stay private, with its line, and KeyError for
+    a model that is not in the report.
     """
     entry = report[model]
     names = {"repo_id": repo_id, "base_model": base_model, "dataset_id": dataset_id}
@@ -98,7 +101,10 @@ def model_card(
         count=tables.count_text,
         size=tables.size_text,
     ).content
-    return ModelCard(without_secrets(text))
+    if leaks := find_leaks(text, allow=(*allow, *repo_id.split("/"))):
+        shown = "; ".join(f"line {leak.line}: {leak.text!r} ({leak.kind})" for leak in leaks)
+        raise ValueError(f"The card would tell what should stay private: {shown}. Take it out, or allow it by name.")
+    return ModelCard(text)
 
 
 def _eval_results(

@@ -5,7 +5,6 @@ and by throughput, the median over rounds; a and s are the reference's, a* and s
 """
 
 import logging
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,7 +30,7 @@ from hf_compress.measuring.significance import bootstrap_interval, mcnemar_p_val
 from hf_compress.measuring.timing import Spread
 from hf_compress.model.anatomy import anatomy
 from hf_compress.report.layers import layer_facts
-from hf_compress.report.privacy import without_secrets
+from hf_compress.report.privacy import public_command
 from hf_compress.report.report import Report
 from hf_compress.report.result import Difference, Entry, Interval
 
@@ -72,7 +71,7 @@ def compare(
     reference         name of the model that the others are held against; the first by default
     batch_size        of the evaluation; speed is always measured at 1 and 32
     dtype, device     for models that are loaded here, as in `measure`, as are the length and the rounds
-    command           what made this report; by default the running one. Tokens and folders are taken out
+    command           what made this report; by default the running one, without folders and tokens
     isolate           measure cost and speed in a process for each model, in turns, so that thread pools of one do not
                       touch another's; needs folders or Hub names
     clock             gives seconds, of measurements in this process
@@ -140,7 +139,7 @@ def compare(
         metric=metric_name or getattr(metric, "__name__", "quality"),
         dataset=dataset_name,
         num_examples=0 if eval_dataset is None else len(own_rows[reference]),
-        command=without_secrets(command or shlex.join(["python", *sys.argv])),
+        command=public_command(["python", *sys.argv]) if command is None else command,
     )
 
 

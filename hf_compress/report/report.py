@@ -1,10 +1,10 @@
 """A report: results that print, save and draw themselves."""
 
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from hf_compress.files.output import Output
 from hf_compress.report.page import html_page
 from hf_compress.report.plot import trade_off_png
 from hf_compress.report.result import Results
@@ -41,22 +41,19 @@ class Report(Results):
             logger.warning("The report has no plot: %s", error)
             return None
 
-    def save(self, folder: str | Path) -> Path:
-        """Write report.json, .md, .csv, .html and, where quality was measured and matplotlib is there, report.png.
-
-        Everything is made before anything is written, and a file is replaced whole or not at all.
-        """
-        folder, plot = Path(folder), self._plot()
+    def files(self) -> dict[str, bytes]:
+        """report.json, .md, .csv, .html and, where quality was measured and matplotlib is there, report.png."""
+        plot = self._plot()
         texts = {"json": self.to_json(), "md": self.to_markdown(), "csv": self.to_csv(), "html": html_page(self, plot)}
         files = {f"report.{ending}": text.encode() for ending, text in texts.items()}
-        if plot is not None:
-            files["report.png"] = plot
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            temporary = folder / f".{name}.{os.getpid()}"
-            try:
-                temporary.write_bytes(content)
-                temporary.replace(folder / name)
-            finally:
-                temporary.unlink(missing_ok=True)
-        return folder
+        return files if plot is None else {**files, "report.png": plot}
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `files` into `folder`, made before anything is written, each replaced whole or not at all.
+
+        Raises ValueError for a file of these names that is not of an earlier report, or was changed since.
+        """
+        content = self.files()
+        with Output(folder, shared=True) as output:
+            output.write(content)
+        return Path(folder)

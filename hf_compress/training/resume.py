@@ -2,51 +2,32 @@
 
 import json
 import logging
-import os
 import re
-import shutil
 import zipfile
 from pathlib import Path
+
+from hf_compress.files.inside import inside
+from hf_compress.files.whole import REPLACED, put_back, remove
 
 logger = logging.getLogger(__name__)
 
 UNFINISHED = ".unfinished-"  # before the name of a checkpoint while it is written: no reader takes it for one
-DISCARDED = ".discarded-"  # before the name of what is being deleted: half of it is no checkpoint
-REPLACED = ".replaced-"  # a checkpoint of the same name, until the new one is in its place
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what kills in the middle of a save left in `folder`, where checkpoints are written."""
+    """Undo what kills in the middle of a save left in `folder`, where checkpoints are written."""
     for left in _leftovers(folder):
-        shutil.rmtree(left)
+        if left.name.startswith(REPLACED):
+            remove(put_back(left.with_name(left.name.removeprefix(REPLACED))))
+        else:
+            remove(left)
 
 
 def start_writing(checkpoint: Path) -> Path:
-    """The folder in which `checkpoint` is written until `publish`."""
+    """The folder in which `checkpoint` is written, until `replace_folder` puts it in its place."""
     folder = checkpoint.with_name(f"{UNFINISHED}{checkpoint.name}")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def publish(folder: Path, checkpoint: Path) -> None:
-    """Rename `folder` to `checkpoint`, in the place of one that was there, once the disk holds all its bytes."""
-    for path in [*folder.rglob("*"), folder]:
-        _flush(path)
-    replaced = checkpoint.with_name(f"{REPLACED}{checkpoint.name}")
-    if checkpoint.exists():
-        checkpoint.rename(replaced)
-    folder.rename(checkpoint)
-    _flush(checkpoint.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def discard(folder: Path) -> None:
-    """Delete `folder`, if it is there, so that a kill leaves all of it or nothing under its name."""
-    gone = folder.with_name(f"{DISCARDED}{folder.name}")
-    shutil.rmtree(gone, ignore_errors=True)
-    if folder.exists():
-        folder.rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)
 
 
 def last_complete_checkpoint(folder: str | Path) -> str | None:
@@ -78,11 +59,13 @@ def find_fault(checkpoint: Path) -> str | None:
     for file in (state, *sorted(checkpoint.glob("*.index.json"))):
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
+            names = () if file == state else sorted(set(content["weight_map"].values()))
+            shards = {name: inside(checkpoint, name) for name in names}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             return f"{file.name} cannot be read ({error})"
-        for shard in sorted(set(content.get("weight_map", {}).values())) if file != state else ():
-            if not (checkpoint / shard).is_file():
-                return f"{shard}, named by {file.name}, is missing"
+        for name, shard in shards.items():
+            if not shard.is_file():
+                return f"{name}, named by {file.name}, is missing"
     for file in sorted(checkpoint.glob("*.safetensors")):
         if (fault := _safetensors_fault(file)) is not None:
             return f"{file.name} {fault}"
@@ -97,15 +80,6 @@ def find_fault(checkpoint: Path) -> str | None:
 def _leftovers(folder: Path) -> list[Path]:
     """What a kill left in the middle of a save."""
     return sorted([*folder.glob(f"{UNFINISHED}checkpoint-*"), *folder.glob(f"{REPLACED}checkpoint-*")])
-
-
-def _flush(path: Path) -> None:
-    """Wait until the disk holds the file or the folder's entries."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _safetensors_fault(file: Path) -> str | None:

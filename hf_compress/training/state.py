@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
+from hf_compress.files.whole import replace_folder
 from hf_compress.training.finite import find_not_finite, is_finite
-from hf_compress.training.resume import find_fault, last_complete_checkpoint, publish, remove_leftovers, start_writing
+from hf_compress.training.resume import find_fault, last_complete_checkpoint, remove_leftovers, start_writing
 
 logger = logging.getLogger(__name__)
 
@@ -193,7 +194,7 @@ class TrainingStateMixin(Trainer):
     def _publish(self) -> None:
         self.accelerator.wait_for_everyone()  # each process has written its part
         if self.args.should_save:
-            publish(self._unfinished, self._checkpoint)
+            replace_folder(self._unfinished, self._checkpoint)
         self._unfinished = None
 
     def _place(self, folder: str | None) -> str | None:

@@ -128,10 +128,10 @@ def test_stored_size_is_that_of_the_files(tmp_path):
     model.save_pretrained(tmp_path)
     (tmp_path / "optimizer.pt").write_bytes(b"not part of the model")
     files = [tmp_path / "model.safetensors", tmp_path / "config.json"]
-    size_bytes, tensor_bytes = stored_size(model, tmp_path)
+    size_bytes, tensor_bytes, identity = stored_size(model, tmp_path)
     assert size_bytes == sum(file.stat().st_size for file in files)
     assert tensor_bytes == 4 * model.num_parameters()
-    assert stored_size(model) == (size_bytes, tensor_bytes)
+    assert stored_size(model) == (size_bytes, tensor_bytes, identity)
 
 
 def test_shards_are_summed(tmp_path):

@@ -5,8 +5,8 @@ import json
 import pytest
 import yaml
 from helpers import tiny_model
-from hub.server import TOKEN, HubServer
 from huggingface_hub import constants
+from publishing.server import TOKEN, HubServer
 from recipe_run import reviews, tiny_folder
 
 import hf_compress as hfc
@@ -18,7 +18,7 @@ def hub(monkeypatch):
     server = HubServer().start()
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr("hf_compress.publishing.hub.WAIT_SECONDS", 0.0)
+    monkeypatch.setattr("hf_compress.publishing.upload.WAIT_SECONDS", 0.0)
     yield server
     server.stop()
 

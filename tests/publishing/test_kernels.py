@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from hub.server import TOKEN, HubServer
 from huggingface_hub import constants
+from publishing.server import TOKEN, HubServer
 
 kernels = pytest.importorskip("kernels")
 pytest.importorskip("tomllib", reason="scripts/publish_kernels.py needs Python 3.11")
@@ -23,7 +23,7 @@ def hub(monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr(publish_kernels, "check_tree", lambda: None)  # a tree that is worked on
-    monkeypatch.setattr("hf_compress.publishing.hub.WAIT_SECONDS", 0.0)
+    monkeypatch.setattr("hf_compress.publishing.upload.WAIT_SECONDS", 0.0)
     yield server
     server.stop()
 
@@ -64,7 +64,7 @@ def test_published_kernels_load_by_name_in_a_fresh_process(hub, publish, tmp_pat
 
 def test_what_breaks_off_does_not_load_and_the_next_try_completes(hub, publish, monkeypatch, capsys):
     monkeypatch.setattr(publish_kernels, "check_build", lambda build: None)
-    monkeypatch.setattr("hf_compress.publishing.hub.ATTEMPTS", 1)
+    monkeypatch.setattr("hf_compress.publishing.upload.ATTEMPTS", 1)
     hub.fail["commit"] = [400]
     assert publish() == 1
     assert f"Publishing {NAME} failed: it answered 400" in capsys.readouterr().err

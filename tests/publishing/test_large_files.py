@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-from hub.server import TOKEN, HubServer
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
+from publishing.server import TOKEN, HubServer
 
-from hf_compress.publishing.hub import HubError, upload
+from hf_compress.publishing.upload import HubError, upload
 
 PART = 1000
 WEIGHTS = bytes(range(256)) * 17  # 4,352 bytes: four whole parts, and one of 352
@@ -75,7 +75,7 @@ def test_an_upload_that_dies_in_the_third_part_shows_nothing(answer, folder, hub
 
 def test_a_file_that_is_not_what_its_name_says_is_not_kept(folder, hub, monkeypatch):
     """The server checks, so the tests above mean something."""
-    monkeypatch.setattr("hf_compress.publishing.hub.ATTEMPTS", 1)
+    monkeypatch.setattr("hf_compress.publishing.upload.ATTEMPTS", 1)
     original = hub.http.RequestHandlerClass.complete
     monkeypatch.setattr(hub.http.RequestHandlerClass, "complete",
                         lambda self, wanted: original(self, {**wanted, "parts": wanted["parts"][:-1]}))  # fmt: skip

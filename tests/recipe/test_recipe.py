@@ -94,7 +94,7 @@ def test_a_stopped_training_goes_on_and_ends_in_the_same_weights(work, finished,
 def test_a_kill_while_checkpoints_are_deleted_leaves_no_half_of_one(tmp_path, monkeypatch):
     """Without its random state a checkpoint would be resumed, and end in other weights."""
     store = Store(tmp_path)
-    place = store.folder(1, "fine-tune", "0" * 16)
+    place = store.place(1, "fine-tune", "0" * 16)
     checkpoint = store.begin(place) / "trainer" / "checkpoint-20"
     checkpoint.mkdir(parents=True)
     (checkpoint / "rng_state.pth").write_text("", encoding="utf-8")
@@ -105,7 +105,7 @@ def test_a_kill_while_checkpoints_are_deleted_leaves_no_half_of_one(tmp_path, mo
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("hf_compress.training.resume.shutil.rmtree", killed_halfway)
+        patched.setattr("hf_compress.files.whole.shutil.rmtree", killed_halfway)
         with pytest.raises(KeyboardInterrupt):
             store.finish(place, {})
     again = store.begin(place)

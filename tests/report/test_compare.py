@@ -181,7 +181,7 @@ def test_what_was_saved_can_be_read(tmp_path, tokenizer, monkeypatch):
     report = hfc.compare({"m": model, "n": classifier(seed=1)}, eval_dataset=examples(model),
                          processing_class=tokenizer, dataset_name="made-up", **QUICK)  # fmt: skip
     report.save(tmp_path / "new" / "report")
-    files = {file.name for file in (tmp_path / "new" / "report").iterdir()}
+    files = {file.name for file in (tmp_path / "new" / "report").iterdir() if not file.name.startswith(".")}
     assert files == {f"report.{kind}" for kind in ("csv", "html", "json", "md", "png")}
     record = json.loads((tmp_path / "new" / "report" / "report.json").read_text(encoding="utf-8"))
     assert record["command"] == "python compare.py --model teacher --token ***"
