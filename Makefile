@@ -1,7 +1,7 @@
 # Each command makes its own .venv when there is none. PYTHON=python3.12 chooses another interpreter.
 PYTHON ?= python3
 VENV := .venv
-BIN := $(VENV)/bin
+BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 INSTALLED := $(VENV)/.installed
 TEACHER ?=
 DATASET ?=
@@ -26,12 +26,13 @@ test: $(INSTALLED)  ## the test suite; test-long runs the widest cases too
 
 test-long: $(INSTALLED)  ## everything that needs no GPU
 	$(BIN)/python -m pytest -n 2 -m 'not gpu' $(ARGS)
+	$(BIN)/python scripts/checks/static_gate.py
 
 check: $(INSTALLED)  ## lint, format, import direction, compiled kernels
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest tests/test_project.py
-	$(BIN)/python scripts/static_gate.py
+	$(BIN)/python scripts/checks/static_gate.py --short
 
 style: $(INSTALLED)  ## format and fix
 	$(BIN)/ruff check --fix .

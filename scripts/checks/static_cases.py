@@ -46,6 +46,10 @@ class Case:
     weights: int = 0  # weights that one pass of the main loop consumes, all threads together
     limits: dict = field(default_factory=dict)
 
+    @property
+    def key(self) -> str:
+        return f"{self.arch} {self.name}"
+
 
 def _arch_constants(constants: dict, arch: str) -> dict:
     return constants if arch.startswith("sm_") else {**constants, "USE_ASM": False, "ASM": "", "OPERANDS": ""}
