@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import tomllib
+import yaml
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "hf_compress"
@@ -139,6 +139,32 @@ def test_text_without_encoding_would_be_found():
     assert text_calls_without_encoding('a.write_text("x", encoding="utf-8")\nb.open("rb")') == []
 
 
+POSIX = {"os.fork(": "needs_fork", "SIGKILL": "needs_fork", "/proc/": "needs_proc", "fuzz_apart": "needs_proc"}
+
+
+def test_what_not_every_machine_has_is_asked_for_first():
+    """Modules of tests, that is: what they call says what it needs."""
+    for file in (ROOT / "tests").rglob("test_*.py"):
+        text = file.read_text(encoding="utf-8")
+        for name, mark in POSIX.items():
+            assert name not in text or mark in text or file == Path(__file__), f"{file} has {name!r} without {mark}"
+    for folder in ("hf_compress", "triton_kernels"):
+        for file in (ROOT / folder).rglob("*.py"):
+            text = file.read_text(encoding="utf-8")
+            assert not {"resource", "fcntl", "pwd", "signal"} & imports(file), f"{file}: Windows has none of it"
+            assert "os.fork" not in text and '"/tmp' not in text, file
+
+
+def test_the_workflow_runs_what_a_person_runs():
+    text = (ROOT / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8")
+    (job,) = yaml.safe_load(text)["jobs"].values()
+    machines, pythons = job["strategy"]["matrix"]["machine"], job["strategy"]["matrix"]["python"]
+    assert [name for name in ("arm", "macos", "windows") if not any(name in machine for machine in machines)] == []
+    assert "3.10" in pythons and all(isinstance(version, str) for version in pythons)
+    assert job["defaults"]["run"]["shell"] == "bash" and job["steps"][-1]["run"] == ".ci/run"
+    assert "eol=lf" in (ROOT / ".gitattributes").read_text(encoding="utf-8")
+
+
 def test_only_ops_knows_the_kernels():
     for file in SOURCES:
         if any(name.split(".")[0] == "hf_compress_kernels" for name in imports(file)):
@@ -159,9 +185,9 @@ def test_the_kernels_import_nothing_of_ours():
 
 
 def test_the_wheel_never_installs_the_name_of_another_project():
-    find = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"][
-        "find"
-    ]
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 reads TOML")
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+    find = tools["setuptools"]["packages"]["find"]
     assert all(pattern.startswith("hf_compress") for pattern in find["include"])
 
 

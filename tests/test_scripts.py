@@ -103,6 +103,7 @@ def test_a_bilstm_learns_from_an_encoder(tiny_folder, tmp_path):
 
 
 def test_benchmark_of_distillation_on_words():
+    pytest.importorskip("resource")
     printed = run("scripts/benchmark_word_level.py", "--batch_size=2", "--length=8", "--vocabulary=64", "--steps=1")
     assert "memory" in printed and "time" in printed
 

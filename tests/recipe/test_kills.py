@@ -5,10 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from machine import needs_proc
 
 ROOT = Path(__file__).parents[2]
 
 
+@needs_proc
 @pytest.mark.long
 def test_two_kills_change_no_byte():
     command = [sys.executable, "scripts/checks/kill.py", "--kills", "2", "--kills-per-run", "2", "--steps", "4"]

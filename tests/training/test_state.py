@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import tiny_model
+from machine import needs_fork
 from safetensors.torch import load_file
 from torch import nn
 
@@ -51,6 +52,7 @@ def test_attached_state_is_trained_and_never_saved(tmp_path):
     assert set(state.state_dict()) == {"projection.weight", "mask"}
 
 
+@needs_fork
 @pytest.mark.parametrize("method", ["soft-targets", "tinybert"])
 def test_a_killed_run_resumes_to_the_same_bits(method, tmp_path):
     """Killed after step 5, and again in the middle of saving step 6: weights, projections and logs are as if never."""

@@ -7,13 +7,16 @@ from unittest import mock
 
 import pytest
 import torch
+from machine import needs_proc
 from safetensors.torch import load_file, save_file
 from transformers import BertForMaskedLM, core_model_loading
 
 import hf_compress as hfc
 from hf_compress.layers.packed_linear import PackedLinear
 from hf_compress.layers.scheme import WeightScheme
-from scripts.checks.fuzz import CHECKPOINTS, Bomb, bert, fuzz_apart
+
+pytest.importorskip("resource", reason="scripts/checks/fuzz.py bounds what it runs: not on Windows")
+from scripts.checks.fuzz import CHECKPOINTS, Bomb, bert, fuzz_apart  # noqa: E402
 
 # Transformers 5.17 gives a head of other labels the file's shape, for any quantized model
 MAKES_NEW_HEADS = "param_needs_quantization(model, target_name)" in inspect.getsource(core_model_loading)
@@ -134,6 +137,7 @@ def test_a_huge_group_index_is_refused_without_counting_up_to_it(folder):
         layer.check("layer")
 
 
+@needs_proc
 def test_five_hundred_damaged_checkpoints_load_right_or_not_at_all():
     ends, complaints = fuzz_apart(range(500), seed=1)
     assert not complaints, "\n".join(f"{number}: {text}" for number, text in complaints.items())
@@ -141,6 +145,7 @@ def test_five_hundred_damaged_checkpoints_load_right_or_not_at_all():
     assert sum(count for end, count in ends.items() if end.endswith(" loads")) > 50
 
 
+@needs_proc
 @pytest.mark.long
 @pytest.mark.parametrize("part", range(20))
 def test_ten_thousand_damaged_checkpoints_load_right_or_not_at_all(part):

@@ -5,7 +5,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import hf_compress as hfc
-from scripts.checks.fuzz import CHECKPOINTS, bert
+
+pytest.importorskip("resource", reason="scripts/checks/fuzz.py bounds what it runs: not on Windows")
+from scripts.checks.fuzz import CHECKPOINTS, bert  # noqa: E402
 
 MADE = {**CHECKPOINTS, "ternary": lambda: hfc.quantize(bert(), 2, grid="ternary", group_size=-1)}
 

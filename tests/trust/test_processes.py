@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from distillation.data import rows
 from helpers import tiny_model
+from machine import needs_fork
 from transformers import TrainerCallback
 from trust.trainers import TRAINERS, build, run
 
@@ -19,6 +20,7 @@ import hf_compress as hfc
 from hf_compress.quantization import block_by_block
 from hf_compress.quantization.gptq import quantize_weight
 
+pytestmark = needs_fork
 # one process's batch is 8, two have 4 each: their losses are sums over the same 8 examples, in another order
 TOLERANCE = 1e-4
 ALIKE = [

@@ -6,6 +6,7 @@ import signal
 import pytest
 import torch
 from helpers import tiny_model
+from machine import needs_fork
 from pruning.test_callbacks import OurTrainer, arguments
 from transformers import TrainerCallback
 from trust.compositions import COMPOSITIONS
@@ -76,6 +77,7 @@ def killed_and_whole(job, folder, seed):
     return (torch.load(folder / f"{n}.pt", weights_only=True) for n in ("killed", "whole"))
 
 
+@needs_fork
 @pytest.mark.long
 @pytest.mark.parametrize("name", CASES)
 def test_a_run_killed_at_ten_random_moments_ends_in_the_same_bits(name, tmp_path):
@@ -84,6 +86,7 @@ def test_a_run_killed_at_ten_random_moments_ends_in_the_same_bits(name, tmp_path
     assert not list(folder.glob(".unfinished-*")) and len(list(folder.glob("checkpoint-*"))) == 2
 
 
+@needs_fork
 @pytest.mark.long
 def test_a_chain_of_assistants_killed_at_ten_random_moments_ends_in_the_same_bits(tmp_path):
     def job(folder, keep):
@@ -100,6 +103,7 @@ def test_a_chain_of_assistants_killed_at_ten_random_moments_ends_in_the_same_bit
     assert_same(*killed_and_whole(job, tmp_path, seed="assistants"))
 
 
+@needs_fork
 def test_a_kill_anywhere_in_a_save_leaves_the_last_checkpoint_or_the_new_one(tmp_path):
     """At each third event of two saves: what is found afterwards is whole, and of the last step or the one before."""
     _, events = child(lambda: run("LayerPruningTrainer", tmp_path / "all", max_steps=2, **SAVES), tmp_path / "all")

@@ -3,6 +3,7 @@
 import gc
 
 import torch
+from machine import needs_proc
 from trust.trainers import build
 
 from scripts.soak import ALLOWED, growth, soak
@@ -21,6 +22,7 @@ def test_a_step_of_head_pruning_frees_its_graph(tmp_path):
     assert kept_graphs() == before
 
 
+@needs_proc
 def test_handles_hooks_and_tensors_do_not_grow(tmp_path):
     """Distilling, pruning and quantizing at once, with a save and an evaluation after each step."""
     grown = growth(soak(20, tmp_path))
