@@ -1,5 +1,6 @@
 """`hf-compress convert FOLDER OUTPUT --format ...`: the same weights for other readers."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -7,8 +8,9 @@ from transformers import AutoConfig, AutoTokenizer
 
 from hf_compress.commands.parser import Parser
 from hf_compress.formats.compressed_tensors.read import load_compressed_tensors
-from hf_compress.formats.export import FORMATS, export
+from hf_compress.formats.export import FORMATS, RUNTIMES, export
 from hf_compress.formats.gptq import load_gptq
+from hf_compress.formats.runtimes.whole_folder import RECORD
 from hf_compress.measuring.measure import load_model
 from hf_compress.recipe.options import RecipeError
 
@@ -25,14 +27,31 @@ def run(verb: str, arguments: list[str]) -> int:
         raise RecipeError(f"{output} is not empty. Choose another folder, so that nothing is lost.")
     method = (getattr(AutoConfig.from_pretrained(source), "quantization_config", None) or {}).get("quant_method")
     model = READERS[method](source) if method in READERS else load_model(source, device="cpu")
-    if given.format == OWN:
-        model.save_pretrained(output)
+    tokenizer = AutoTokenizer.from_pretrained(source) if has_tokenizer(source) else None
+    if given.format in RUNTIMES:
+        export(model, output, format=given.format, tokenizer=tokenizer)
+        sys.stdout.write(agreement(output))
     else:
-        export(model, output, format=given.format)
-    if has_tokenizer(source):
-        AutoTokenizer.from_pretrained(source).save_pretrained(output)
+        if given.format == OWN:
+            model.save_pretrained(output)
+        else:
+            export(model, output, format=given.format)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(output)
     sys.stdout.write(f"{given.format}  {output}\n")
     return 0
+
+
+def agreement(folder: Path) -> str:
+    """What hf_compress.json says of the agreement with the model, one line an output."""
+    measured = json.loads((folder / RECORD).read_text(encoding="utf-8"))["agreement"]
+    if "equal_weights" in measured:
+        return f"{measured['equal_weights']} tensors decode to the weights of the model\n"
+    lines = []
+    for name, values in measured["outputs"].items():
+        figures = "  ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in values.items())
+        lines.append(f"{name}  {measured['texts']} texts  {figures}\n")
+    return "".join(lines)
 
 
 def convert_parser() -> Parser:

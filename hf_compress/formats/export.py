@@ -2,19 +2,25 @@
 
 import copy
 import json
+from collections.abc import Iterable
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
+import transformers
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.formats.compressed_tensors.write import compressed_tensors
 from hf_compress.formats.gemma import gemma_tensors
 from hf_compress.formats.gptq import gptq_tensors
 
-FORMATS = ("compressed-tensors", "gemma", "gptq", "plain")
+RUNTIMES = ("gguf", "onnx", "openvino")
+FORMATS = ("compressed-tensors", "gemma", "gptq", "plain", *RUNTIMES)
 
 
-def export(model: PreTrainedModel, folder: str | Path, *, format: str) -> Path:
+def export(model: PreTrainedModel, folder: str | Path, *, format: str,
+           tokenizer: PreTrainedTokenizerBase | None = None, calibration: Iterable | None = None) -> Path:  # fmt: skip
     """Write `model` into `folder` in a format of the ecosystem. `model` stays as it is.
 
     gptq                read by GPTQModel, vLLM and others: zero points minus one (v1) where all weights are symmetric,
@@ -22,13 +28,25 @@ def export(model: PreTrainedModel, folder: str | Path, *, format: str) -> Path:
     compressed-tensors  pack-quantized, read by vLLM and Transformers with compressed-tensors
     gemma               Transformers' own format: no plugin needed; 2, 4 and 8 bit, symmetric, one scale per row
     plain               dequantized weights that any loader reads
+    openvino, onnx      a graph that OpenVINO or ONNX Runtime runs without torch, Transformers or us, in a folder that
+                        is complete: tokenizer, labels, a README with the lines that run it, hf_compress.json
+    gguf                a file that llama.cpp runs
 
-    Raises ValueError, naming the module, for what the format cannot express.
+    The last three want an empty or new `folder` and the `tokenizer` (by default that of the folder which `model` came
+    from), run what they wrote beside `model`, on 64 texts of `calibration` (rows with `input_ids`) or random tokens,
+    and keep nothing when the two differ.
+
+    Raises ValueError, naming the module, for what the format cannot express, ImportError for a missing runtime, naming
+    the extra that brings it, and RuntimeError, naming the layer, where the runtime gives other outputs.
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {FORMATS}, got {format!r}.")
+    if format not in RUNTIMES and (tokenizer is not None or calibration is not None):
+        raise ValueError(f"tokenizer and calibration are for {RUNTIMES}, not for {format!r}.")
     folder = Path(folder)
-    if format == "plain":
+    if format in RUNTIMES:
+        installed(format).write(model, folder, tokenizer=tokenizer, calibration=calibration)
+    elif format == "plain":
         plain = copy.deepcopy(model)
         if getattr(plain, "hf_quantizer", None) is not None:
             plain = plain.dequantize()
@@ -42,6 +60,20 @@ def export(model: PreTrainedModel, folder: str | Path, *, format: str) -> Path:
     else:
         save_as(model, folder, *gemma_tensors(model))
     return folder
+
+
+def installed(format: str) -> ModuleType:
+    """The module that writes for a runtime. Raises ImportError that says what to install."""
+    try:
+        return import_module(f"hf_compress.formats.{format}")
+    except ImportError as error:
+        missing = error.name or ""
+        if missing.startswith("transformers"):
+            what = f"exporters, which Transformers has since 5.23; installed is {transformers.__version__}"
+            raise ImportError(f"format={format!r} needs {what}. Install transformers>=5.23.") from error
+        raise ImportError(
+            f"format={format!r} needs {missing or error}: install it with `pip install 'hf_compress[{format}]'`."
+        ) from error
 
 
 def save_as(model: PreTrainedModel, folder: Path, state: dict[str, Tensor], quantization_config: dict) -> None:

@@ -135,7 +135,7 @@ def test_compressed_tensors_layout():
         ("gemma", dict(bits=3, symmetric=True, group_size=-1), "the gemma format"),
         ("gemma", dict(bits=4), "the gemma format"),
         ("compressed-tensors", dict(bits=4, embedding_bits=8), "embeddings.word_embeddings"),
-        ("onnx", dict(bits=4), "format must be one of"),
+        ("onnx-runtime", dict(bits=4), "format must be one of"),
     ],
 )
 def test_what_a_format_cannot_express_is_refused(format, options, message, tmp_path):

@@ -1,0 +1,142 @@
+"""ONNX Runtime: the integers of a packed model in an ONNX graph, made by transformers' exporter.
+
+    8-bit rows with a trained range     QuantizeLinear, DequantizeLinear around int8 weights: ONNX Runtime fuses them
+    other 8-bit rows                    each token its own scale, as our layers round: MatMulInteger
+    groups and 2, 3, 4 bit              MatMulNBits, which rounds inputs to 8 bit in blocks; 2 and 3 bit travel in 4
+    groups that MatMulNBits has not     DequantizeLinear in blocks, and a float product
+    embedding                           Gather of the integers, then scaled; GatherBlockQuantized below 8 bit
+
+Tested with onnxruntime 1.31.1, onnx 1.23.2, onnxscript 0.7.2, transformers 5.23.0, torch 2.13.0.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import onnx_ir as ir
+import onnxruntime as ort
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.exporters import ExportFormat, ExportQuantizer, OnnxConfig, OnnxExporter
+
+from hf_compress.formats.packed_weight import PackedWeight, packed_weights
+from hf_compress.formats.runtimes.agreement import Arrays, Session
+from hf_compress.formats.runtimes.folder import write_folder
+from hf_compress.formats.runtimes.onnx_nodes import MICROSOFT, Nodes, product, rounded_inputs, table_rows
+from hf_compress.formats.runtimes.traced import Traced, sample_inputs, traced
+
+OPSET = 21  # the first with 4-bit integers
+# int8 weights become uint8 where products of u8 x i8 overflow, which is on x86 without VNNI
+WITHOUT_OVERFLOW = ("session.x64quantprecision", "1")
+
+
+def write(model: PreTrainedModel, folder: Path, *, tokenizer: PreTrainedTokenizerBase | None,
+          calibration: Iterable | None) -> None:  # fmt: skip
+    write_folder(model, folder, OnnxExport, tokenizer, calibration)
+
+
+class PackedWeights(ExportQuantizer):
+    """Puts the integers of `weights` where their dequantized copies were traced."""
+
+    supported_formats = (ExportFormat.ONNX,)
+    required_packages = ("onnx_ir",)
+
+    def __init__(self, weights: dict[str, PackedWeight], traced: Traced):
+        super().__init__()
+        self.weights, self.traced = weights, traced
+        self.products: dict[str, ir.Value] = {}  # module -> what multiplying by it gives
+        self.found: set[str] = set()
+        self.rounded: dict[tuple, list[ir.Value]] = {}
+
+    def quantize(self, model: ir.Model, sample_inputs: dict, export_format: ExportFormat) -> ir.Model:
+        self.nodes = Nodes(model.graph)
+        for value in list(model.graph.initializers.values()):
+            array = None if value.const_value is None else value.const_value.numpy()
+            found = None if array is None else self.traced.find(array)
+            if found is not None:
+                for node, port in list(value.uses()):
+                    self.replace(node, port, *found)
+        keep_layer_norms(model)
+        RemoveUnusedNodesPass()(model)
+        for name in [n for n, v in model.graph.initializers.items() if not v.uses() and not v.is_graph_output()]:
+            model.graph.initializers.pop(name)
+        model.opset_imports.setdefault(MICROSOFT, 1)
+        model.graph.sort()  # what is shared stands before its first reader
+        return model
+
+    def replace(self, node: ir.Node, port: int, name: str, is_transposed: bool) -> None:
+        """One reader of a weight. Readers that neither multiply nor look up keep the float numbers."""
+        weight, kind = self.weights[name], node.op_type
+        transposes = kind == "Gemm" and node.attributes.get_int("transB", 0) == 1
+        with self.nodes.before(node):
+            if kind in ("MatMul", "Gemm") and port == 1 and is_transposed != transposes:  # x W^T
+                new = self.products[name] = self.multiply(node.inputs[0], weight)
+                if kind == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
+                    new = self.nodes.add("Add", new, node.inputs[2])
+            elif kind == "Gather" and port == 0 and not is_transposed and weight.is_table:
+                new = table_rows(self.nodes, weight, node.inputs[1])
+            else:
+                return
+        self.found.add(name)
+        self.nodes.put_in_place(node, new)
+
+    def multiply(self, x: ir.Value, weight: PackedWeight) -> ir.Value:
+        place = x, weight.scheme.activation_range, weight.scheme.bits == 8 and weight.num_groups == 1
+        if place not in self.rounded:
+            self.rounded[place] = rounded_inputs(self.nodes, x, weight)
+        return product(self.nodes, self.rounded[place], weight)
+
+
+def keep_layer_norms(model: ir.Model) -> None:
+    """Sum instead of Add before LayerNormalization.
+
+    ONNX Runtime else fuses the two into a SkipLayerNormalization, whose CPU kernel takes about three times as long: a
+    third of the time of a small model.
+    """
+    for node in model.graph:
+        if node.op_type == "Add" and any(use.node.op_type == "LayerNormalization" for use in node.outputs[0].uses()):
+            node.op_type = "Sum"
+
+
+class OnnxExport:
+    """`model` as an ONNX graph. `inputs` are a tokenizer's, None where there is none."""
+
+    format = "onnx"
+    tested = {"onnxruntime": "1.31.1", "onnx": "1.23.2", "onnxscript": "0.7.2", "transformers": "5.23.0"}
+
+    def __init__(self, model: PreTrainedModel, inputs: list[str] | None):
+        weights = {weight.name: weight for weight in packed_weights(model)}
+        trace = traced(model)
+        quantizer = PackedWeights(weights, trace) if weights else None
+        config = OnnxConfig(dynamic=True, opset_version=OPSET, quantizer=quantizer)
+        self.exported = OnnxExporter().export(trace.model, sample_inputs(trace.model, inputs), config)
+        self.products = quantizer.products if quantizer else {}
+        self.folded = sorted(weights.keys() - quantizer.found) if quantizer else []
+
+    def save(self, folder: Path) -> None:
+        self.exported.save_pretrained(folder)
+
+    def session(self, *, watch: bool = False) -> Session:
+        """What the file says; with `watch` also each product, under its module's name."""
+        program, watched = self.exported.program, self.products if watch else {}
+        names = {value.name: name for name, value in watched.items()}
+        program.graph.outputs.extend(watched.values())
+        try:
+            serialized = ir.to_proto(program).SerializeToString()
+        finally:
+            for value in watched.values():
+                program.graph.outputs.remove(value)
+        run_options = ort.SessionOptions()
+        run_options.add_session_config_entry(*WITHOUT_OVERFLOW)
+        loaded = ort.InferenceSession(serialized, run_options, providers=["CPUExecutionProvider"])
+        inputs = {
+            port.name: tuple(d if isinstance(d, int) else None for d in port.shape) for port in loaded.get_inputs()
+        }
+
+        def run(fed: Arrays) -> Arrays:
+            outputs = [port.name for port in loaded.get_outputs()]
+            return {names.get(name, name): value for name, value in zip(outputs, loaded.run(None, fed), strict=True)}
+
+        return Session(inputs, run)
+
+    def fast_session(self) -> None:
+        """None: the option that keeps products exact costs nothing where a processor does not need it."""

@@ -1,0 +1,119 @@
+"""Whether a file for another runtime says what the model says that it was written from."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_compress.model.calibration import calibration_batches, run_model
+from hf_compress.model.inputs import example_batch, forward_arguments
+
+TEXTS = 64
+# Root mean square of the differences over that of the outputs. Each runtime rounds inputs to 8 bit in its own way, and
+# some processors not at all; a wrong weight or scale gives differences as large as the outputs.
+BOUND = {"packed": 0.1, "float": 1e-3}
+SPANS = "start_logits", "end_logits"  # (B, T): one number a token
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Session:
+    """A loaded file: what goes in (None: any size), and how it runs."""
+
+    inputs: dict[str, tuple[int | None, ...]]
+    run: Callable[[Arrays], Arrays]
+
+
+def feed(session: Session, batch: Mapping[str, Tensor]) -> Arrays:
+    """`batch` as `session` takes it; a cache is empty, what is left over stays out."""
+    ids = batch["input_ids"]
+    given = {
+        "beam_idx": np.arange(len(ids), dtype=np.int32),
+        "position_ids": np.tile(np.arange(ids.shape[1]), (len(ids), 1)),
+        "token_type_ids": np.zeros(ids.shape, np.int64),
+        "attention_mask": np.ones(ids.shape, np.int64),
+        **{name: value.cpu().numpy() for name, value in batch.items()},
+    }
+    fed = {}
+    for name, (first, *rest) in session.inputs.items():
+        name_given = name.removeprefix("input.")
+        empty = (len(ids) if first is None else first, *(0 if size is None else size for size in rest))
+        fed[name] = given[name_given] if name_given in given else np.zeros(empty, np.float32)
+    return fed
+
+
+def check_batches(model: PreTrainedModel, calibration: Iterable | None) -> list[dict[str, Tensor]]:
+    """64 texts: the first of `calibration`, else random tokens, half of them in rows that end in padding."""
+    if calibration is not None:
+        batches = calibration_batches(calibration, model)
+        rows = np.cumsum([0] + [len(batch["input_ids"]) for batch in batches])
+        return [forward_arguments(model, batch) for batch, row in zip(batches, rows, strict=False) if row < TEXTS]
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 32
+    batches = [example_batch(model, sequence_length=min(length, longest)) for length in (32, 20)]
+    if "attention_mask" in batches[1] and not model.can_generate():
+        batches[1]["attention_mask"][::2, -6:] = 0
+    return batches
+
+
+@torch.no_grad()
+def measure_agreement(model: PreTrainedModel, session: Session, batches: Sequence[Mapping[str, Tensor]]) -> dict:
+    """For each output: the largest and the relative difference, and the share of equal classes or the mean cosine."""
+    seen: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+    for batch in batches:
+        found = session.run(feed(session, batch))
+        mask = batch.get("decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask")
+        for name, expected in run_model(model, batch).items():
+            if isinstance(expected, Tensor) and name in found:
+                values = expected.float().cpu().numpy(), found[name].astype(np.float32)
+                if name in SPANS:
+                    values = tuple(value[..., None] for value in values)  # (B, T, 1)
+                if mask is not None and values[0].ndim == 3 and values[0].shape[:2] == mask.shape:
+                    values = tuple(value[mask.cpu().numpy() > 0] for value in values)  # real tokens
+                seen.setdefault(name, []).append(tuple(value.reshape(-1, value.shape[-1]) for value in values))
+    pairs = {name: [np.concatenate(parts) for parts in zip(*values, strict=True)] for name, values in seen.items()}
+    outputs = {name: compare(*pair, is_class=name.endswith("logits")) for name, pair in pairs.items()}
+    return {"texts": sum(len(batch["input_ids"]) for batch in batches), "outputs": outputs}
+
+
+def compare(expected: np.ndarray, found: np.ndarray, *, is_class: bool) -> dict[str, float]:
+    """Of rows (rows, C)."""
+    difference = found - expected
+    size = float(np.sqrt(np.mean(np.square(expected, dtype=np.float64))))
+    result = {
+        "largest_difference": float(np.abs(difference).max()),
+        "relative_difference": float(np.sqrt(np.mean(np.square(difference, dtype=np.float64)))) / max(size, 1e-30),
+    }
+    if is_class and expected.shape[1] > 1:
+        result["same_class"] = float((expected.argmax(1) == found.argmax(1)).mean())
+    else:
+        lengths = np.linalg.norm(expected, axis=1) * np.linalg.norm(found, axis=1)
+        result["cosine"] = float(((expected * found).sum(1) / np.maximum(lengths, 1e-30)).mean())
+    return result
+
+
+@torch.no_grad()
+def first_difference(model: PreTrainedModel, session: Session, batch: Mapping[str, Tensor], bound: float) -> str | None:
+    """The first module whose product (`session` gives it under the module's name) differs by more than `bound`."""
+    found, result = session.run(feed(session, batch)), []
+
+    def look(name: str, bias: Tensor | None, output: Tensor) -> None:
+        product = (output if bias is None else output - bias).float().cpu().numpy()
+        if not result and name in found:
+            difference = compare(*(a.reshape(-1, product.shape[-1]) for a in (product, found[name])), is_class=False)
+            if not difference["relative_difference"] <= bound:
+                result.append(name)
+
+    handles = [
+        module.register_forward_hook(lambda m, _, output, name=name: look(name, getattr(m, "bias", None), output))
+        for name, module in model.named_modules()
+        if name in found
+    ]
+    try:
+        run_model(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return result[0] if result else None

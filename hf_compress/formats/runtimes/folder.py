@@ -1,0 +1,165 @@
+"""Folders that OpenVINO or ONNX Runtime run without torch, transformers or us: written whole, and checked."""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Protocol
+
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from hf_compress.checkpoint.bits import packed_modules
+from hf_compress.formats.runtimes.agreement import BOUND, Session, check_batches, first_difference, measure_agreement
+from hf_compress.formats.runtimes.readme import readme, write_readme
+from hf_compress.formats.runtimes.whole_folder import RECORD, check_free, whole_folder
+from hf_compress.layers.block_sparse import BlockSparseLinear
+from hf_compress.model.record import read_record
+from hf_compress.version import __version__
+
+logger = logging.getLogger(__name__)
+OVERFLOW = 0.01  # relative difference from which it is worth a warning
+
+
+class Exported(Protocol):
+    """A model in a runtime's own terms."""
+
+    format: str
+    tested: dict[str, str]  # packages and the versions that the tests ran with
+    folded: list[str]  # packed modules whose outputs became constants
+
+    def __init__(self, model: PreTrainedModel, inputs: list[str] | None): ...
+
+    def save(self, folder: Path) -> None: ...
+
+    def session(self, *, watch: bool = False) -> Session:
+        """What the file says; with `watch` also each packed module's product, under the module's name."""
+
+    def fast_session(self) -> Session | None:
+        """As the README runs it, where this processor may round more than the file says."""
+
+
+def write_folder(model: PreTrainedModel, folder: Path, kind: type[Exported],
+                 tokenizer: PreTrainedTokenizerBase | None, calibration: Iterable | None) -> None:  # fmt: skip
+    """Write `model` as a `kind`, run it there beside `model`, and only then keep the folder.
+
+    Raises ValueError for what the format cannot say and ImportError for a runtime that is not there, both before
+    anything is written, and RuntimeError, naming the first layer that differs, where the runtime says something else.
+    """
+    check_free(folder)
+    warn_of_other_versions(kind.tested)
+    tokenizer = tokenizer or tokenizer_beside(model)
+    if tokenizer is not None and not tokenizer.is_fast:
+        raise ValueError("A folder for a runtime holds a tokenizer.json: this tokenizer has none. Pass a fast one.")
+    batches = check_batches(model, calibration)
+    with quiet(), in_eval(model):
+        exported = kind(model, None if tokenizer is None else tokenizer.model_input_names)
+        agreement = measure_agreement(model, exported.session(), batches)
+        check(model, exported, agreement, batches)
+        if (fast := exported.fast_session()) is not None:
+            agreement["on_this_processor"] = measure_agreement(model, fast, batches)["outputs"]
+            warn_of_overflow(agreement)
+        with whole_folder(folder) as beside:
+            exported.save(beside)
+            name_labels(beside / "config.json", model)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(beside)
+            write_readme(beside, readme(model, kind.format, tokenizer))
+            contents = describe(model, exported, agreement)
+            (beside / RECORD).write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+    logger.info("%s agrees with the model: %s", folder, agreement["outputs"])
+
+
+def check(model: PreTrainedModel, exported: Exported, agreement: dict, batches: list[dict]) -> None:
+    """Raise RuntimeError where an output differs by more than the bound, naming the first layer that does."""
+    bound = BOUND["packed" if any(True for _ in packed_modules(model)) else "float"]
+    differences = {name: output["relative_difference"] for name, output in agreement["outputs"].items()}
+    if all(difference <= bound for difference in differences.values()):  # NaN is not
+        return
+    layer = first_difference(model, exported.session(watch=True), batches[0], bound)
+    raise RuntimeError(
+        f"What was written differs from the model by {differences} of its outputs, more than {bound:g}; the first "
+        f"layer that differs is {layer or 'none of the packed ones'}. Nothing was kept. Export as 'plain'."
+    )
+
+
+def warn_of_overflow(agreement: dict) -> None:
+    """Where products of integers on this processor say something else than the file."""
+    worst = max(output["relative_difference"] for output in agreement["on_this_processor"].values())
+    if worst > max(OVERFLOW, 2 * max(output["relative_difference"] for output in agreement["outputs"].values())):
+        logger.warning(
+            "8-bit products overflow on this processor (it has no VNNI): outputs differ by %.2g. The README says which "
+            "option keeps them exact here; processors with VNNI need none.",
+            worst,
+        )
+
+
+def name_labels(config: Path, model: PreTrainedModel) -> None:
+    """Changes the file: labels are there also where they are Transformers' own, which a config leaves out."""
+    values = json.loads(config.read_text(encoding="utf-8"))
+    values["id2label"] = {str(i): label for i, label in model.config.id2label.items()}
+    config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def describe(model: PreTrainedModel, exported: Exported, agreement: dict) -> dict:
+    """What hf_compress.json says: what is inside, with which versions it was written, and the agreement."""
+    sparse = [name for name, module in model.named_modules() if isinstance(module, BlockSparseLinear)]
+    if sparse:
+        logger.warning("%s has no block-sparse product: %s leave with their zeros.", exported.format, sparse)
+    if exported.folded:
+        logger.warning("%s became constants: their inputs are always the same.", exported.folded)
+    weights = Counter()
+    for _, module in packed_modules(model):
+        weights[f"{module.scheme.bits} bit"] += module.weight.numel()
+    return {
+        "hf_compress": __version__,
+        "format": exported.format,
+        "model": type(model).__name__,
+        "packages": {name: version(name) for name in (*exported.tested, "torch")},
+        "packed_weights": dict(weights),
+        "left_dense": sparse,
+        "made_constants": exported.folded,
+        "record": read_record(model.config),
+        "agreement": agreement,
+    }
+
+
+def tokenizer_beside(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of the folder that `model` came from, if it came from one."""
+    folder = Path(model.name_or_path or "")
+    if not model.name_or_path or not (folder / "tokenizer_config.json").is_file():
+        logger.warning("No tokenizer was given: the folder will have none. Pass `tokenizer` to make it complete.")
+        return None
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def warn_of_other_versions(tested: dict[str, str]) -> None:
+    others = {name: version(name) for name, known in tested.items() if version(name) != known}
+    if others:
+        logger.warning("Exports were tested with %s; installed are %s.", tested, others)
+
+
+@contextmanager
+def in_eval(model: PreTrainedModel) -> Iterator[None]:
+    """`model` in eval mode while open; each module gets its own mode back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the exporters' own notes on versions and dynamic axes: ours were tested together."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)

@@ -1,0 +1,118 @@
+"""The README of a folder for another runtime: the lines that run it without torch, transformers or us."""
+
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+OPEN = {
+    "openvino": """# without VNNI (before Ice Lake, Zen 4) add "LP_TRANSFORMS_MODE": "NO": 8-bit products overflow there
+model = ov.Core().compile_model("openvino_model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+names = [name for port in model.inputs for name in port.get_names()]
+""",
+    "onnx": """options = ort.SessionOptions()
+options.add_session_config_entry("session.x64quantprecision", "1")  # 8-bit products overflow without VNNI
+model = ort.InferenceSession("model.onnx", options, providers=["CPUExecutionProvider"])
+names = [port.name for port in model.get_inputs()]
+""",
+}
+IMPORT = {"openvino": "import openvino as ov", "onnx": "import onnxruntime as ort"}
+RUN = {
+    "openvino": "outputs = {port.get_any_name(): value for port, value in model(inputs).items()}\n",
+    "onnx": "outputs = dict(zip((port.name for port in model.get_outputs()), model.run(None, inputs)))\n",
+}
+WITH_TOKENIZER = """tokenizer = Tokenizer.from_file("tokenizer.json")
+tokenizer.enable_padding(pad_id={pad_id}, pad_token={pad_token!r})
+tokenizer.enable_truncation({longest})
+texts = tokenizer.encode_batch(["A fine film.", "Two hours that I shall never get back."])
+inputs = {{"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}}
+inputs = {{k: np.array([getattr(t, v) for t in texts]) for k, v in inputs.items() if k in names}}
+"""
+WITHOUT = """ids = np.array([[5, 6, 7, 8]])  # of the model's tokenizer, which was not given to the export
+inputs = {name: np.zeros_like(ids) if name == "token_type_ids" else np.ones_like(ids) for name in names}
+inputs["input_ids"] = ids
+"""
+LABELS = 'labels = json.load(open("config.json"))["id2label"]\n'
+ENDINGS = {  # by the end of the class's name
+    "ForSequenceClassification": LABELS + 'print([labels[str(i)] for i in outputs["logits"].argmax(-1)])\n',
+    "ForTokenClassification": LABELS
+    + 'print([[labels[str(i)] for i in row] for row in outputs["logits"].argmax(-1)])\n',
+    "ForMaskedLM": 'print(outputs["logits"].argmax(-1))  # the likeliest token at each place\n',
+    "ForQuestionAnswering": 'print(outputs["start_logits"].argmax(-1), outputs["end_logits"].argmax(-1))  # first and '
+    "last token\n",
+    "Model": """mask = inputs["attention_mask"][..., None]
+vectors = (outputs["last_hidden_state"] * mask).sum(1) / mask.sum(1)  # mean over real tokens
+print(vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
+""",
+}
+SEVERAL_LABELS = LABELS + 'print([[labels[str(i)] for i in np.flatnonzero(row > 0)] for row in outputs["logits"]])\n'
+DECODE = {
+    "openvino": """request, tokens = model.create_infer_request(), list(inputs["input_ids"][0])
+for start in range(len(tokens), len(tokens) + 20):
+    new = tokens if start == len(inputs["input_ids"][0]) else tokens[-1:]
+    step = {"input_ids": [new], "attention_mask": [[1] * len(tokens)], "beam_idx": [0],
+            "position_ids": [list(range(len(tokens) - len(new), len(tokens)))]}
+    logits = request.infer({k: np.array(v) for k, v in step.items() if k in names})["logits"]
+    tokens.append(int(logits[0, -1].argmax()))
+""",
+    "onnx": """tokens, cache = list(inputs["input_ids"][0]), {}
+for port in model.get_inputs():
+    if port.name.startswith("input.past"):  # empty at first
+        cache[port.name] = np.zeros([1] + [d if isinstance(d, int) else 0 for d in port.shape[1:]], np.float32)
+for start in range(len(tokens), len(tokens) + 20):
+    new = tokens if start == len(inputs["input_ids"][0]) else tokens[-1:]
+    step = {"input_ids": [new], "attention_mask": [[1] * len(tokens)],
+            "position_ids": [list(range(len(tokens) - len(new), len(tokens)))]}
+    outputs = model.run(None, cache | {k: np.array(v) for k, v in step.items() if k in names})
+    outputs = dict(zip((port.name for port in model.get_outputs()), outputs))
+    cache = {name: outputs[name.replace("input", "output", 1)] for name in cache}
+    tokens.append(int(outputs["logits"][0, -1].argmax()))
+""",
+}
+
+
+def readme(model: PreTrainedModel, format: str, tokenizer: object | None) -> str:
+    """Text of README.md. `tokenizer` is None where the export had none."""
+    name = type(model).__name__
+    lines = ["import json", "import numpy as np", IMPORT[format], "from tokenizers import Tokenizer", "", OPEN[format]]
+    if tokenizer is None:
+        lines.append(WITHOUT)
+    else:
+        longest = min(tokenizer.model_max_length, longest_text(model))
+        pad_id = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        lines.append(WITH_TOKENIZER.format(pad_id=pad_id, pad_token=tokenizer.pad_token or "", longest=longest))
+    decodes = model.can_generate() and not model.config.is_encoder_decoder
+    shown = "tokens" if tokenizer is None else "tokenizer.decode(tokens)"
+    lines += [DECODE[format], f"print({shown})"] if decodes else [RUN[format], ending(model)]
+    code = "\n".join(line.rstrip("\n") for line in lines)
+    what = "OpenVINO" if format == "openvino" else "ONNX Runtime"
+    packages = "openvino tokenizers" if format == "openvino" else "onnxruntime tokenizers"
+    return (
+        f"# {name} for {what}\n\nIt runs without PyTorch and Transformers, from inside this folder:\n\n"
+        f"```bash\npip install {packages}\n```\n\n```python\n{code}\n```\n\n"
+        "`hf_compress.json` says what is inside, and how far it agreed with the model that it was written from. "
+        "Transformers opens the folder with `ExportedModel.from_pretrained`.\n"
+    )
+
+
+def ending(model: PreTrainedModel) -> str:
+    """What becomes of the outputs, as the task has it."""
+    name = type(model).__name__
+    if name.endswith("ForSequenceClassification"):
+        if model.config.problem_type == "multi_label_classification":
+            return SEVERAL_LABELS
+        if model.config.num_labels == 1:
+            return 'print(outputs["logits"][:, 0])\n'
+    known = next((text for end, text in ENDINGS.items() if name.endswith(end)), None)
+    return known or "print({name: value.shape for name, value in outputs.items()})\n"
+
+
+def longest_text(model: PreTrainedModel) -> int:
+    """Tokens that the model has positions for; RoBERTa's begin behind its padding."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 512
+    embeddings = getattr(model.base_model, "embeddings", None)
+    padding = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
+    return positions if padding is None else positions - padding - 1
+
+
+def write_readme(folder: Path, text: str) -> None:
+    (folder / "README.md").write_text(text, encoding="utf-8")

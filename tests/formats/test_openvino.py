@@ -1,0 +1,186 @@
+"""OpenVINO folders: what they say is what the packed model says, and nothing half written stays."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers import tiny_batch, tiny_model
+from runtime_models import ROWS, SMALL, every_scheme, run_readme, tiny_tokenizer, trained_ranges, with_spread
+
+import hf_compress as hfc
+
+ov = pytest.importorskip("openvino")
+
+from hf_compress.formats.openvino import WITHOUT_OVERFLOW, dynamic_group, fake_quantize  # noqa: E402
+from hf_compress.formats.packed_weight import packed_weights  # noqa: E402
+from hf_compress.layers.activations import round_to_range  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    return trained_ranges(with_spread(tiny_model("bert", id2label={0: "bad", 1: "good"}, **SMALL)))
+
+
+@pytest.fixture(scope="module")
+def folder(classifier, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("openvino") / "model"
+    return hfc.export(classifier, folder, format="openvino", tokenizer=tiny_tokenizer())
+
+
+def integers(folder):
+    """The constants of integers in the file, by their type."""
+    model = ov.Core().read_model(folder / "openvino_model.xml")
+    constants = [node for node in model.get_ops() if node.get_type_name() == "Constant"]
+    return [n.get_element_type().get_type_name() for n in constants if len(n.get_output_shape(0)) > 1]
+
+
+def test_the_folder_is_complete_and_agrees(folder, classifier):
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {"openvino_model.xml", "openvino_model.bin", "tokenizer.json", "config.json", "README.md",
+                     "export.json", "hf_compress.json"}  # fmt: skip
+    contents = json.loads((folder / "hf_compress.json").read_text())
+    assert contents["packages"]["openvino"] and contents["packed_weights"]["8 bit"] > 0
+    logits = contents["agreement"]["outputs"]["logits"]
+    assert contents["agreement"]["texts"] == 64
+    # both round to the same trained grids: only ties at a grid's middle may fall to the other side
+    assert logits["same_class"] >= 0.98 and logits["relative_difference"] < 0.01
+    assert contents["agreement"]["on_this_processor"]["logits"]["relative_difference"] < 0.3  # overflow without VNNI
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+    kinds = integers(folder)
+    assert kinds.count("i8") == 12 + 3  # six linear maps a layer, three tables
+    assert classifier.config.quantization_config["bits"]  # the model stays as it was
+
+
+def test_trained_ranges_are_one_rounding_for_all_readers_of_a_tensor(folder):
+    operations = [node.get_type_name() for node in ov.Core().read_model(folder / "openvino_model.xml").get_ops()]
+    assert operations.count("FakeQuantize") == 2 * 4  # q, k and v read one tensor; output; up; down
+
+
+def test_the_readme_runs_and_finds_the_labels(folder, classifier, monkeypatch, capsys):
+    scope = run_readme(folder, monkeypatch)
+    tokens = tiny_tokenizer()(["A fine film.", "Two hours that I shall never get back."], padding=True,
+                              return_tensors="pt")  # fmt: skip
+    expected = classifier(**tokens).logits
+    torch.testing.assert_close(torch.from_numpy(scope["outputs"]["logits"]), expected, atol=0.02, rtol=0.02)
+    assert capsys.readouterr().out.strip() == str([("bad", "good")[i] for i in expected.argmax(-1)])
+
+
+def test_transformers_opens_the_folder(folder, classifier):
+    from transformers.exporters import ExportedModel
+
+    batch = {**tiny_batch(classifier), "token_type_ids": torch.zeros(3, 10, dtype=torch.long)}
+    logits = ExportedModel.from_pretrained(folder, device="cpu", config=WITHOUT_OVERFLOW)(**batch)
+    torch.testing.assert_close(logits.logits, classifier(**batch).logits, atol=0.02, rtol=0.02)
+
+
+def test_every_scheme_leaves_exactly(tmp_path, monkeypatch):
+    """Act-order, groups, zero points and 2, 3 and 4 bit: with float inputs only the order of sums differs."""
+    model = every_scheme()
+    hfc.export(model, tmp_path / "model", format="openvino")
+    contents = json.loads((tmp_path / "model" / "hf_compress.json").read_text())
+    # the packed model may multiply in bfloat16 (5e-3 of a product), the runtime may round inputs to 8 bit
+    assert contents["agreement"]["outputs"]["logits"]["relative_difference"] < 0.05
+    kinds = integers(tmp_path / "model")
+    assert kinds.count("u4") == 2 * 3 and kinds.count("u8") == 2 * 1
+    assert "tokenizer.json" not in {path.name for path in (tmp_path / "model").iterdir()}
+    assert run_readme(tmp_path / "model", monkeypatch)["outputs"]["logits"].shape == (1, 2)
+
+
+def test_a_decoder_reads_and_goes_on(tmp_path, monkeypatch):
+    """GPT-2: Conv1D, a tied packed table, and a cache inside the graph."""
+    model = hfc.quantize(with_spread(tiny_model("gpt2", n_layer=2)), bits=4, group_size=16, embedding_bits=8)
+    hfc.export(model, tmp_path / "model", format="openvino", tokenizer=tiny_tokenizer())
+    scope = run_readme(tmp_path / "model", monkeypatch)
+    prompt = torch.from_numpy(scope["inputs"]["input_ids"][:1])
+    with torch.no_grad():
+        tokens = prompt
+        for _ in range(20):
+            tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], 1)
+    assert np.mean(np.array(scope["tokens"]) == tokens[0].numpy()) > 0.9  # near ties may fall to the other side
+    kinds = integers(tmp_path / "model")
+    assert kinds.count("u8") == 4  # both tables with their zero points; the tied one is written once
+
+
+WHOLE = {
+    "classification": lambda: ("bert", "classification", dict(num_hidden_layers=1)),
+    "several-labels": lambda: ("roberta", "classification", dict(problem_type="multi_label_classification")),
+    "tokens": lambda: ("distilbert", "tokens", dict(n_layers=1)),
+    "answers": lambda: ("electra", "answers", dict(num_hidden_layers=1)),
+    "mlm": lambda: ("modernbert", "mlm", dict(num_hidden_layers=2)),
+    "deberta": lambda: ("deberta-v2", "classification", dict(num_hidden_layers=2)),
+    "llama": lambda: ("llama", "clm", dict(num_hidden_layers=2)),
+    "qwen3": lambda: ("qwen3", "clm", dict(num_hidden_layers=2)),
+    "gemma3": lambda: ("gemma3_text", "clm", dict(num_hidden_layers=2)),
+    "bart": lambda: ("bart", "seq2seq", dict(encoder_layers=1, decoder_layers=1)),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", WHOLE)
+def test_every_family_and_task_leaves(case, tmp_path):
+    family, task, changes = WHOLE[case]()
+    model = hfc.quantize(with_spread(tiny_model(family, task, **changes)), embedding_bits=8, **ROWS)
+    hfc.export(model, tmp_path / "model", format="openvino", tokenizer=tiny_tokenizer())
+    outputs = json.loads((tmp_path / "model" / "hf_compress.json").read_text())["agreement"]["outputs"]
+    assert all(output["relative_difference"] < 0.05 for output in outputs.values())
+
+
+def test_the_grid_of_a_range_is_ours():
+    x = np.random.default_rng(0).normal(size=(40, 8)).astype(np.float32)
+    source = ov.opset13.parameter([-1, 8], np.float32)
+    for low, high in ((-1.3, 2.0), (0.0, 1.7), (-0.2, 0.9)):
+        node = fake_quantize(source.output(0), low, high)
+        run = ov.Core().compile_model(ov.Model([node], [source]), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        expected = round_to_range(torch.from_numpy(x), low, high).numpy()
+        step = (high - low) / 255
+        differs = np.abs(run(x)[0] - expected) > step / 2  # a tie may fall to the other side, by one step
+        assert differs.mean() < 0.01 and np.abs(run(x)[0] - expected).max() < 1.01 * step
+
+
+def test_the_group_of_inputs_fits_every_weight():
+    def group(**options):
+        return dynamic_group({w.name: w for w in packed_weights(hfc.quantize(tiny_model("bert", **SMALL), **options))})
+
+    assert group(**ROWS) == 32  # of 32 columns; 64 would turn the rounding off
+    assert group(bits=4, group_size=16) == 16
+    assert group(bits=4, group_size=8) == 0
+    assert dynamic_group({}) == 0
+
+
+def test_what_has_no_place_is_refused_before_anything_is_written(tmp_path, classifier, monkeypatch):
+    model = hfc.quantize(tiny_model("bert", **SMALL), bits=4, grid="kmeans", group_size=-1)
+    with pytest.raises(ValueError, match="attention.self.query has a codebook"):
+        hfc.export(model, tmp_path / "model", format="openvino")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty"):
+        hfc.export(classifier, tmp_path / "taken", format="openvino")
+    with pytest.raises(ValueError, match="calibration are for"):
+        hfc.export(classifier, tmp_path / "model", format="plain", calibration=[])
+    assert {path.name for path in tmp_path.iterdir()} == {"taken"}
+
+
+def test_a_wrong_weight_is_found_and_named(tmp_path, classifier, monkeypatch):
+    import hf_compress.formats.openvino as module
+
+    def damaged(model):
+        for weight in packed_weights(model):
+            yield weight if weight.name != "bert.encoder.layer.1.output.dense" else zeroed(weight)
+
+    def zeroed(weight):
+        return weight.__class__(**{**vars(weight), "q": np.full_like(weight.q, 255)})
+
+    monkeypatch.setattr(module, "packed_weights", damaged)
+    with pytest.raises(RuntimeError, match=r"first layer that differs is bert\.encoder\.layer\.1\.output\.dense"):
+        hfc.export(classifier, tmp_path / "model", format="openvino", tokenizer=tiny_tokenizer())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_runtime_names_the_extra(tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    monkeypatch.delitem(sys.modules, "hf_compress.formats.openvino", raising=False)
+    with pytest.raises(ImportError, match=r"pip install 'hf_compress\[openvino\]'"):
+        hfc.export(tiny_model("bert", **SMALL), tmp_path / "model", format="openvino")

@@ -1,0 +1,192 @@
+"""What every folder for a runtime goes through: traced, compared, written whole or not at all."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from helpers import tiny_batch, tiny_model
+from runtime_models import ROWS, SMALL, every_scheme, tiny_tokenizer, with_spread
+
+import hf_compress as hfc
+from hf_compress.formats.packed_weight import packed_weights
+from hf_compress.formats.runtimes import folder as runtimes
+from hf_compress.formats.runtimes.agreement import Session, check_batches, compare
+from hf_compress.formats.runtimes.folder import in_eval, write_folder
+from hf_compress.formats.runtimes.traced import traced
+from hf_compress.layers.block_sparse import BlockSparseLinear
+
+
+def echo(*, error: float = 0.0, fast_error: float = 0.0):
+    """A runtime that runs the model itself, and adds `error` to what it says, `fast_error` where it is fast."""
+
+    class Echo:
+        format, tested, folded = "openvino", {"numpy": np.__version__}, []
+
+        def __init__(self, model, inputs):
+            self.model = model
+
+        def save(self, folder):
+            (folder / "model.bin").write_bytes(b"model")
+            self.model.config.save_pretrained(folder)
+
+        def fast_session(self):
+            return self.session(error=fast_error)
+
+        def session(self, *, watch=False, error=error):
+            def run(fed):
+                with torch.no_grad():
+                    logits = self.model(**{k: torch.from_numpy(v) for k, v in fed.items()}).logits.numpy()
+                return {"logits": logits + error}
+
+            return Session({"input_ids": (None, None), "attention_mask": (None, None)}, run)
+
+    return Echo
+
+
+def test_a_packed_weight_is_what_its_layer_multiplies_by():
+    model = every_scheme()
+    for embedded in (model, hfc.quantize(tiny_model("bert", **SMALL), bits=4, embedding_bits=4, group_size=16)):
+        for weight in packed_weights(embedded):
+            scales = np.repeat(weight.scales.astype(np.float64), weight.group_size, axis=1)
+            values = weight.signed() * scales
+            if weight.order is not None:
+                values = values[:, np.argsort(weight.order)]
+            expected = embedded.get_submodule(weight.name).dequantize(torch.float32).numpy()
+            np.testing.assert_allclose(values, expected, rtol=1e-6, atol=0)  # one float32 product
+    assert sum(weight.order is not None for weight in packed_weights(model)) == 4
+
+
+def test_codebooks_and_act_order_are_refused_by_name():
+    coded = hfc.quantize(tiny_model("bert", **SMALL), bits=4, grid="kmeans", group_size=-1)
+    with pytest.raises(ValueError, match="attention.self.query has a codebook"):
+        list(packed_weights(coded))
+    with pytest.raises(ValueError, match=r"attention.self.query: groups must be neighbouring"):
+        list(packed_weights(every_scheme(), act_order=False))
+
+
+def test_layers_with_the_same_weight_are_told_apart():
+    model = tiny_model("bert", **SMALL)
+    with torch.no_grad():
+        for layer in model.bert.encoder.layer:
+            layer.output.dense.weight.zero_()
+            layer.attention.self.key.weight.copy_(layer.attention.self.query.weight)
+    hfc.quantize(model, **ROWS)
+    trace = traced(model)
+    for name in (f"bert.encoder.layer.{i}.{part}" for i in (0, 1) for part in ("output.dense", "attention.self.key")):
+        weight = trace.model.get_submodule(name).weight.detach().numpy()
+        assert trace.find(weight) == (name, False) and trace.find(weight.T.copy()) == (name, True)
+        np.testing.assert_allclose(weight, model.get_submodule(name).dequantize().numpy(), rtol=1e-6, atol=1e-40)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bart"])
+def test_what_is_traced_is_ordinary_and_the_model_stays(family):
+    model = hfc.quantize(tiny_model(family), bits=4, embedding_bits=8, group_size=16)
+    batch, before = tiny_batch(model, padding=False), model.config.to_dict()
+    trace = traced(model)
+    names = {weight.name for weight in packed_weights(model)}
+    assert {name for name, _ in trace.names.values()} == names
+    for name in names:  # GPT-2's Conv1D stores (K, N)
+        weight = trace.model.get_submodule(name).weight.detach().numpy()
+        assert trace.find(weight) == (name, type(trace.model.get_submodule(name)).__name__ == "Conv1D")
+    assert model.config.to_dict() == before and not hasattr(trace.model.config, "quantization_config")
+    # the packed model may multiply in bfloat16 where that is fast
+    torch.testing.assert_close(trace.model(**batch).logits, model(**batch).logits, atol=2e-2, rtol=2e-2)
+
+
+def test_block_sparse_layers_leave_with_their_zeros_and_it_is_said(tmp_path, caplog):
+    model = with_spread(tiny_model("bert", num_hidden_layers=1, hidden_size=64, intermediate_size=64))
+    with torch.no_grad():
+        model.bert.encoder.layer[0].output.dense.weight[:32, :32] = 0
+    hfc.to_block_sparse(model, 32)
+    batch, plain = tiny_batch(model), traced(model).model
+    assert not any(isinstance(module, BlockSparseLinear) for module in plain.modules())
+    torch.testing.assert_close(plain(**batch).logits, model(**batch).logits)
+    with caplog.at_level(logging.WARNING):
+        write_folder(model, tmp_path / "model", echo(), tiny_tokenizer(), None)
+    assert "output.dense'] leave with their zeros" in caplog.text
+    contents = json.loads((tmp_path / "model" / "hf_compress.json").read_text())
+    assert contents["left_dense"] == ["bert.encoder.layer.0.output.dense"]
+
+
+def test_differences_by_hand():
+    expected, found = np.array([[3.0, 4.0], [0.0, 0.0]]), np.array([[3.0, 3.0], [0.0, 1.0]])
+    measured = compare(expected, found, is_class=True)
+    assert measured["largest_difference"] == 1.0
+    assert measured["relative_difference"] == pytest.approx((2 / 25) ** 0.5)  # sqrt(2/4) over sqrt(25/4)
+    assert measured["same_class"] == 0.0  # 4 > 3 became a tie, which goes to the first; 0 = 0 became the second
+    measured = compare(np.array([[1.0, 0.0]]), np.array([[1.0, 1.0]]), is_class=False)
+    assert measured["cosine"] == pytest.approx(2**-0.5)
+
+
+def test_sixty_four_texts_of_the_calibration_or_random():
+    model = tiny_model("bert", **SMALL)
+    rows = [{"input_ids": [7] * (3 + i % 5)} for i in range(100)]
+    assert sum(len(batch["input_ids"]) for batch in check_batches(model, rows)) == 64
+    assert {int(batch["input_ids"].max()) for batch in check_batches(model, rows)} == {7}
+    random = check_batches(model, None)
+    assert sum(len(batch["input_ids"]) for batch in random) == 64
+    assert len({batch["input_ids"].shape for batch in random}) == 2 and (random[1]["attention_mask"] == 0).any()
+
+
+@pytest.mark.parametrize(("error", "packed"), [(1.0, True), (float("nan"), True), (0.05, False)])
+def test_a_runtime_that_says_something_else_leaves_nothing(error, packed, tmp_path):
+    model = with_spread(tiny_model("bert", **SMALL))
+    if packed:
+        hfc.quantize(model, **ROWS)
+    with pytest.raises(RuntimeError, match="differs from the model by .*Nothing was kept"):
+        write_folder(model, tmp_path / "model", echo(error=error), tiny_tokenizer(), None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_no_half_folder(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(runtimes, "write_readme", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_folder(tiny_model("bert", **SMALL), tmp_path / "model", echo(), tiny_tokenizer(), None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_process_left_is_no_hindrance(tmp_path):
+    (tmp_path / ".model.partial").mkdir()
+    (tmp_path / ".model.partial" / "half").write_text("half")
+    (tmp_path / "model").mkdir()
+    write_folder(tiny_model("bert", **SMALL), tmp_path / "model", echo(), tiny_tokenizer(), None)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert {path.name for path in (tmp_path / "model").iterdir()} >= {"model.bin", "tokenizer.json", "README.md"}
+
+
+def test_a_processor_that_overflows_is_said_and_measured(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        write_folder(with_spread(tiny_model("bert", **SMALL)), tmp_path / "model", echo(fast_error=0.5),
+                     tiny_tokenizer(), None)  # fmt: skip
+    assert "overflow on this processor" in caplog.text
+    agreement = json.loads((tmp_path / "model" / "hf_compress.json").read_text())["agreement"]
+    assert agreement["outputs"]["logits"]["largest_difference"] == 0
+    assert agreement["on_this_processor"]["logits"]["largest_difference"] == pytest.approx(0.5)
+
+
+def test_labels_are_there_also_where_a_config_leaves_them_out(tmp_path):
+    write_folder(tiny_model("bert", **SMALL), tmp_path / "model", echo(), tiny_tokenizer(), None)
+    labels = json.loads((tmp_path / "model" / "config.json").read_text())["id2label"]
+    assert labels == {"0": "LABEL_0", "1": "LABEL_1"}
+
+
+def test_other_versions_are_said(tmp_path, caplog):
+    kind = echo()
+    kind.tested = {"numpy": "1.0"}
+    with caplog.at_level(logging.WARNING):
+        write_folder(tiny_model("bert", **SMALL), tmp_path / "model", kind, tiny_tokenizer(), None)
+    assert "tested with {'numpy': '1.0'}" in caplog.text
+
+
+def test_modules_get_their_own_mode_back():
+    model = tiny_model("bert", **SMALL).train()
+    model.bert.embeddings.eval()
+    before = [module.training for module in model.modules()]
+    with in_eval(model):
+        assert not any(module.training for module in model.modules())
+    assert [module.training for module in model.modules()] == before

@@ -1,0 +1,57 @@
+"""Small models of every kind that leaves for a runtime, and what reads them there."""
+
+import re
+from pathlib import Path
+
+import torch
+from helpers import tiny_batch, tiny_model
+from recipe_run import WORDS
+from transformers import BertTokenizerFast, PreTrainedModel
+
+import hf_compress as hfc
+
+SMALL = dict(num_hidden_layers=2, intermediate_size=64)
+ROWS = dict(bits=8, symmetric=True, group_size=-1)
+
+
+def tiny_tokenizer() -> BertTokenizerFast:
+    vocabulary = [*WORDS, *(f"word{i}" for i in range(64 - len(WORDS)))]
+    return BertTokenizerFast(vocab={word: i for i, word in enumerate(vocabulary)}, model_max_length=64)
+
+
+def with_spread(model: PreTrainedModel) -> PreTrainedModel:
+    """Weights ten times as large as fresh ones: outputs that depend on the text."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2 and "embeddings" not in name:
+                parameter.mul_(10)
+    return model
+
+
+def trained_ranges(model: PreTrainedModel) -> PreTrainedModel:
+    """8-bit rows with ranges as quantization-aware training leaves them."""
+    hfc.prepare_qat(model, bits=8, symmetric=True).train()
+    for seed in range(3):
+        model(**tiny_batch(model, batch=8, length=20, seed=seed))
+    return hfc.pack_qat(model.eval())
+
+
+def every_scheme() -> PreTrainedModel:
+    """A classifier whose linear maps are each stored in another way."""
+    model = with_spread(tiny_model("bert", **SMALL))
+    data = [tiny_batch(model, batch=8, length=20, seed=seed) for seed in range(2)]
+    layer = "bert.encoder.layer.{}"
+    attention = layer + ".attention.self.{}"
+    first = {attention.format(0, part): bits for part, bits in zip(("query", "key", "value"), (2, 3, 4), strict=True)}
+    options = dict(method="gptq", desc_act=True, group_size=16, calibration=data)
+    return hfc.quantize(model, first | {layer.format(1) + ".output.dense": 8}, **options)
+
+
+def run_readme(folder: Path, monkeypatch) -> dict:
+    """What the Python lines of the folder's README leave in their variables, with the option that it names for
+    processors whose 8-bit products overflow."""
+    monkeypatch.chdir(folder)
+    code = re.search(r"```python\n(.*?)```", Path("README.md").read_text(), re.S)[1]
+    scope: dict = {}
+    exec(code.replace('"f32"}', '"f32", "LP_TRANSFORMS_MODE": "NO"}'), scope)
+    return scope
