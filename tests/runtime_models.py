@@ -51,7 +51,7 @@ def run_readme(folder: Path, monkeypatch) -> dict:
     """What the Python lines of the folder's README leave in their variables, with the option that it names for
     processors whose 8-bit products overflow."""
     monkeypatch.chdir(folder)
-    code = re.search(r"```python\n(.*?)```", Path("README.md").read_text(), re.S)[1]
+    code = re.search(r"```python\n(.*?)```", Path("README.md").read_text(encoding="utf-8"), re.S)[1]
     scope: dict = {}
     exec(code.replace('"f32"}', '"f32", "LP_TRANSFORMS_MODE": "NO"}'), scope)
     return scope

@@ -33,7 +33,7 @@ def export(model: PreTrainedModel, folder: str | Path, *, format: str,
     gguf                a file that llama.cpp runs
 
     The last three want an empty or new `folder` and the `tokenizer` (by default that of the folder which `model` came
-    from), run what they wrote beside `model`, on 64 texts of `calibration` (rows with `input_ids`) or random tokens,
+    from), run what they wrote beside `model`, on 64 texts of `calibration` (texts, rows or batches) or random tokens,
     and keep nothing when the two differ.
 
     Raises ValueError, naming the module, for what the format cannot express, ImportError for a missing runtime, naming

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import hf_compress as hfc
+from hf_compress.commands.convert import run
 
 gguf = pytest.importorskip("gguf")
 
@@ -64,7 +65,7 @@ def test_transformers_reads_the_same_weights_and_logits(kind, tmp_path):
         found = loaded.get_submodule(weight.name).weight
         wanted = model.get_submodule(weight.name).dequantize(torch.float32)
         assert torch.equal(found, wanted), weight.name
-    contents = json.loads((tmp_path / "model" / "hf_compress.json").read_text())
+    contents = json.loads((tmp_path / "model" / "hf_compress.json").read_text(encoding="utf-8"))
     assert contents["architecture"] == "llama" and expected in contents["tensors"]
     batch = tiny_batch(model, padding=False)
     plain = type(model)(model.config)
@@ -234,3 +235,16 @@ def test_float32_scales_that_float16_holds_leave():
         if hasattr(module, "scales"):
             module.scales.copy_(module.scales.half())
     assert {block_matrix(weight).kind for weight in packed_weights(model)} == {Type.Q4_0}
+
+
+def test_the_command_line_converts_a_folder_with_its_tokenizer(tmp_path, capsys):
+    model = hfc.quantize(llama(), bits=4, group_size=32, symmetric=True)
+    model.save_pretrained(tmp_path / "packed")
+    byte_tokenizer().save_pretrained(tmp_path / "packed")
+    assert run("convert", [str(tmp_path / "packed"), str(tmp_path / "out"), "--format", "gguf"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("tensors decode to the weights of the model") and lines[1].startswith("gguf")
+    # opened from a folder, a model brings its tokenizer
+    hfc.export(AutoModelForCausalLM.from_pretrained(tmp_path / "packed"), tmp_path / "again", format="gguf")
+    first, second = read(tmp_path / "out")[0], read(tmp_path / "again")[0]
+    assert first.keys() == second.keys() and all(np.array_equal(first[name], second[name]) for name in first)

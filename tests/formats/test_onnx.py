@@ -118,7 +118,7 @@ def test_rows_of_a_table_are_ours(options):
 def test_a_classifier_with_trained_ranges_leaves_whole(tmp_path, monkeypatch, capsys):
     model = trained_ranges(with_spread(tiny_model("bert", id2label={0: "bad", 1: "good"}, **SMALL)))
     folder = hfc.export(model, tmp_path / "model", format="onnx", tokenizer=tiny_tokenizer())
-    outputs = json.loads((folder / "hf_compress.json").read_text())["agreement"]["outputs"]
+    outputs = json.loads((folder / "hf_compress.json").read_text(encoding="utf-8"))["agreement"]["outputs"]
     assert outputs["logits"]["relative_difference"] < 0.01 and outputs["logits"]["same_class"] >= 0.98
     graph = ir.load(folder / "model.onnx").graph
     kinds = [node.op_type for node in graph]
@@ -151,5 +151,5 @@ def test_a_decoder_reads_and_goes_on(tmp_path, monkeypatch):
 def test_every_family_leaves(family, tmp_path):
     model = hfc.quantize(with_spread(tiny_model(family)), embedding_bits=8, **ROWS)
     folder = hfc.export(model, tmp_path / "model", format="onnx", tokenizer=tiny_tokenizer())
-    outputs = json.loads((folder / "hf_compress.json").read_text())["agreement"]["outputs"]
+    outputs = json.loads((folder / "hf_compress.json").read_text(encoding="utf-8"))["agreement"]["outputs"]
     assert all(output["relative_difference"] < 0.05 for output in outputs.values())

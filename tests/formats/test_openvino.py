@@ -39,14 +39,14 @@ def test_the_folder_is_complete_and_agrees(folder, classifier):
     names = {path.name for path in folder.iterdir()}
     assert names >= {"openvino_model.xml", "openvino_model.bin", "tokenizer.json", "config.json", "README.md",
                      "export.json", "hf_compress.json"}  # fmt: skip
-    contents = json.loads((folder / "hf_compress.json").read_text())
+    contents = json.loads((folder / "hf_compress.json").read_text(encoding="utf-8"))
     assert contents["packages"]["openvino"] and contents["packed_weights"]["8 bit"] > 0
     logits = contents["agreement"]["outputs"]["logits"]
     assert contents["agreement"]["texts"] == 64
     # both round to the same trained grids: only ties at a grid's middle may fall to the other side
     assert logits["same_class"] >= 0.98 and logits["relative_difference"] < 0.01
     assert contents["agreement"]["on_this_processor"]["logits"]["relative_difference"] < 0.3  # overflow without VNNI
-    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text(encoding="utf-8"))
     kinds = integers(folder)
     assert kinds.count("i8") == 12 + 3  # six linear maps a layer, three tables
     assert classifier.config.quantization_config["bits"]  # the model stays as it was
@@ -78,7 +78,7 @@ def test_every_scheme_leaves_exactly(tmp_path, monkeypatch):
     """Act-order, groups, zero points and 2, 3 and 4 bit: with float inputs only the order of sums differs."""
     model = every_scheme()
     hfc.export(model, tmp_path / "model", format="openvino")
-    contents = json.loads((tmp_path / "model" / "hf_compress.json").read_text())
+    contents = json.loads((tmp_path / "model" / "hf_compress.json").read_text(encoding="utf-8"))
     # the packed model may multiply in bfloat16 (5e-3 of a product), the runtime may round inputs to 8 bit
     assert contents["agreement"]["outputs"]["logits"]["relative_difference"] < 0.05
     kinds = integers(tmp_path / "model")
@@ -122,7 +122,7 @@ def test_every_family_and_task_leaves(case, tmp_path):
     family, task, changes = WHOLE[case]()
     model = hfc.quantize(with_spread(tiny_model(family, task, **changes)), embedding_bits=8, **ROWS)
     hfc.export(model, tmp_path / "model", format="openvino", tokenizer=tiny_tokenizer())
-    outputs = json.loads((tmp_path / "model" / "hf_compress.json").read_text())["agreement"]["outputs"]
+    outputs = json.loads((tmp_path / "model" / "hf_compress.json").read_text(encoding="utf-8"))["agreement"]["outputs"]
     assert all(output["relative_difference"] < 0.05 for output in outputs.values())
 
 
@@ -153,7 +153,7 @@ def test_what_has_no_place_is_refused_before_anything_is_written(tmp_path, class
     with pytest.raises(ValueError, match="attention.self.query has a codebook"):
         hfc.export(model, tmp_path / "model", format="openvino")
     (tmp_path / "taken").mkdir()
-    (tmp_path / "taken" / "mine.txt").write_text("mine")
+    (tmp_path / "taken" / "mine.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(ValueError, match="is not empty"):
         hfc.export(classifier, tmp_path / "taken", format="openvino")
     with pytest.raises(ValueError, match="calibration are for"):

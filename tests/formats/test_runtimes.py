@@ -106,7 +106,7 @@ def test_block_sparse_layers_leave_with_their_zeros_and_it_is_said(tmp_path, cap
     with caplog.at_level(logging.WARNING):
         write_folder(model, tmp_path / "model", echo(), tiny_tokenizer(), None)
     assert "output.dense'] leave with their zeros" in caplog.text
-    contents = json.loads((tmp_path / "model" / "hf_compress.json").read_text())
+    contents = json.loads((tmp_path / "model" / "hf_compress.json").read_text(encoding="utf-8"))
     assert contents["left_dense"] == ["bert.encoder.layer.0.output.dense"]
 
 
@@ -125,6 +125,8 @@ def test_sixty_four_texts_of_the_calibration_or_random():
     rows = [{"input_ids": [7] * (3 + i % 5)} for i in range(100)]
     assert sum(len(batch["input_ids"]) for batch in check_batches(model, rows)) == 64
     assert {int(batch["input_ids"].max()) for batch in check_batches(model, rows)} == {7}
+    texts = check_batches(model, ["the film was good", "bad"] * 40, tiny_tokenizer())
+    assert sum(len(batch["input_ids"]) for batch in texts) == 64
     random = check_batches(model, None)
     assert sum(len(batch["input_ids"]) for batch in random) == 64
     assert len({batch["input_ids"].shape for batch in random}) == 2 and (random[1]["attention_mask"] == 0).any()
@@ -152,7 +154,7 @@ def test_a_full_disk_leaves_no_half_folder(tmp_path, monkeypatch):
 
 def test_what_a_killed_process_left_is_no_hindrance(tmp_path):
     (tmp_path / ".model.partial").mkdir()
-    (tmp_path / ".model.partial" / "half").write_text("half")
+    (tmp_path / ".model.partial" / "half").write_text("half", encoding="utf-8")
     (tmp_path / "model").mkdir()
     write_folder(tiny_model("bert", **SMALL), tmp_path / "model", echo(), tiny_tokenizer(), None)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -164,14 +166,14 @@ def test_a_processor_that_overflows_is_said_and_measured(tmp_path, caplog):
         write_folder(with_spread(tiny_model("bert", **SMALL)), tmp_path / "model", echo(fast_error=0.5),
                      tiny_tokenizer(), None)  # fmt: skip
     assert "overflow on this processor" in caplog.text
-    agreement = json.loads((tmp_path / "model" / "hf_compress.json").read_text())["agreement"]
+    agreement = json.loads((tmp_path / "model" / "hf_compress.json").read_text(encoding="utf-8"))["agreement"]
     assert agreement["outputs"]["logits"]["largest_difference"] == 0
     assert agreement["on_this_processor"]["logits"]["largest_difference"] == pytest.approx(0.5)
 
 
 def test_labels_are_there_also_where_a_config_leaves_them_out(tmp_path):
     write_folder(tiny_model("bert", **SMALL), tmp_path / "model", echo(), tiny_tokenizer(), None)
-    labels = json.loads((tmp_path / "model" / "config.json").read_text())["id2label"]
+    labels = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))["id2label"]
     assert labels == {"0": "LABEL_0", "1": "LABEL_1"}
 
 

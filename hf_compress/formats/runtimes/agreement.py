@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_compress.model.calibration import calibration_batches, run_model
+from hf_compress.model.calibration import run_model
+from hf_compress.model.calibration_data import calibration_batches
 from hf_compress.model.inputs import example_batch, forward_arguments
 
 TEXTS = 64
@@ -45,10 +46,12 @@ def feed(session: Session, batch: Mapping[str, Tensor]) -> Arrays:
     return fed
 
 
-def check_batches(model: PreTrainedModel, calibration: Iterable | None) -> list[dict[str, Tensor]]:
+def check_batches(
+    model: PreTrainedModel, calibration: Iterable | None, tokenizer: PreTrainedTokenizerBase | None = None
+) -> list[dict[str, Tensor]]:
     """64 texts: the first of `calibration`, else random tokens, half of them in rows that end in padding."""
     if calibration is not None:
-        batches = calibration_batches(calibration, model)
+        batches = calibration_batches(calibration, model, tokenizer=tokenizer)
         rows = np.cumsum([0] + [len(batch["input_ids"]) for batch in batches])
         return [forward_arguments(model, batch) for batch, row in zip(batches, rows, strict=False) if row < TEXTS]
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 32

@@ -1,10 +1,11 @@
 """Folders that OpenVINO or ONNX Runtime run without torch, transformers or us: written whole, and checked."""
 
+import io
 import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
@@ -54,7 +55,7 @@ def write_folder(model: PreTrainedModel, folder: Path, kind: type[Exported],
     tokenizer = tokenizer or tokenizer_beside(model)
     if tokenizer is not None and not tokenizer.is_fast:
         raise ValueError("A folder for a runtime holds a tokenizer.json: this tokenizer has none. Pass a fast one.")
-    batches = check_batches(model, calibration)
+    batches = check_batches(model, calibration, tokenizer)
     with quiet(), in_eval(model):
         exported = kind(model, None if tokenizer is None else tokenizer.model_input_names)
         agreement = measure_agreement(model, exported.session(), batches)
@@ -156,10 +157,14 @@ def in_eval(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the exporters' own notes on versions and dynamic axes: ours were tested together."""
-    before = transformers_logging.get_verbosity()
+    """Without what the exporters say of versions, dynamic axes and each of their steps: ours were tested together."""
+    level, torch_logger = transformers_logging.get_verbosity(), logging.getLogger("torch.onnx")
+    torch_level = torch_logger.level
     transformers_logging.set_verbosity_error()
+    torch_logger.setLevel(logging.ERROR)
     try:
-        yield
+        with redirect_stdout(io.StringIO()):
+            yield
     finally:
-        transformers_logging.set_verbosity(before)
+        transformers_logging.set_verbosity(level)
+        torch_logger.setLevel(torch_level)

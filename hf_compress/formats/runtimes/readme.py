@@ -31,7 +31,7 @@ WITHOUT = """ids = np.array([[5, 6, 7, 8]])  # of the model's tokenizer, which w
 inputs = {name: np.zeros_like(ids) if name == "token_type_ids" else np.ones_like(ids) for name in names}
 inputs["input_ids"] = ids
 """
-LABELS = 'labels = json.load(open("config.json"))["id2label"]\n'
+LABELS = 'labels = json.load(open("config.json", encoding="utf-8"))["id2label"]\n'
 ENDINGS = {  # by the end of the class's name
     "ForSequenceClassification": LABELS + 'print([labels[str(i)] for i in outputs["logits"].argmax(-1)])\n',
     "ForTokenClassification": LABELS
