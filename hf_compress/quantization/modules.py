@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_compress.layers.packed_embedding import PackedEmbedding
 from hf_compress.layers.packed_linear import PackedLinear
 from hf_compress.layers.scheme import WeightScheme, auto_group_size, check_bits
+from hf_compress.model.adapters import check_no_adapters
 from hf_compress.model.anatomy import anatomy, in_features
 from hf_compress.quantization.gptq import QuantizedWeight
 
@@ -28,6 +29,7 @@ def choose_modules(
     skip_modules: Sequence[str] = (),
 ) -> dict[str, int]:
     """{module name: bits}: those named in `bits`, or all linear maps inside the layers of the model."""
+    check_no_adapters(model)
     if isinstance(bits, Mapping):
         chosen = dict(bits)
         for name in chosen:

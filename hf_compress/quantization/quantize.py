@@ -59,7 +59,8 @@ def quantize(
         tokenizer: the model's own, where `calibration` holds texts.
         gptq_options: the fields of `GPTQOptions`.
 
-    Raises ValueError for a model that is quantized already, unknown modules, bits, and groups that do not divide.
+    Raises ValueError for a model that is quantized already or holds adapters, for unknown modules and bits, and for
+    groups that do not divide.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}.")

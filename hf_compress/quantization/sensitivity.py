@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from hf_compress.model.adapters import check_no_adapters
 from hf_compress.model.anatomy import anatomy
 from hf_compress.quantization.modules import check_quantizable, is_linear
 
@@ -62,6 +63,7 @@ def hessian_sensitivity(
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}.")
+    check_no_adapters(model)
     batches = list(dataloader)
     if not batches:
         raise ValueError("dataloader is empty: the Hessian needs batches with labels.")
