@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_compress.checkpoint.loader import HfCompressConfig, HfCompressQuantizer
 from hf_compress.checkpoint.packed_ties import restore_ties, tied_modules, untie_packed
+from hf_compress.checkpoint.stale import forget_stale_structure
 from hf_compress.layers.codebook_linear import CodebookLinear
 from hf_compress.layers.packed_embedding import PackedEmbedding
 from hf_compress.layers.packed_linear import PackedLinear
@@ -87,6 +88,7 @@ def settle_bits(model: PreTrainedModel) -> None:
         if module.qweight.device.type == "cpu":  # elsewhere it makes no difference
             module.prepare()
     bits = {stored_name(model, name): module.scheme.to_dict() for name, module in packed_modules(model)}
+    forget_stale_structure(model)
     write_part(own, PART, bits)
     model.hf_quantizer = HfCompressQuantizer(HfCompressConfig(**own.quantization_config))
     model.is_quantized, model.quantization_method = True, QUANT_METHOD

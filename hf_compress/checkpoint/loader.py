@@ -13,6 +13,7 @@ A sentinel is the name of a tensor that Transformers alone would look for, and f
 whose tensors all have other names would load as random weights, with only a warning.
 """
 
+import logging
 import re
 from importlib import import_module
 from types import ModuleType
@@ -23,6 +24,8 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_compress.model.record import PARTS, QUANT_METHOD, VERSION, read_record, write_part
+
+logger = logging.getLogger(__name__)
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -64,10 +67,13 @@ class HfCompressQuantizer(HfQuantizer):
             )
         for module, part in self._parts():
             module.validate(part)
-            module.prepare(model, part)
         tensors = import_module("hf_compress.checkpoint.tensors")
         files = kwargs.get("checkpoint_files") or []
-        self._stored, self._loading_sentinels = tensors.read_headers(files), self._sentinels(model)
+        self._stored = tensors.read_headers(files)
+        self._pass_over_stale_record(model)
+        for module, part in self._parts():
+            module.prepare(model, part)
+        self._loading_sentinels = self._sentinels(model)
         for module, part in self._parts():
             if hasattr(module, "check_tensors"):
                 module.check_tensors(model, part, files)
@@ -76,6 +82,15 @@ class HfCompressQuantizer(HfQuantizer):
         ignored = [re.escape(name) for name in self._loading_sentinels]
         if ignored:
             model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ignored}
+
+    def _pass_over_stale_record(self, model) -> None:
+        record = {part: getattr(self.quantization_config, part) for part in PARTS}
+        if import_module("hf_compress.checkpoint.stale").is_stale(model, record, self._stored):
+            logger.warning(
+                "config.json tells of compressed weights, but the files hold ordinary ones, as `from_config` makes "
+                "them of a compressed model's config. They are loaded as they are, without the record."
+            )
+            self.quantization_config = HfCompressConfig()
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         tensors = import_module("hf_compress.checkpoint.tensors")
@@ -87,6 +102,8 @@ class HfCompressQuantizer(HfQuantizer):
                 module.finish(model, part)
         # a plain dict, as in a config read from a file: writing, copying and loading again need no special case
         model.config.quantization_config = self.quantization_config.to_dict()
+        if not self._parts():
+            del model.config.quantization_config
         if not self.quantization_config.bits:
             del model.hf_quantizer, model.quantization_method
             model.is_quantized = False

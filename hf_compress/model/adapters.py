@@ -11,6 +11,6 @@ def check_no_adapters(model: nn.Module) -> None:
     if names:
         raise ValueError(
             f"{type(model).__name__} holds the adapters {names}, which would be changed along with the model and no "
-            "longer fit it. Merge them first, `model = model.merge_and_unload()`; or compress the model alone and put the "
-            "adapters on it afterwards: they train and load on packed layers."
+            "longer fit it. Merge them first, `model = model.merge_and_unload()`; or compress the model alone and put "
+            "the adapters on it afterwards: they train and load on packed layers."
         )
