@@ -4,6 +4,7 @@ Before: names, kinds of number and shapes, from the headers alone, so that no si
 have. After: no tensor is left that no file filled, none holds NaN or infinity.
 """
 
+import inspect
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
@@ -70,12 +71,14 @@ def check_headers(model: nn.Module, stored: dict[str, Stored], sentinels: Collec
 def check_loaded(model: nn.Module, stored: dict[str, Stored], sentinels: Collection[str]) -> None:
     """Raise ValueError, naming the tensor, for one that no file filled or that holds NaN or infinity.
 
-    What another task's class adds (a new head, a pooler) may be new, as with any checkpoint.
+    What another task's class adds (a new head, a pooler) may be new, as with any checkpoint; so may the pooler of a
+    backbone that was saved without one.
     """
+    pooler = _new_pooler(model, stored)
     is_whole = type(model).__name__ in (getattr(model.config, "architectures", None) or ())
     own = [name for name, module in model.named_modules() if isinstance(module, (PackedModule, Sentinel))]
     for name, tensor in model.state_dict().items():
-        if name in sentinels or tensor.is_meta or _tensor(model, name) is None:
+        if name in sentinels or tensor.is_meta or _tensor(model, name) is None or name.startswith(pooler):
             continue
         is_new = not getattr(_tensor(model, name), "_is_hf_initialized", False)
         is_resized = stored_as(model, name, stored) is not None  # with ignore_mismatched_sizes
@@ -86,6 +89,17 @@ def check_loaded(model: nn.Module, stored: dict[str, Stored], sentinels: Collect
             low, high = tensor.aminmax()
             if not (low.isfinite() and high.isfinite()):
                 raise ValueError(f"{name} holds NaN or infinity: the file is damaged, or the training had diverged.")
+
+
+def _new_pooler(model: nn.Module, stored: dict[str, Stored]) -> tuple[str, ...]:
+    """The prefix of a pooler that its class can do without, and of which the files hold nothing; else no prefix."""
+    for name, module in model.named_modules():
+        is_optional = "add_pooling_layer" in inspect.signature(type(module).__init__).parameters
+        if is_optional and getattr(module, "pooler", None) is not None:
+            prefix = f"{name}.pooler.".removeprefix(".")
+            inside = [key for key in model.state_dict() if key.startswith(prefix)]
+            return () if any(stored_as(model, key, stored) for key in inside) else (prefix,)
+    return ()
 
 
 def stored_as(model: nn.Module, name: str, stored: dict[str, Stored]) -> Stored | None:

@@ -1,7 +1,7 @@
 """How much the loss bends along each weight matrix: Hessian eigenvalues and traces, one module at a time.
 
 Q-BERT (Shen et al., 2020, https://arxiv.org/abs/1909.05840): Omega = |mean(lambda)| + std(lambda), lambda the top
-eigenvalue of the module's Hessian on each of several parts of the data, by power iteration.
+eigenvalue of the module's Hessian on each of several parts of the data.
 HAWQ-V2 (Dong et al., 2020, https://arxiv.org/abs/1911.03852): the Hessian's trace by Hutchinson's estimate, over the
 number of weights.
 Fisher information (SqueezeLLM, Kim et al., 2024, https://arxiv.org/abs/2306.07629): the mean square of the gradients of
@@ -32,7 +32,8 @@ logger = logging.getLogger(__name__)
 
 METHODS = ("eigenvalue", "trace", "fisher")
 RELATIVE_STEP = 1e-3  # shift of the weights, as a share of their norm, for the difference of two gradients
-MAX_ITERATIONS = 100
+LARGEST_BASIS = 8  # vectors kept in the search for an eigenvalue
+MIN_ITERATIONS, MAX_ITERATIONS = 5, 100  # a start that is near another eigenvector must not end the search
 
 
 def hessian_sensitivity(
@@ -56,7 +57,8 @@ def hessian_sensitivity(
         modules: names; by default all linear maps inside the layers.
         parts: data parts for the eigenvalue, at most one a batch.
         probes: random directions for the trace.
-        tolerance: power iteration stops when the eigenvalue changes by less than this share of itself.
+        tolerance: the search stops when the eigenvalue changes by less than this share of itself, and its residual is
+            below the square root of it.
 
     The model runs in eval mode and keeps its weights. Raises ValueError for data without labels, and naming the module
     where a gradient is not finite.
@@ -133,19 +135,34 @@ def _omegas(model: PreTrainedModel, weights: Mapping[str, Tensor], batches: list
 def top_eigenvalue(
     product: Callable[[Tensor], Tensor], start: Tensor, *, tolerance: float = 1e-2
 ) -> tuple[float, Tensor]:
-    """The eigenvalue of largest magnitude of a symmetric operator, by power iteration, with its eigenvector."""
-    vector, value = start / start.norm(), math.nan
-    for _ in range(MAX_ITERATIONS):
-        image = product(vector)
-        new, norm = float((vector * image).sum()), image.norm()
-        if norm == 0:
-            return 0.0, vector
-        vector = image / norm
-        if abs(new - value) <= tolerance * abs(new):
-            return new, vector
-        value = new
-    logger.info("The power iteration stopped after %d rounds, short of its tolerance.", MAX_ITERATIONS)
-    return value, vector
+    """The eigenvalue of largest magnitude of a symmetric operator, with its eigenvector, by Lanczos' method.
+
+    Of all vectors in the span of those multiplied so far (at most 8, then it starts anew from the best one). A power
+    iteration would stand still between eigenvalues of opposite sign and like size.
+    """
+    basis, images = (start / start.norm()).flatten()[None], start.new_empty(0, start.numel())  # (m, n)
+    value = math.nan
+    for iteration in range(MAX_ITERATIONS):
+        images = torch.cat([images, product(basis[-1].view_as(start)).flatten()[None]])
+        inside = (basis @ images.T).double()
+        values, vectors = torch.linalg.eigh((inside + inside.T) / 2)
+        best = values.abs().argmax()
+        change, value = abs(float(values[best]) - value), float(values[best])
+        y, image = (vectors[:, best].to(basis) @ part for part in (basis, images))
+        residual = image - value * y
+        # the value's error is of the order of the residual squared
+        is_near = residual.norm() <= math.sqrt(tolerance) * abs(value) and change <= tolerance * abs(value)
+        if is_near and iteration >= MIN_ITERATIONS:
+            return value, y.view_as(start)
+        if len(basis) == LARGEST_BASIS:
+            basis, images = y[None], image[None]
+        for _ in range(2):  # twice, since what is left may be small
+            residual = residual - basis.T @ (basis @ residual)
+        if residual.norm() <= torch.finfo(residual.dtype).eps * abs(value):
+            return value, y.view_as(start)
+        basis = torch.cat([basis, residual[None] / residual.norm()])
+    logger.info("The search for an eigenvalue stopped after %d rounds, short of its tolerance.", MAX_ITERATIONS)
+    return value, y.view_as(start)
 
 
 def _traces(model: PreTrainedModel, weights: Mapping[str, Tensor], batches: list, probes: int,
@@ -183,11 +200,22 @@ def _product(model: PreTrainedModel, weights: Mapping[str, Tensor], batches: lis
 
 
 def _gradients(model: PreTrainedModel, weights: Mapping[str, Tensor], batches: list) -> dict[str, Tensor]:
+    """Of the mean loss over all that is labelled, however it is spread over the batches."""
     total = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-    for batch in batches:
+    counts = [_labelled(model, batch) for batch in batches]
+    for batch, count in zip(batches, counts, strict=True):
         for name, gradient in _gradients_of(model, weights, batch):
-            total[name] += gradient / len(batches)
+            total[name] += gradient * (count / sum(counts))
     return total
+
+
+def _labelled(model: PreTrainedModel, batch: Mapping) -> int:
+    """What the loss of a batch is the mean of: tokens with a label, or examples."""
+    labels = batch.get("labels")
+    if labels is None or labels.dim() < 2 or labels.is_floating_point():
+        return len(next(iter(batch.values())))
+    is_causal = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))  # the first token is not predicted
+    return int((labels[:, 1:] if is_causal else labels).ne(-100).sum())
 
 
 def _gradients_of(

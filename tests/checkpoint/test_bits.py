@@ -5,12 +5,21 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, BertForSequenceClassification, BertModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModel,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    MPNetModel,
+    RobertaModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import hf_compress as hfc
 from hf_compress.layers.packed_embedding import PackedEmbedding
 from hf_compress.layers.packed_linear import PackedLinear
-from tests.helpers import FAMILIES, tiny_batch, tiny_model
+from tests.helpers import CONFIGS, FAMILIES, tiny_batch, tiny_model
 
 
 def saved(model, folder, **options):
@@ -224,3 +233,33 @@ def test_values_out_of_range_are_named(name, options, value, message, tmp_path):
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=f"{name.removeprefix('bert.').rpartition('.')[0]}.*{message}"):
         BertForSequenceClassification.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [BertModel, RobertaModel, MPNetModel], ids=lambda kind: kind.__name__)
+def test_a_backbone_saved_without_its_pooler_opens_as_any_model(kind, tmp_path):
+    config = kind.config_class(**CONFIGS[kind.config_class.model_type])
+    bits = {f"encoder.layer.{i}.intermediate.dense": 4 for i in range(4)}
+    model = hfc.quantize(kind(config, add_pooling_layer=False).eval(), bits)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path).eval()
+    batch = tiny_batch(model)
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch).last_hidden_state, model(**batch).last_hidden_state)
+    assert loaded.pooler is not None  # new, as with any checkpoint
+    rewrite(tmp_path, lambda tensors: tensors.pop("encoder.layer.1.intermediate.dense.qweight"))
+    with pytest.raises(ValueError, match="encoder.layer.1.intermediate.dense.qweight is in none of"):
+        AutoModel.from_pretrained(tmp_path)
+
+
+def test_half_a_pooler_is_damage(tmp_path):
+    hfc.quantize(BertModel(BertConfig(**CONFIGS["bert"])).eval(), 4).save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda tensors: tensors.pop("pooler.dense.bias"))
+    with pytest.raises(ValueError, match="pooler.dense.bias is in none of"):
+        AutoModel.from_pretrained(tmp_path)
+
+
+def rewrite(folder, change):
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
