@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_compress.measuring.measure import evaluating
-from hf_compress.model.adapters import check_no_adapters
 from hf_compress.model.anatomy import anatomy, is_projection
 from hf_compress.model.calibration import (
     InputMoments,
@@ -53,7 +52,6 @@ def prune_weights(
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity is the share that goes: it must be at least 0 and below 1, got {sparsity}.")
     check_prunable(model, "prune_weights")
-    check_no_adapters(model)
     matrices = layer_projections(model, anatomy(model))
     check_bank("row" if bank_size is None else "bank", bank_size, matrices)
     if method == "magnitude":

@@ -55,7 +55,7 @@ VERBS = {
 def test_a_model_with_adapters_is_refused_and_left_as_it_was(make, verb):
     model = make()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=r"adapters.*merge_and_unload"):
+    with pytest.raises(ValueError, match="[Mm]erge.*adapters|adapters.*[Mm]erge"):
         VERBS[verb](model)
     assert not any(packed_modules(model))
     after = model.state_dict()
