@@ -35,6 +35,7 @@ _HOMES = {  # public name -> module that defines it
     "HeadGates": "hf_compress.pruning.methods.head_gates",
     "HeadGatesConfig": "hf_compress.pruning.methods.head_gates",
     "HeadGatesTrainer": "hf_compress.pruning.methods.head_gates",
+    "finish": "hf_compress.training.finish",
     "export": "hf_compress.formats.export",
     "load_compressed_tensors": "hf_compress.formats.compressed_tensors.read",
     "load_gptq": "hf_compress.formats.gptq",

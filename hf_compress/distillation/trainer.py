@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from hf_compress.distillation.layer_map import parse_pairs
@@ -34,13 +34,14 @@ from hf_compress.distillation.teachers.teacher import check_data, check_match, f
 from hf_compress.distillation.terms import LoggedTermsMixin
 from hf_compress.model.anatomy import anatomy
 from hf_compress.model.capture import AttentionSignals, capture, require_gradients
+from hf_compress.training.arguments import CompressionArguments
 from hf_compress.training.state import TrainingState, TrainingStateMixin
 
 PREDICTION_LOSSES = ("auto", "soft", "logits")
 
 
 @dataclass
-class DistillationConfig(TrainingArguments):
+class DistillationConfig(CompressionArguments):
     alpha: float = field(default=0.5, metadata={"help": "Share of the soft loss, 0 to 1; the task loss gets the rest."})
     temperature: float = field(default=2.0, metadata={"help": "Divides the logits before softmax; above 0."})
     prediction_loss: str = field(
@@ -271,7 +272,7 @@ class DistillationTrainer(LoggedTermsMixin, TrainingStateMixin):
         """Outputs and signals of the teacher; of several teachers a list of outputs."""
         if isinstance(self.teacher, SeveralTeachers):
             return Run([self._run_one(one, inputs, {}).outputs for one in self.teacher.all], torch.empty(0), {}, {})
-        return self._run_one(self.teacher, inputs, self.teacher_signals())
+        return self._run_one(self.teacher, inputs, {} if self.is_finished else self.teacher_signals())
 
     def _run_one(self, teacher: nn.Module, inputs: dict, signals: dict[str, Iterable[int]]) -> Run:
         if isinstance(teacher, CachedTeacher):
@@ -346,12 +347,14 @@ class DistillationTrainer(LoggedTermsMixin, TrainingStateMixin):
                 teacher.logits = noisy_teacher(teacher.logits, *noise)
             if model.training:
                 require_gradients([*run.hidden_states.values(), *(a.query for a in run.attention.values())])
-            losses = self.distillation_losses(run, teacher, inputs)
+            losses = (self.prediction_losses if by_predictions else self.distillation_losses)(run, teacher, inputs)
             loss = self.total(losses, self.task.count(inputs), training=model.training)
             gather_highest(student, inside)
             return ModelOutput(loss=loss, **{k: v.detach() for k, v in outputs.items() if k.endswith("logits")})
 
         wanted = self.student_signals()
+        by_predictions = self.is_finished and any(wanted.values())  # layers and heads of old are gone
+        wanted = {} if by_predictions else wanted
         inside = wanted.get("attention", ()) if self.accelerator.is_fsdp2 and model.training else ()
         with capture(student, **wanted) as signals:
             if self.args.torch_compile:

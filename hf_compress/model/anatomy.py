@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
@@ -37,6 +37,13 @@ def in_features(module: Projection) -> int:
     return module.nx if isinstance(module, Conv1D) else module.in_features
 
 
+def matrix(module: Projection | nn.Embedding) -> Tensor:
+    """The weight as (N, K): out_features, in_features; a table as (V, D)."""
+    weight = module._parameters.get("weight")  # itself: as an attribute, that of a fake-quantized table is on its grid
+    weight = module.weight if weight is None else weight
+    return weight.t() if isinstance(module, Conv1D) else weight
+
+
 @dataclass(frozen=True)
 class Attention:
     """One attention and its projections: H heads of size `head_dim`, grouped over the key-value heads."""
@@ -56,6 +63,11 @@ class Attention:
     @property
     def is_fused(self) -> bool:
         return self.query is self.key
+
+    @property
+    def first_value_row(self) -> int:
+        """Where the rows of the values begin in `value`: fused, they follow all queries and all keys."""
+        return (self.num_heads + self.num_key_value_heads) * self.head_dim if self.is_fused else 0
 
 
 @dataclass(frozen=True)

@@ -6,25 +6,28 @@ in the zeros of the weights, and scores that are gathered over steps cannot be r
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
+from hf_compress.model.anatomy import Projection
 from hf_compress.pruning.masks import Blocks, check_prunable
-from hf_compress.pruning.schedules import TwoSlopes, check_schedule, make_schedule
+from hf_compress.pruning.schedules import Schedule, TwoSlopes, check_schedule, make_schedule
 from hf_compress.pruning.scores import Magnitude, Score
 from hf_compress.pruning.selection import SCOPES, keep_above, keep_largest
-from hf_compress.pruning.silent import cut_silent
+from hf_compress.surgery.transaction import Transaction
+from hf_compress.training.callback import PieceCallback
+from hf_compress.training.pieces import Piece, forms_of
 from hf_compress.training.state import STATE_NAME, TrainingState, check_own_gradients, check_whole
 
 logger = logging.getLogger(__name__)
 
 
-class Pruning(TrainerCallback):
+class Pruning(PieceCallback):
     """Base of callbacks that prune while a `Trainer` trains.
 
     Args:
@@ -37,7 +40,8 @@ class Pruning(TrainerCallback):
     Raises ValueError for settings that no training could follow, at once where possible, else when training begins.
     """
 
-    name = "pruning"  # of its entries in the training state
+    name = "pruning"  # also of its entries in the training state
+    cuts_silent = True
     scope = "class-blind"
     bank_size: int | None = None
     num_elements = 1  # of a block, for the slopes
@@ -66,6 +70,8 @@ class Pruning(TrainerCallback):
         self.num_updates, self.regrow, self.score = num_updates, regrow, score
         self._matrices: list[Blocks] = []
         self._handles: list[Any] = []
+        self._schedule: Schedule | None = None
+        self._regrow_at: int | None = None
 
     # What the methods override
 
@@ -76,11 +82,17 @@ class Pruning(TrainerCallback):
     def shrink(self, learning_rate: float) -> None:
         """A proximal step of the method's penalty, after each optimizer step while the schedule runs."""
 
+    def check(self, model: nn.Module, pieces: Sequence[Piece]) -> None:
+        check_prunable(model, type(self).__name__)
+        check_cuts(model, [matrix.module for matrix in self.matrices(model)])
+
+    def is_done(self, step: int) -> bool:
+        return self._schedule is not None and step >= (self._regrow_at or self._schedule.end)
+
     # State
 
     def training_state_entries(self, model: nn.Module) -> dict[str, Tensor]:
         """What this callback keeps in the `TrainingState`: masks, and scores that are gathered over steps."""
-        check_prunable(model, type(self).__name__)
         self._matrices = self.matrices(model)
         entries = {}
         for i, matrix in enumerate(self._matrices):
@@ -114,6 +126,7 @@ class Pruning(TrainerCallback):
     ) -> None:
         check_whole(model, "Pruning")
         check_own_gradients(args, "Pruning")
+        super().on_train_begin(args, state, control, model=model)
         self._state = getattr(model, STATE_NAME, None)
         if self._state is None:
             self._state = self._state_of_stock_trainer(model, state)
@@ -124,7 +137,7 @@ class Pruning(TrainerCallback):
             max_steps=state.max_steps, first_step=int(self.score.is_gathered), num_elements=self.num_elements,
         )  # fmt: skip
         self._regrow_at = None if self.regrow is None else round(self.regrow * state.max_steps)
-        self._close()
+        self.close()
         self._handles = self.score.open(model, self._matrices)
         self._find_masked()
         if state.global_step == 0 and self._schedule.updates_at(0):
@@ -152,11 +165,12 @@ class Pruning(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         self._find_masked()  # the best checkpoint may have been loaded, and its masks with it
-        self._close()
-
-    def finish(self, model: nn.Module) -> nn.Module:
-        """Cut out heads and neurons of which nothing is left. Changes `model`, after training, and returns it."""
-        return cut_silent(model)
+        self.close()
+        if not self.is_done(state.global_step):
+            logger.warning(
+                "The training ended early, after step %d: %s has masked %.4f of the weights, and %.4f were asked for.",
+                state.global_step, type(self).__name__, self.current_sparsity, self.sparsity,
+            )  # fmt: skip
 
     # Inside
 
@@ -190,7 +204,10 @@ class Pruning(TrainerCallback):
 
     def _apply(self) -> None:
         for i in self._masked:
-            self._matrices[i].scale_(self._kept("mask", i))
+            if self._regrow_at is None:
+                self._matrices[i].silence_(self._kept("mask", i))
+            else:  # with zeros on both sides nothing could grow again
+                self._matrices[i].scale_(self._kept("mask", i))
 
     def _state_of_stock_trainer(self, model: nn.Module, state: TrainerState) -> TrainingState:
         own = TrainingState()
@@ -207,10 +224,30 @@ class Pruning(TrainerCallback):
                 getattr(own, f"{self.name}_mask_{i}").copy_(matrix.is_alive())
         return own
 
-    def _close(self) -> None:
+    def close(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+
+def check_cuts(
+    model: nn.Module, modules: Iterable[Projection], matrices: Sequence[Blocks] = (), advice: str = ""
+) -> None:
+    """Raise ValueError, before the first step, for maps whose zeros would be lost or that could not be cut.
+
+    Those are packed, wrapped and shared ones, and of `matrices` those whose quantizer would be cut inside a group.
+    """
+    transaction, forms = Transaction(model), forms_of(model)
+    for module in dict.fromkeys(modules):
+        if module not in forms:
+            transaction.check(module)
+    for matrix in matrices:
+        group = forms[matrix.module].column_unit if matrix.module in forms else 1
+        if matrix.shape[1] % group:
+            raise ValueError(
+                f"{matrix.name} would lose {matrix.shape[1]} columns at a time, but {group} of them share a scale, and "
+                f"a group cannot be cut in the middle. {advice.format(columns=matrix.shape[1], group=group)}"
+            )
 
 
 def per_matrix_importance(importance: Tensor, matrices: Sequence[Blocks], what: str) -> Tensor:

@@ -5,6 +5,7 @@ columns at zero a head or a neuron adds nothing, whatever it computes.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +18,20 @@ from hf_compress.model.anatomy import (
     anatomy,
     in_features,
     is_projection,
+    matrix,
     module_names,
     out_features,
 )
 from hf_compress.model.record import read_part
 from hf_compress.model.weights import check_writable
+
+
+class Source(NamedTuple):
+    """Rows of a linear map that make the inputs of another: block after block, `size` rows each."""
+
+    module: Projection
+    first: int
+    size: int
 
 
 @dataclass(frozen=True)
@@ -31,6 +41,7 @@ class Blocks:
     name: str
     module: Projection
     shape: tuple[int, int]  # (r, c)
+    sources: tuple[Source, ...] = ()  # where the inputs of the columns are made, for blocks of whole columns
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -40,8 +51,7 @@ class Blocks:
     @property
     def weight(self) -> Tensor:
         """(N, K), a view."""
-        weight = self.module.weight.detach()
-        return weight.T if isinstance(self.module, Conv1D) else weight
+        return matrix(self.module).detach()
 
     @property
     def gradient(self) -> Tensor | None:
@@ -66,6 +76,20 @@ class Blocks:
             self.weight.mul_(factors.view(torch.uint8) if factors.dtype == torch.bool else factors)
         else:
             self.cut(self.weight).mul_(factors[:, None, :, None])
+
+    @torch.no_grad()
+    def silence_(self, mask: Tensor) -> None:
+        """Set the masked columns (1, K / c) to zero, and what makes their inputs: nobody hears of them any more.
+
+        An input whose column is zero would still widen the range that a quantizer sees.
+        """
+        self.scale_(mask)
+        for module, first, size in self.sources:
+            keep = mask[0].repeat_interleave(size)
+            rows = slice(first, first + len(keep))
+            matrix(module).detach()[rows].mul_(keep[:, None])
+            if module.bias is not None:
+                module.bias.detach()[rows].mul_(keep)
 
     def is_alive(self) -> Tensor:
         """True for blocks that are not all zeros."""
@@ -100,11 +124,11 @@ def layer_projections(model: nn.Module, parts: Anatomy, block_size: int = 1) -> 
     names = module_names(model)
     maps = dict.fromkeys(m for layer in parts.layers for m in layer.module.modules() if is_projection(m))
     found = [Blocks(names[module], module, (block_size, block_size)) for module in maps]
-    for matrix in found:
-        shape = out_features(matrix.module), in_features(matrix.module)
+    for blocks in found:
+        shape = out_features(blocks.module), in_features(blocks.module)
         if shape[0] % block_size or shape[1] % block_size:
             raise ValueError(
-                f"block_size={block_size} does not divide {matrix.name}, of shape {shape}. Choose a divisor of all "
+                f"block_size={block_size} does not divide {blocks.name}, of shape {shape}. Choose a divisor of all "
                 "shapes, such as 16 or 32 for most models."
             )
     return found

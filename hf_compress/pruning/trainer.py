@@ -3,14 +3,14 @@
 import inspect
 from dataclasses import dataclass, field, fields
 
-from torch import nn
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
+from hf_compress.training.arguments import CompressionArguments
 from hf_compress.training.state import TrainingStateMixin
 
 
 @dataclass
-class PruningConfig(TrainingArguments):
+class PruningConfig(CompressionArguments):
     sparsity: float = field(default=0.5, metadata={"help": "Share that is gone at the end, at least 0 and below 1."})
     schedule: str = field(
         default="cubic",
@@ -37,8 +37,8 @@ class PruningConfig(TrainingArguments):
 class PruningTrainer(TrainingStateMixin):
     """A `Trainer` that prunes while it trains; its arguments are those of `Trainer`.
 
-    After `train()` what fell silent has been cut out of the model, so `save_model` writes a small one. The callback is
-    at hand as `pruning`.
+    After `train()` the model is finished: what fell silent has been cut out, so `save_model` writes a small one. The
+    callback is at hand as `pruning`.
     """
 
     config_class = PruningConfig
@@ -62,15 +62,3 @@ class PruningTrainer(TrainingStateMixin):
             self.remove_callback(self.pruning)
             self.pruning = self.args.callback()
             self.add_callback(self.pruning)
-
-    def train(self, *args, **kwargs):
-        output = super().train(*args, **kwargs)
-        self.finish()
-        return output
-
-    def finish(self) -> nn.Module:
-        """Cut the model. Optimizer and masks belong to the larger one, so they are dropped."""
-        self.pruning.finish(self.model)
-        self.model_wrapped, self.optimizer, self.lr_scheduler = self.model, None, None
-        self._training_state = None
-        return self.model

@@ -1,6 +1,8 @@
 """Quantize and dequantize at once while training, with gradients that pass straight through the rounding."""
 
+import copy
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -109,6 +111,29 @@ class WeightQuantizer(nn.Module):
     def unblocks(self, blocks: Tensor) -> Tensor:
         N, K = self.shape
         return blocks.unflatten(-1, (self.rows, self.columns)).transpose(1, 2).reshape(N, K)
+
+    @torch.no_grad()
+    def select(self, rows: Sequence[int] | None, columns: Sequence[int] | None) -> "WeightQuantizer":
+        """The quantizer of these rows and columns of the weight: nothing is chosen anew, each keeps its grid.
+
+        Rows of a bundle get a scale each, the bundle's. Raises ValueError for a part of a group of columns.
+        """
+        cut = copy.deepcopy(self)
+        scale, zero_point = self.scale.detach(), self.zero_point  # (N / rows, G, 1)
+        if rows is not None:
+            scale, zero_point = (t.repeat_interleave(self.rows, 0)[list(rows)] for t in (scale, zero_point))
+            cut.rows, cut.shape = 1, (len(rows), cut.shape[1])
+        if columns is not None and self.columns == self.shape[1]:
+            cut.columns, cut.shape = len(columns), (cut.shape[0], len(columns))
+        elif columns is not None:
+            groups = list(dict.fromkeys(column // self.columns for column in columns))
+            whole = [group * self.columns + i for group in groups for i in range(self.columns)]
+            if list(columns) != whole:
+                raise ValueError(f"Groups of {self.columns} columns cannot be cut in the middle.")
+            scale, zero_point, cut.shape = scale[:, groups], zero_point[:, groups], (cut.shape[0], len(columns))
+        cut.zero_point = zero_point.clone()
+        cut.scale = nn.Parameter(scale.clone()) if self.learned else scale.clone()
+        return cut
 
     @torch.no_grad()
     def refresh(self, weight: Tensor, bits: int | None = None) -> None:

@@ -12,7 +12,7 @@ from hf_compress.layers.packed_embedding import PackedEmbedding
 from hf_compress.layers.packed_linear import PackedLinear
 from hf_compress.layers.scheme import WeightScheme, auto_group_size, check_bits
 from hf_compress.model.adapters import check_no_adapters
-from hf_compress.model.anatomy import anatomy, in_features
+from hf_compress.model.anatomy import anatomy, in_features, matrix
 from hf_compress.quantization.gptq import QuantizedWeight
 
 
@@ -98,12 +98,6 @@ def scheme_for(module: nn.Module, name: str, bits: int, *, group_size: int | str
     return WeightScheme(bits, size, **options)
 
 
-def matrix(module: nn.Module) -> Tensor:
-    """The weight as (N, K): out_features, in_features; a table as (V, D)."""
-    weight = module._parameters["weight"]  # itself: as an attribute, that of a fake-quantized table is on its grid
-    return weight.t() if isinstance(module, Conv1D) else weight
-
-
 @torch.no_grad()
 def set_matrix(module: nn.Module, weight: Tensor) -> None:
     matrix(module).copy_(weight)
@@ -111,12 +105,15 @@ def set_matrix(module: nn.Module, weight: Tensor) -> None:
 
 def install(model: nn.Module, name: str, weight: QuantizedWeight, scheme: WeightScheme) -> None:
     """Put a packed layer with the integers of `weight` in the place of module `name`."""
-    module = model.get_submodule(name)
+    model.set_submodule(name, packed(model.get_submodule(name), weight, scheme))
+
+
+def packed(module: nn.Module, weight: QuantizedWeight, scheme: WeightScheme) -> PackedLinear | PackedEmbedding:
+    """The packed layer with the integers of `weight` that takes the place of `module`."""
     if isinstance(module, nn.Embedding):
         scales, zeros = weight.scales.t().contiguous(), weight.zero_points.t().contiguous()  # (V, G)
-        packed = PackedEmbedding.like(module, scheme).fill(weight.q, scales, zeros)
+        layer = PackedEmbedding.like(module, scheme).fill(weight.q, scales, zeros)
     else:
         g_idx = weight.g_idx if scheme.desc_act else None
-        packed = PackedLinear.like(module, scheme).fill(weight.q, weight.scales, weight.zero_points, g_idx)
-    packed.train(module.training)
-    model.set_submodule(name, packed)
+        layer = PackedLinear.like(module, scheme).fill(weight.q, weight.scales, weight.zero_points, g_idx)
+    return layer.train(module.training)

@@ -5,19 +5,23 @@ is an ordinary one. The grids belong to the trainer, which saves them beside the
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_compress.checkpoint.bits import settle_bits
-from hf_compress.model.anatomy import anatomy, out_features
+from hf_compress.model.anatomy import anatomy, matrix, out_features
+from hf_compress.model.record import read_part
 from hf_compress.model.weights import check_writable
 from hf_compress.quantization.fake_quantize import ActivationQuantizer, WeightQuantizer
-from hf_compress.quantization.modules import choose_modules, install, matrix
+from hf_compress.quantization.modules import choose_modules, packed
+from hf_compress.surgery.transaction import Transaction
+from hf_compress.training.callback import PieceCallback
+from hf_compress.training.finish import finish
+from hf_compress.training.pieces import FORM, Piece, forms_of
 from hf_compress.training.state import STATE_NAME, check_whole
 
 logger = logging.getLogger(__name__)
@@ -25,11 +29,56 @@ logger = logging.getLogger(__name__)
 WIDTHS = (8, 4, 3, 2)  # the way down when bits are lowered in stages
 
 
+@dataclass
+class Quantizers:
+    """The form of a fake-quantized module (see `training.pieces`): it is stored packed, on the grid it trained with."""
+
+    original_class: type
+    weights: WeightQuantizer
+    inputs: ActivationQuantizer | None  # None: inputs are left alone
+
+    @property
+    def column_unit(self) -> int:
+        return 1 if self.weights.columns == self.weights.shape[1] else self.weights.columns
+
+    @property
+    def hears_all(self) -> bool:
+        return self.inputs is not None and self.inputs.dynamic
+
+    def check(self, name: str) -> None:
+        limits = None if self.inputs is None else self.inputs.range()
+        if limits is not None and limits[0] == limits[1]:
+            raise ValueError(f"{name} has no activation range yet: train, or run some batches in train mode.")
+
+    def select(self, transaction: Transaction, rows: Sequence[int] | None, columns: Sequence[int] | None) -> None:
+        transaction.set(self, "weights", self.weights.select(rows, columns))
+
+    def put_on(self, module: nn.Module) -> None:
+        kinds = {nn.Linear: FakeQuantLinear, Conv1D: FakeQuantConv1D, nn.Embedding: FakeQuantEmbedding}
+        kind = self.original_class
+        # a subclass of nn.Embedding keeps its own forward, whose `super().forward` now looks up quantized rows
+        module.__class__ = kinds.get(kind) or type(f"FakeQuant{kind.__name__}", (kind, FakeQuantEmbedding), {})
+        setattr(module, FORM, self)
+
+    def take_off(self, module: nn.Module) -> None:
+        module.__class__ = self.original_class
+        delattr(module, FORM)
+
+    def stored(self, module: nn.Module) -> nn.Module:
+        activation = {} if self.inputs is None else {"activation_bits": 8, "activation_range": self.inputs.range()}
+        return packed(module, self.weights.quantize(matrix(module)), self.weights.scheme(**activation))
+
+
 class FakeQuantized:
     """What the three kinds share. The quantizers are not registered: they are no part of the model's state."""
 
-    weight_quantizer: WeightQuantizer
-    input_quantizer: ActivationQuantizer | None
+    @property
+    def weight_quantizer(self) -> WeightQuantizer:
+        return vars(self)[FORM].weights
+
+    @property
+    def input_quantizer(self) -> ActivationQuantizer | None:
+        return vars(self)[FORM].inputs
 
     def fake_input(self, x: Tensor) -> Tensor:
         if self.input_quantizer is None:
@@ -67,7 +116,7 @@ def prepare_qat(
     model: PreTrainedModel,
     bits: int | Mapping[str, int] = 4,
     *,
-    num_groups: int | None = 128,
+    num_groups: int | str | None = "auto",
     group_size: int = -1,
     symmetric: bool = False,
     activation_bits: int | None = 8,
@@ -82,7 +131,7 @@ def prepare_qat(
     Args:
         bits: for all linear maps inside the layers, or {module name: bits}.
         num_groups: Q-BERT's groups, bundles of output rows that stay inside one head (at least so many for each weight,
-            fewer where there are fewer rows); None for one group a row.
+            fewer where there are fewer rows); None for one group a row, "auto" for 128, or one a row with `group_size`.
         group_size: instead of bundles, groups of so many consecutive columns in each row.
         activation_bits: 8 quantizes the inputs of each linear map too, None leaves them alone.
         dynamic_activations: each token's own range instead of a running one.
@@ -90,8 +139,16 @@ def prepare_qat(
         learned_steps: scales are parameters (LSQ); else they are chosen anew from time to time by `range_method`.
 
     Train it with a trainer that knows `TrainingState` (all of ours) and the callback `QuantizationAware`, then
-    `pack_qat` turns it into a packed model with the same logits.
+    `finish` turns it into a packed model with the same logits. Raises ValueError for a model that is packed, stored in
+    blocks, or prepared already.
     """
+    if num_groups not in ("auto", None) and group_size != -1:
+        raise ValueError(
+            f"Weights share a scale in bundles of rows (num_groups={num_groups}) or in groups of columns "
+            f"(group_size={group_size}), not in both: leave one of them out."
+        )
+    if num_groups == "auto":
+        num_groups = 128 if group_size == -1 else None
     if activation_bits not in (None, 8):
         raise ValueError(f"activation_bits must be 8 or None, got {activation_bits}.")
     if any(isinstance(m, FakeQuantized) for m in model.modules()):
@@ -108,12 +165,13 @@ def prepare_qat(
                 raise ValueError(f"{name} is tied to a head, which would see other weights: use embedding_bits=None.")
             layout = {"range_method": "minmax", "symmetric": symmetric}
         else:
-            rows = 1 if num_groups is None or group_size != -1 else bundle_size(module, num_groups, heads.get(module))
+            rows = 1 if num_groups is None else bundle_size(module, num_groups, heads.get(module))
             layout = dict(rows=rows, columns=group_size, symmetric=symmetric, range_method=range_method,
                           learned=learned_steps)  # fmt: skip
         quantizer = WeightQuantizer(weight, width, **layout)
         is_quiet = activation_bits is None or isinstance(module, nn.Embedding)
-        _become_fake(module, quantizer, None if is_quiet else ActivationQuantizer(dynamic=dynamic_activations))
+        inputs = None if is_quiet else ActivationQuantizer(dynamic=dynamic_activations)
+        Quantizers(type(module), quantizer, inputs).put_on(module)
     return model
 
 
@@ -125,46 +183,20 @@ def bundle_size(module: nn.Module, num_groups: int, head_dim: int | None) -> int
     return max(size for size in range(1, most + 1) if unit % size == 0)
 
 
-def _become_fake(module: nn.Module, weights: WeightQuantizer, inputs: ActivationQuantizer | None) -> None:
-    kind = type(module)
-    kinds = {nn.Linear: FakeQuantLinear, Conv1D: FakeQuantConv1D, nn.Embedding: FakeQuantEmbedding}
-    # a subclass of nn.Embedding keeps its own forward, whose `super().forward` now looks up quantized rows
-    fake = kinds.get(kind) or type(f"FakeQuant{kind.__name__}", (kind, FakeQuantEmbedding), {})
-    module.__class__ = fake
-    for name, value in (("weight_quantizer", weights), ("input_quantizer", inputs), ("original_class", kind)):
-        object.__setattr__(module, name, value)
-
-
 def fake_modules(model: nn.Module) -> Iterator[tuple[str, FakeQuantized]]:
     for name, module in model.named_modules():
         if isinstance(module, FakeQuantized):
             yield name, module
 
 
-@torch.no_grad()
 def pack_qat(model: PreTrainedModel) -> PreTrainedModel:
-    """Replace fake-quantized modules by packed ones with the same outputs, in place. Returns the model."""
-    found = list(fake_modules(model))
-    if not found:
+    """`finish` of a model made by `prepare_qat`; one that is finished is returned as it is."""
+    if not (forms_of(model) or read_part(model.config, "bits")):
         raise ValueError("The model was not prepared with `prepare_qat`.")
-    for name, module in found:
-        weights, inputs = module.weight_quantizer, module.input_quantizer
-        activation = {}
-        if inputs is not None:
-            limits = inputs.range()
-            if limits is not None and limits[0] == limits[1]:
-                raise ValueError(f"{name} has no activation range yet: train, or run some batches in train mode.")
-            activation = dict(activation_bits=8, activation_range=limits)
-        result, scheme = weights.quantize(matrix(module)), weights.scheme(**activation)
-        module.__class__ = module.original_class
-        for attribute in ("weight_quantizer", "input_quantizer", "original_class"):
-            del module.__dict__[attribute]
-        install(model, name, result, scheme)
-    settle_bits(model)
-    return model
+    return finish(model)
 
 
-class QuantizationAware(TrainerCallback):
+class QuantizationAware(PieceCallback):
     """Keeps the grids of a prepared model up to date in any of our trainers.
 
     refresh_steps    choose the grids anew after so many steps, where step sizes are not learned
@@ -172,6 +204,8 @@ class QuantizationAware(TrainerCallback):
                      `load_best_model_at_end` only what was evaluated at the last of them counts
     lowering_ratio   share of the training that this takes
     """
+
+    name = "quantization_aware"
 
     def __init__(self, *, refresh_steps: int = 100, start_bits: int | None = None, lowering_ratio: float = 0.3):
         if refresh_steps < 1 or not 0 < lowering_ratio <= 1 or start_bits not in (None, *WIDTHS):
@@ -181,6 +215,16 @@ class QuantizationAware(TrainerCallback):
             )
         self.refresh_steps, self.start_bits, self.lowering_ratio = refresh_steps, start_bits, lowering_ratio
         self.targets: dict[str, int] = {}
+        self._max_steps = 0
+
+    def check(self, model: nn.Module, pieces: Sequence[Piece]) -> None:
+        if not any(fake_modules(model)):
+            raise ValueError("QuantizationAware needs a model made by `prepare_qat`, and not finished yet.")
+
+    def is_done(self, step: int) -> bool:
+        """The bits that a model was trained with after `step` steps are those that the last one began with."""
+        widths = {self._width(target, max(0, step - 1), self._max_steps) == target for target in self.targets.values()}
+        return widths == {True}
 
     def training_state_entries(self, model: nn.Module) -> dict[str, nn.Module]:
         entries = {}
@@ -192,9 +236,8 @@ class QuantizationAware(TrainerCallback):
         return entries
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        found = dict(fake_modules(model))
-        if not found:
-            raise ValueError("QuantizationAware needs a model made by `prepare_qat`.")
+        super().on_train_begin(args, state, control, model=model)
+        found, self._max_steps = dict(fake_modules(model)), state.max_steps
         check_whole(model, "Quantization")
         if any(m.weight_quantizer.learned for m in found.values()) and not hasattr(model, STATE_NAME):
             raise ValueError("Learned step sizes need a trainer with TrainingState: use one of hf_compress.")
@@ -206,16 +249,13 @@ class QuantizationAware(TrainerCallback):
             module.weight_quantizer.bits = width  # resumed: the grid of the step before came with the checkpoint
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
-        is_lower = False
+        super().on_step_begin(args, state, control)  # what more bits reached is no measure for fewer
         for name, module in fake_modules(model):
             quantizer = module.weight_quantizer
             width = self._width(self.targets[name], state.global_step, state.max_steps)
             is_due = state.global_step % self.refresh_steps == 0 and not quantizer.learned
-            is_lower |= width != quantizer.bits
             if is_due or width != quantizer.bits:
                 quantizer.refresh(matrix(module), width)
-        if is_lower:  # what more bits reached is no measure for fewer, and their grids fit no other width
-            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         for name, module in fake_modules(model):

@@ -11,19 +11,22 @@ from dataclasses import dataclass, field
 
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer
 
+from hf_compress.model.anatomy import anatomy
+from hf_compress.model.weights import check_writable
 from hf_compress.quantization.allocation import allocate_bits
 from hf_compress.quantization.modules import choose_modules
-from hf_compress.quantization.qat import FakeQuantized, QuantizationAware, pack_qat, prepare_qat
+from hf_compress.quantization.qat import FakeQuantized, QuantizationAware, prepare_qat
 from hf_compress.quantization.sensitivity import hessian_sensitivity
+from hf_compress.training.arguments import CompressionArguments
 from hf_compress.training.state import TrainingStateMixin
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class QBertConfig(TrainingArguments):
+class QBertConfig(CompressionArguments):
     average_bits: float = field(
         default=4.0, metadata={"help": "Size budget: mean bits per quantized weight. A whole 2, 3, 4 or 8 is uniform."}
     )
@@ -58,7 +61,7 @@ class QBertConfig(TrainingArguments):
 
 
 class QBertTrainer(TrainingStateMixin, Trainer):
-    """Quantization-aware fine-tuning. `pack()` turns the trained model into a packed one with the same logits.
+    """Quantization-aware fine-tuning. After `train()` the model is packed, with the logits of the trained one.
 
     Args:
         bits: {module name: bits}; by default chosen by sensitivity for `args.average_bits`.
@@ -90,6 +93,7 @@ class QBertTrainer(TrainingStateMixin, Trainer):
     def _prepare(self) -> None:
         args: QBertConfig = self.args
         if not self._is_prepared:
+            check_writable(anatomy(self.model), "Q-BERT")
             self.bits = dict(self._given_bits) if self._given_bits is not None else self.choose_bits()
             prepare_qat(self.model, self.bits, num_groups=args.num_groups, embedding_bits=args.embedding_bits,
                         learned_steps=args.learned_steps)  # fmt: skip
@@ -113,5 +117,5 @@ class QBertTrainer(TrainingStateMixin, Trainer):
         return allocate_bits(self.model, sensitivity, average_bits=args.average_bits, group_size=-1)
 
     def pack(self) -> nn.Module:
-        """The trained model with packed weights, in place: it saves and loads like any quantized model."""
-        return pack_qat(self.model)
+        """`finish()`: the trained model with packed weights, in place; `train` has done so with `finish_at_end`."""
+        return self.finish()

@@ -15,6 +15,7 @@ from hf_compress.quantization.codebooks import CODEBOOKS, install_codebook
 from hf_compress.quantization.modules import choose_modules, install, matrix, scheme_for
 from hf_compress.quantization.offloaded import bring_in, finish_offloaded
 from hf_compress.quantization.round_to_nearest import round_to_nearest
+from hf_compress.training.pieces import check_finished
 
 METHODS = ("gptq", "rtn")
 
@@ -73,6 +74,7 @@ def quantize(
             f"grid must be 'uniform' or, with method='rtn' and without symmetric and activation_bits, one of "
             f"{sorted(CODEBOOKS)}; got {grid!r}."
         )
+    check_finished(model, "quantize")
     if any(packed_modules(model)):
         raise ValueError("The model is quantized already. Call `model.dequantize()` first, or load the original.")
     options = GPTQOptions(**gptq_options)

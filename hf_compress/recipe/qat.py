@@ -3,11 +3,10 @@
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel
 
-from hf_compress.quantization.qat import QuantizationAware, fake_modules, pack_qat, prepare_qat
-from hf_compress.recipe.one_shot import DTYPE_HELP, cast, check_dtype, linear_maps
+from hf_compress.quantization.qat import QuantizationAware, prepare_qat
+from hf_compress.recipe.one_shot import DTYPE_HELP, check_dtype, linear_maps
 
 CALLBACK_OPTIONS = ("refresh_steps", "start_bits", "lowering_ratio")
 
@@ -45,26 +44,3 @@ class QATOptions:
 
     def callback(self) -> QuantizationAware:
         return QuantizationAware(**{name: getattr(self, name) for name in CALLBACK_OPTIONS})
-
-    def finish(self, model: PreTrainedModel, pruning: list[Any]) -> PreTrainedModel:
-        """Let each pruning callback cut `model`, then pack what is left, in place. Grids of cut weights are new."""
-        if pruning:
-            ranges = _unwrap(model)
-            for callback in pruning:
-                callback.finish(model)
-            self.prepare(model)
-            for name, module in fake_modules(model):
-                if name in ranges:
-                    object.__setattr__(module, "input_quantizer", ranges[name])
-        return cast(pack_qat(model), self.dtype)
-
-
-def _unwrap(model: nn.Module) -> dict[str, Any]:
-    """Give fake-quantized modules their own class back. Returns what was learned of their inputs."""
-    ranges = {}
-    for name, module in list(fake_modules(model)):
-        ranges[name] = module.input_quantizer
-        module.__class__ = module.original_class
-        for attribute in ("weight_quantizer", "input_quantizer", "original_class"):
-            del module.__dict__[attribute]
-    return ranges

@@ -18,7 +18,7 @@ from transformers import (
 
 from hf_compress.distillation.students import make_student
 from hf_compress.recipe.data import CLASSIFICATION, TASKS, RecipeData, load_tokenizer
-from hf_compress.recipe.one_shot import Samples
+from hf_compress.recipe.one_shot import Samples, cast
 from hf_compress.recipe.qat import QATOptions
 from hf_compress.recipe.stages import Stage, StudentOptions
 from hf_compress.training.resume import last_complete_checkpoint
@@ -86,14 +86,9 @@ def train(stage: Stage, work: Work, tokenizer: PreTrainedTokenizerBase) -> tuple
     if checkpoint:
         logger.warning("%s goes on from %s.", stage.name, Path(checkpoint).name)
     trainer.train(resume_from_checkpoint=checkpoint)
-    model = trainer.model
+    model = trainer.finish()
     if qat:
-        model = qat.finish(model, pruning)
-    else:
-        for callback in pruning:
-            model = callback.finish(model)
-        if hasattr(trainer, "pack"):
-            model = trainer.pack()
+        model = cast(model, qat.dtype)
     losses = [entry for entry in trainer.state.log_history if "loss" in entry]
     return model, {"steps": trainer.state.global_step, **({"last_losses": losses[-1]} if losses else {})}
 

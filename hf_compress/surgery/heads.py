@@ -29,20 +29,29 @@ def prune_heads(model: nn.Module, heads: Mapping[int, Iterable[int]]) -> nn.Modu
     keep = {number: kept for number, kept in keep.items() if len(kept) < parts.attentions[number].num_heads}
     if not keep:
         return model
-    names = module_names(model)
     with Transaction(model) as transaction:
-        for number, kept in keep.items():
-            attention = parts.attentions[number]
-            _check_family(attention, names)
-            _cut(transaction, attention, kept)
-            if not kept and type(attention.module).__name__ in COUNTS_HEADS:
-                transaction.replace(attention.name, HeadlessAttention)
-            elif not kept and hasattr(attention.module, "config"):
-                transaction.set(attention.module, "config", config_without_heads(attention.module.config))
+        cut_heads(transaction, parts, keep)
         num_heads = {parts.attentions[number].name: len(kept) for number, kept in keep.items()}
         for stack in parts.stacks:
             assign_slots(transaction, stack.layers, getattr(model.config, "layer_types", None), num_heads)
     return model
+
+
+def cut_heads(transaction: Transaction, parts: Anatomy, keep: Mapping[int, list[int]]) -> None:
+    """Keep these heads of each attention, later; the slots of the cache are the caller's to number.
+
+    Raises ValueError for models whose attention cannot run with other head counts in each layer.
+    """
+    names = module_names(transaction.model)
+    for number, kept in keep.items():
+        attention = parts.attentions[number]
+        if (obstacle := head_obstacle(attention, names)) is not None:
+            raise ValueError(obstacle)
+        _cut(transaction, attention, kept)
+        if not kept and type(attention.module).__name__ in COUNTS_HEADS:
+            transaction.replace(attention.name, HeadlessAttention)
+        elif not kept and hasattr(attention.module, "config"):
+            transaction.set(attention.module, "config", config_without_heads(attention.module.config))
 
 
 def _kept_heads(parts: Anatomy, number: int, gone: Iterable[int]) -> list[int]:
@@ -66,15 +75,16 @@ def _kept_heads(parts: Anatomy, number: int, gone: Iterable[int]) -> list[int]:
     return kept
 
 
-def _check_family(attention: Attention, names: dict[nn.Module, str]) -> None:
+def head_obstacle(attention: Attention, names: Mapping[nn.Module, str]) -> str | None:
+    """Why heads of this attention cannot be cut, as a sentence; None if they can. `names` are those of all modules."""
     leaf = names[attention.query].rpartition(".")[2]
     if attention.is_fused and leaf not in FUSED_LAYOUTS:
-        raise ValueError(
+        return (
             f"{attention.name} holds query, key and value in one {leaf!r}, whose order of rows is not known "
             f"(known are {', '.join(FUSED_LAYOUTS)}), or splits it by the config: the heads cannot be cut."
         )
     if hasattr(attention.module, "has_relative_attention_bias"):
-        raise ValueError(
+        return (
             f"{attention.name} adds one position bias per head that all layers share (as T5 does): "
             "its heads cannot be cut layer by layer."
         )
@@ -83,10 +93,11 @@ def _check_family(attention: Attention, names: dict[nn.Module, str]) -> None:
         owner = attention.module.get_submodule(name.rpartition(".")[0])
         # norms of one head's width serve all heads alike; anything else may belong to heads in a way we cannot see
         if owner not in known and parameter.shape != (attention.head_dim,):
-            raise ValueError(
+            return (
                 f"{attention.name}.{name}, of shape {tuple(parameter.shape)}, is no projection and no norm of one head "
                 f"(size {attention.head_dim}): which part of it belongs to which head is not known."
             )
+    return None
 
 
 def _cut(transaction: Transaction, attention: Attention, kept: list[int]) -> None:

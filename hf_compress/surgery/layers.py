@@ -1,6 +1,6 @@
 """Whole layers, taken out for good, and the config shortened to match."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -20,26 +20,37 @@ def prune_layers(model: nn.Module, keep: Sequence[int]) -> nn.Module:
     decoder would be left without any.
     """
     parts = anatomy(model)
-    kept = _kept_layers(parts, list(keep))
     with Transaction(model) as transaction:
-        changes = _config_changes(model.config, parts, kept)
-        transaction.structure["layers"] = _origin(model, parts, kept, list(changes))
-        for field, value in changes.items():
-            transaction.set(model.config, field, value)
-        for stack, numbers in zip(parts.stacks, kept, strict=True):
-            blocks = [stack.modules[i] for i in numbers]
-            transaction.replace(stack.name, lambda old, blocks=blocks: type(old)(blocks))
-            for i, block in enumerate(blocks):
-                for module in block.modules():
-                    if hasattr(module, "layer_idx"):
-                        transaction.set(module, "layer_idx", i)
-            layer_types = changes.get("layer_types", getattr(model.config, "layer_types", None))
-            assign_slots(transaction, [stack.layers[i] for i in numbers], layer_types, {})
+        cut_layers(transaction, parts, keep)
     return model
 
 
-def _kept_layers(parts: Anatomy, keep: list[int]) -> list[list[int]]:
-    """For each stack the layers to keep, numbered within the stack."""
+def cut_layers(
+    transaction: Transaction, parts: Anatomy, keep: Sequence[int], num_heads: Mapping[str, int] | None = None
+) -> None:
+    """Keep these layers, later. `num_heads` names the attentions whose number of heads changes with the same cut."""
+    model, kept = transaction.model, kept_by_stack(parts, list(keep))
+    changes = _config_changes(model.config, parts, kept)
+    transaction.structure["layers"] = _origin(model, parts, kept, list(changes))
+    for field, value in changes.items():
+        transaction.set(model.config, field, value)
+    for stack, numbers in zip(parts.stacks, kept, strict=True):
+        blocks = [stack.modules[i] for i in numbers]
+        transaction.replace(stack.name, lambda old, blocks=blocks: type(old)(blocks))
+        for i, block in enumerate(blocks):
+            for module in block.modules():
+                if hasattr(module, "layer_idx"):
+                    transaction.set(module, "layer_idx", i)
+        layer_types = changes.get("layer_types", getattr(model.config, "layer_types", None))
+        assign_slots(transaction, [stack.layers[i] for i in numbers], layer_types, num_heads or {})
+
+
+def kept_by_stack(parts: Anatomy, keep: list[int]) -> list[list[int]]:
+    """For each stack the layers to keep, numbered within the stack.
+
+    Raises ValueError for layers that do not exist or are named twice, where a stack would be left without any, and
+    where its first layer, which the others need, would go.
+    """
     num_layers = len(parts.layers)
     unknown = [i for i in keep if not isinstance(i, int) or not 0 <= i < num_layers]
     if unknown or len(set(keep)) < len(keep):

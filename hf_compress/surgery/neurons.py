@@ -44,7 +44,8 @@ def cut_neurons(transaction: Transaction, layer: Layer, kept: list[int], *, outg
     part, num_neurons = layer.feed_forward, layer.feed_forward.num_neurons
     if len(kept) == num_neurons:
         return
-    _check_layer(layer)
+    if (obstacle := neuron_obstacle(layer)) is not None:
+        raise ValueError(obstacle)
     rows = [*kept, *(num_neurons + neuron for neuron in kept)] if part.is_fused else kept
     for projection in part.inputs:
         transaction.select(projection, rows=rows)
@@ -54,14 +55,16 @@ def cut_neurons(transaction: Transaction, layer: Layer, kept: list[int], *, outg
             transaction.set(module, "intermediate_size", len(kept))
 
 
-def _check_layer(layer: Layer) -> None:
+def neuron_obstacle(layer: Layer) -> str | None:
+    """Why neurons of this layer cannot be cut, as a sentence; None if they can."""
     part, num_neurons = layer.feed_forward, layer.feed_forward.num_neurons
     if num_neurons == out_features(part.output):
-        return  # a norm of the hidden states and one of the neurons would look alike
+        return None  # a norm of the hidden states and one of the neurons would look alike
     linear = {id(p) for module in layer.module.modules() if is_projection(module) for p in module.parameters()}
     for name, parameter in layer.module.named_parameters():
         if id(parameter) not in linear and parameter.shape == (num_neurons,):
-            raise ValueError(
+            return (
                 f"{layer.name}.{name} holds one value for each of the {num_neurons} neurons, "
                 "which this surgery does not know how to cut."
             )
+    return None

@@ -1,12 +1,13 @@
 """All or nothing: changes are prepared first, then made together, and undone if one of them fails."""
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_compress.model.anatomy import Projection
@@ -15,16 +16,30 @@ from hf_compress.surgery.settle import settle
 from hf_compress.surgery.stand_ins import linear_class
 
 
+class Follower(Protocol):
+    """What belongs to the weight of a module and is cut with it, such as its quantizer."""
+
+    def select(self, transaction: "Transaction", rows: Sequence[int] | None, columns: Sequence[int] | None) -> None:
+        """Keep these output rows and input columns, later: by `transaction.set`."""
+
+
 class Transaction:
     """Collects changes to the modules of one model; leaving the `with` block without an error makes them.
 
-    An error inside the block, or while the changes are made, leaves the model as it was.
+    An error inside the block, or while the changes are made, leaves the model as it was. `followers` names what is cut
+    along with a module.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, followers: "Mapping[nn.Module, Follower] | None" = None):
+        if not isinstance(model, PreTrainedModel):
+            raise ValueError(
+                f"A {type(model).__name__} cannot be cut: its config must say what is left of it. Pass a model of "
+                "Transformers; merge adapters first (`merge_and_unload`)."
+            )
         if any(read_part(model.config, part) for part in ("bits", "sparsity")):
             raise ValueError("This model is quantized or block-sparse. Cut it first, then quantize or sparsify it.")
         self.model = model
+        self.followers = followers or {}
         self.structure: dict[str, Any] = {}  # what the record is to say of the structure; see `settle`
         self._changes: list[tuple[Any, str, Any]] = []  # object, attribute, new value; see `replace`
         self._owners: dict[int, list[str]] = {}
@@ -47,25 +62,27 @@ class Transaction:
         self,
         module: Projection,
         *,
-        rows: Iterable[int] | None = None,
-        columns: Iterable[int] | None = None,
+        rows: Sequence[int] | None = None,
+        columns: Sequence[int] | None = None,
         weight: Tensor | None = None,
     ) -> None:
         """Keep these output rows and input columns of a linear map, later; of `weight` (N, K) instead if one is given.
 
         Raises ValueError if the module cannot be cut.
         """
-        self._check(module)
+        self.check(module)
+        if module in self.followers:
+            self.followers[module].select(self, rows, columns)
         bias = None if module.bias is None else module.bias.detach()
         is_transposed = isinstance(module, Conv1D)
         if weight is None:
             weight = module.weight.detach().T if is_transposed else module.weight.detach()
         weight = weight.to(module.weight.dtype)
         if rows is not None:
-            index = torch.as_tensor(list(rows), dtype=torch.long, device=weight.device)
+            index = torch.as_tensor(rows, dtype=torch.long, device=weight.device)
             weight, bias = weight[index], None if bias is None else bias[index]
         if columns is not None:
-            weight = weight[:, torch.as_tensor(list(columns), dtype=torch.long, device=weight.device)]
+            weight = weight[:, torch.as_tensor(columns, dtype=torch.long, device=weight.device)]
         out_size, in_size = weight.shape
         self.set(module, "weight", _parameter(weight.T if is_transposed else weight, like=module.weight))
         if rows is not None and bias is not None:
@@ -99,7 +116,8 @@ class Transaction:
             config.__dict__.update(saved)
             raise
 
-    def _check(self, module: Projection) -> None:
+    def check(self, module: Projection) -> None:
+        """Raise ValueError if `module` cannot be cut."""
         names = self._owners.get(id(getattr(module, "weight", None)), [])
         if type(module) not in (nn.Linear, Conv1D):
             raise ValueError(

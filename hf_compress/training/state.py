@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from hf_compress.files.whole import replace_folder
+from hf_compress.training.finish import finish
 from hf_compress.training.finite import find_not_finite, is_finite
+from hf_compress.training.pieces import Piece, check_pieces, forms_of, pieces_of
 from hf_compress.training.resume import find_fault, last_complete_checkpoint, remove_leftovers, start_writing
 
 logger = logging.getLogger(__name__)
@@ -78,6 +80,7 @@ class TrainingStateMixin(Trainer):
     """
 
     _training_state: TrainingState | None = None
+    is_finished = False  # whether the model has become another than the one that was trained, see `finish`
     _checkpoint: Path | None = None  # the one that is being written, and ...
     _unfinished: Path | None = None  # ... where, until it is whole
 
@@ -93,6 +96,7 @@ class TrainingStateMixin(Trainer):
     def training_state(self) -> TrainingState:
         if self._training_state is None:
             self._training_state = self.make_training_state(self.model)
+            self._check_pieces()
             for callback in self.callback_handler.callbacks:
                 self._add_entries(callback)
         return self._training_state
@@ -104,7 +108,18 @@ class TrainingStateMixin(Trainer):
     def add_callback(self, callback) -> None:
         super().add_callback(callback)
         if self._training_state is not None:
+            self._check_pieces()
             self._add_entries(self.callback_handler.callbacks[-1])
+
+    @property
+    def _pieces(self) -> list[Piece]:
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, Piece)]
+
+    def _check_pieces(self) -> None:
+        """What could not be finished is said when the trainer is made, not after hours."""
+        mine = self._pieces
+        names = {piece.name for piece in mine}
+        check_pieces(self.model, [*(piece for piece in pieces_of(self.model) if piece.name not in names), *mine])
 
     def _add_entries(self, callback: TrainerCallback) -> None:
         """Own what a callback keeps between steps: `callback.training_state_entries(model)`, name -> value."""
@@ -119,7 +134,7 @@ class TrainingStateMixin(Trainer):
 
     def call_model_init(self, trial=None):
         model = super().call_model_init(trial)
-        self._training_state = None
+        self._training_state, self.is_finished = None, False
         return model
 
     def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, **kwargs):
@@ -135,7 +150,33 @@ class TrainingStateMixin(Trainer):
                 f"{resume_from_checkpoint} is no whole checkpoint: {fault}. Pass resume_from_checkpoint=True for the "
                 "last whole one of output_dir."
             )
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, trial=trial, **kwargs)
+        if self.is_finished:  # what was made for the model as it was
+            self.model_wrapped, self.optimizer, self.lr_scheduler = self.model, None, None
+            self._training_state, self.is_finished = None, False
+        output = super().train(resume_from_checkpoint=resume_from_checkpoint, trial=trial, **kwargs)
+        if getattr(self.args, "finish_at_end", False):  # plain TrainingArguments, as with a plain Trainer: on request
+            self.finish()
+        return output
+
+    def finish(self) -> nn.Module:
+        """`hfc.finish` of the trained model, which `train` has called already with `finish_at_end`. Returns the model.
+
+        A model that is trained on gets another optimizer.
+        """
+        if pieces_of(self.model) or forms_of(self.model):
+            finish(self.model)
+            self.model_wrapped, self.is_finished = self.model, True
+        return self.model
+
+    def is_complete(self) -> bool:
+        """Whether by now the training has reached what it was asked for: schedules, bits, the last phase.
+
+        Only from then on a checkpoint may be the best, and the patience of an early stopping begins.
+        """
+        return all(piece.is_done(self.state.global_step) for piece in self._pieces)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial) -> bool:
+        return self.is_complete() and super()._determine_best_metric(metrics, trial)
 
     def _inner_training_loop(self, *args, **kwargs):
         with attached(self.training_state, self.model):

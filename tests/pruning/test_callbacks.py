@@ -35,10 +35,10 @@ def train(folder, callback, model=None, kind=OurTrainer, data=None, resume=None,
     family = model.config.model_type
     data = rows(kind="clm" if family in ("gpt2", "llama") else "classification") if data is None else data
     extra = {}
-    if kind is hfc.DistillationTrainer:
-        options, extra = {"kind": hfc.DistillationConfig, **options}, {"teacher_model": tiny_model("bert", seed=3)}
-    if kind is hfc.TinyBertTrainer:
-        options, extra = {"kind": hfc.TinyBertConfig, **options}, {"teacher_model": tiny_model("bert", seed=3)}
+    configs = {hfc.DistillationTrainer: hfc.DistillationConfig, hfc.TinyBertTrainer: hfc.TinyBertConfig}
+    if kind in configs:
+        options = {"kind": configs[kind], "finish_at_end": False, **options}
+        extra = {"teacher_model": tiny_model("bert", seed=3)}
     trainer = kind(model, arguments(folder, **options), train_dataset=data, callbacks=[callback], **extra)
     trainer.train(resume_from_checkpoint=resume)
     return model.eval()
@@ -95,7 +95,7 @@ def test_a_callback_prunes_in_any_trainer(kind, name, tmp_path):
 def test_two_callbacks_prune_side_by_side(tmp_path):
     model = tiny_model("bert")
     heads, neurons = CALLBACKS["heads"](), CALLBACKS["neurons"]()
-    args = arguments(tmp_path, hfc.DistillationConfig)
+    args = arguments(tmp_path, hfc.DistillationConfig, finish_at_end=False)
     teacher = tiny_model("bert", seed=3)
     trainer = hfc.DistillationTrainer(
         model, args, teacher_model=teacher, train_dataset=rows(), callbacks=[heads, neurons]
@@ -125,7 +125,8 @@ def test_finish_cuts_and_changes_no_logit(family, name, tmp_path):
         assert model.num_parameters() < size
     model.save_pretrained(tmp_path / "small")
     loaded = type(model).from_pretrained(tmp_path / "small", dtype=torch.float64).eval()
-    assert torch.equal(logits(loaded, batch), logits(model, batch))
+    # read tensors may begin at another address, and float64 products differ by an order of sums there
+    torch.testing.assert_close(logits(loaded, batch), logits(model, batch), rtol=0, atol=1e-14)
 
 
 class Spy(TrainerCallback):
@@ -294,19 +295,19 @@ def test_equal_widths_when_neurons_go_layer_by_layer(tmp_path):
     assert model.config.intermediate_size == 24 and not hasattr(model.config, "quantization_config")
 
 
-def test_the_best_checkpoint_comes_with_its_masks(tmp_path):
-    """The best is the first, saved before anything was pruned: nothing of it may be cut."""
-    callback = hfc.HeadPruning(0.5, begin=0.5, end=0.8, num_updates=1)
+@pytest.mark.parametrize("kind", [Trainer, OurTrainer])
+def test_the_best_checkpoint_is_one_that_is_pruned_and_comes_with_its_masks(kind, tmp_path):
+    """Each evaluation is worse than the one before, so that the best is the first that counts: after step 6."""
+    callback = hfc.HeadPruning(0.5, begin=0.5, end=0.7, num_updates=1, importance="random")
     model = tiny_model("bert")
     args = arguments(tmp_path, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2,
                      load_best_model_at_end=True, metric_for_best_model="rank", greater_is_better=False)  # fmt: skip
-    trainer = OurTrainer(model, args, train_dataset=rows(), eval_dataset=rows(4), callbacks=[callback],
-                         compute_metrics=lambda _: {"rank": trainer.state.global_step})  # fmt: skip
+    trainer = kind(model, args, train_dataset=rows(), eval_dataset=rows(4), callbacks=[callback],
+                   compute_metrics=lambda _: {"rank": trainer.state.global_step})  # fmt: skip
     trainer.train()
-    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
-    assert callback.current_sparsity == 0
-    size = model.num_parameters()
-    assert callback.finish(model).num_parameters() == size
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-6")
+    assert callback.current_sparsity == 0.5
+    assert sum(a.num_heads for a in anatomy(callback.finish(model)).attentions) == 8
 
 
 def test_a_stock_trainer_resumes_masks_and_refuses_what_it_cannot_keep(tmp_path):
@@ -328,7 +329,7 @@ def test_a_stock_trainer_resumes_masks_and_refuses_what_it_cannot_keep(tmp_path)
         (lambda: hfc.WeightPruning(0.5, scope="bank", bank_size=7), "bank_size=7 does not divide the 32 columns"),
         (lambda: hfc.HeadPruning(0.5, importance=torch.ones(3, 4)), r"importance must be \(4, 4\), got \(3, 4\)"),
         (lambda: hfc.NeuronPruning(0.5, importance=torch.ones(4, 9)), r"must tell of \[48, 48, 48, 48\] neurons"),
-        (lambda: hfc.LayerPruning(keep=[0, 9]), r"keep names layers \[9\], but the model has 0 to 3"),
+        (lambda: hfc.LayerPruning(keep=[0, 9]), r"keep must name layers from 0 to 3"),
     ],
     ids=["block-size", "bank-size", "heads", "neurons", "layers"],
 )

@@ -60,10 +60,13 @@ def test_settings_are_checked_when_they_are_made(tmp_path):
         hfc.HeadPruningTrainer(tiny_model("bert"), arguments(tmp_path))
 
 
-def test_layer_drop_passes_over_layers_in_training_only():
+def test_layers_are_dropped_by_chance_in_training_and_those_that_will_go_in_evaluation():
     model = tiny_model("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, classifier_dropout=0.0)
     batch, callback = tiny_batch(model), hfc.LayerPruning(0.5)
-    expected = logits(model, batch)
+    whole = logits(model, batch)
+    half = tiny_model("bert")
+    hfc.prune_layers(half, keep=[0, 2])
+    expected = logits(half, batch)
     shorter = tiny_model("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, classifier_dropout=0.0)
     hfc.prune_layers(shorter, keep=[i for i in range(4) if i != 2])
     callback.on_train_begin(None, None, None, model=model)
@@ -73,10 +76,12 @@ def test_layer_drop_passes_over_layers_in_training_only():
     torch.manual_seed(seed)
     assert torch.equal(logits(model, batch), logits(shorter, batch))
     callback.on_train_end(None, None, None)
-    assert torch.equal(logits(model, batch), expected)
+    assert torch.equal(logits(model, batch), whole)  # nothing is dropped any more
+    assert torch.equal(logits(model.eval(), batch), expected)
     assert [layer.name for layer in anatomy(callback.finish(model)).layers] == [
         f"bert.encoder.layer.{i}" for i in (0, 1)
     ]
+    assert torch.equal(logits(model, batch), expected)
 
 
 def test_two_processes_hold_the_same_masks_and_see_all_examples(tmp_path):

@@ -10,6 +10,7 @@ from hf_compress.layers.packed_linear import PackedLinear
 from hf_compress.quantization.fake_quantize import ActivationQuantizer, WeightQuantizer, fake_quantize
 from hf_compress.quantization.qat import QuantizationAware, bundle_size, fake_modules, pack_qat, prepare_qat
 from hf_compress.quantization.qbert import QBertConfig, QBertTrainer
+from hf_compress.training.finish import finish
 from tests.helpers import tiny_batch, tiny_model
 
 
@@ -27,6 +28,23 @@ def test_learned_step_has_the_gradient_of_the_paper():
     fake_quantize(x, scale, torch.tensor([[1.0]]), 2, learned=True).sum().backward()
     # inside: round(v) - v = 0.4, -0.3, -0.2; clipped below: -1, above: 2; over sqrt(5 values * 3)
     assert scale.grad.item() == pytest.approx((0.4 - 0.3 - 0.2 - 1 + 2) / 15**0.5)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, -1), (4, -1), (1, 8), (2, 4)])
+@pytest.mark.parametrize("learned", [False, True], ids=["searched", "learned"])
+def test_a_part_of_a_weight_keeps_its_part_of_the_grid(rows, columns, learned):
+    """Rows cut through bundles, columns in whole groups: the quantized part is the part of the quantized whole."""
+    weight = torch.randn(8, 16)
+    whole = WeightQuantizer(weight, 3, rows=rows, columns=columns, learned=learned).eval()
+    mine, wide = [0, 3, 4, 7], [4, 5, 6, 7] if columns == 4 else list(range(8, 16)) if columns == 8 else [1, 2, 9]
+    part = whole.select(mine, None).select(None, wide).eval()
+    assert torch.equal(part(weight[mine][:, wide]), whole(weight)[mine][:, wide])
+    assert torch.equal(part.quantize(weight[mine][:, wide]).dequantize(), whole(weight)[mine][:, wide])
+    assert isinstance(part.scale, torch.nn.Parameter) == learned
+    assert torch.equal(whole.select(None, wide)(weight[:, wide]), whole(weight)[:, wide])
+    if columns > 0:
+        with pytest.raises(ValueError, match=f"Groups of {columns} columns cannot be cut in the middle"):
+            whole.select(None, [0, 1, 2])
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, -1), (4, -1), (1, 8), (2, 4)])
@@ -65,6 +83,7 @@ def dataset(model, rows=32):
 def arguments(tmp_path, kind=QBertConfig, **options):
     defaults = dict(per_device_train_batch_size=8, max_steps=6, learning_rate=1e-2, save_strategy="no")
     defaults |= dict(report_to="none", use_cpu=True, disable_tqdm=True)
+    defaults |= {"finish_at_end": False} if kind is QBertConfig else {}  # so that both forms can be compared
     return kind(output_dir=str(tmp_path), **{**defaults, **options})
 
 
@@ -88,6 +107,25 @@ def test_the_packed_model_has_the_trained_logits(options, tmp_path):
     assert isinstance(packed.bert.embeddings.word_embeddings, PackedEmbedding)
     packed.save_pretrained(tmp_path / "packed")
     assert torch.equal(type(model).from_pretrained(tmp_path / "packed")(**batch).logits, trained)
+
+
+def test_a_training_ends_in_the_packed_model(tmp_path):
+    """`train` and `save_model` are all; who asks for it once more, by an older name too, gets the same model."""
+    model = tiny_model("bert", num_hidden_layers=1)
+    args = arguments(tmp_path, average_bits=4, max_steps=2, finish_at_end=True)
+    trainer = QBertTrainer(model, args, train_dataset=dataset(model), eval_dataset=dataset(model))
+    trainer.train()
+    assert isinstance(model.bert.encoder.layer[0].output.dense, PackedLinear)
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded = type(model).from_pretrained(tmp_path / "saved").eval()
+    batch = tiny_batch(model)
+    expected = model.eval()(**batch).logits
+    assert torch.equal(loaded(**batch).logits, expected)
+    for again in (trainer.pack, trainer.finish, lambda: pack_qat(model), lambda: finish(model)):
+        assert again() is model and torch.equal(model(**batch).logits, expected)
+    assert "eval_loss" in trainer.evaluate()
+    with pytest.raises(ValueError, match="Q-BERT writes into weights, but .* hold packed"):
+        trainer.train()
 
 
 def test_mixed_bits_keep_their_budget(tmp_path):

@@ -7,10 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from hf_compress.measuring.measure import evaluating
-from hf_compress.model.anatomy import Anatomy, FeedForward, Projection, anatomy, in_features
+from hf_compress.model.anatomy import Anatomy, FeedForward, anatomy, in_features, matrix
 from hf_compress.model.inputs import forward_arguments
 from hf_compress.pruning.importance.gates import mean_absolute_gradients, padded_rows
 from hf_compress.pruning.importance.tokens import decoder_layers, real_tokens
@@ -41,7 +40,7 @@ def neuron_importance(
     found = anatomy(model)
     parts = [layer.feed_forward for layer in found.layers]
     if method == "output_norm":
-        return padded_rows([dense_weight(part.output).abs().mean(0) for part in parts])
+        return padded_rows([matrix(part.output).detach().abs().mean(0) for part in parts])
     if method == "input_norm":
         return padded_rows([incoming_weights(part).abs().mean(1) for part in parts])
     if dataloader is None:
@@ -52,15 +51,9 @@ def neuron_importance(
         return padded_rows([_entropy(share) for share in _active_shares(model, dataloader, found)])
 
 
-def dense_weight(module: Projection) -> Tensor:
-    """(N, K) the weight of a linear map, detached."""
-    weight = module.weight.detach()
-    return weight.T if isinstance(module, Conv1D) else weight
-
-
 def incoming_weights(part: FeedForward) -> Tensor:
     """(F, D), or (F, 2 * D) with gate and value side by side."""
-    weights = [dense_weight(module) for module in part.inputs]
+    weights = [matrix(module).detach() for module in part.inputs]
     if part.is_fused:
         weights = list(weights[0].chunk(2))
     return torch.cat(weights, dim=1)

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from hf_compress.model.anatomy import anatomy
-from hf_compress.pruning.block_sparse import BLOCK_SIZES, to_block_sparse
 from hf_compress.pruning.callback import Pruning
 from hf_compress.pruning.masks import Blocks, layer_projections
 from hf_compress.pruning.methods.weights import check_bank
@@ -59,6 +58,7 @@ class BlockPruning(Pruning):
         check_bank(scope, bank_size)
         self.block_size, self.num_elements, self.group_lasso = block_size, block_size**2, group_lasso
         self.scope, self.bank_size = scope, bank_size
+        self.units = {"heads": block_size, "neurons": block_size}
         super().__init__(sparsity, score=METHODS[method](), **options)
 
     def matrices(self, model: nn.Module) -> list[Blocks]:
@@ -71,10 +71,6 @@ class BlockPruning(Pruning):
             for matrix in self._matrices:
                 squared_norms = matrix.sum(matrix.weight.float() ** 2)
                 matrix.scale_(group_lasso_factors(squared_norms, learning_rate * self.group_lasso))
-
-    def finish(self, model: nn.Module) -> nn.Module:
-        """Cut what fell silent and stop storing empty blocks. Changes `model`, after training, and returns it."""
-        return to_block_sparse(model, self.block_size) if self.block_size in BLOCK_SIZES else super().finish(model)
 
 
 @dataclass

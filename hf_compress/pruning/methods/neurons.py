@@ -5,16 +5,19 @@ Prasanna et al., 2020, https://arxiv.org/abs/2005.00561
     importance of a neuron = mean over examples of |d loss / d gate|
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
 from hf_compress.model.anatomy import anatomy, module_names, out_features
-from hf_compress.pruning.callback import Pruning, per_matrix_importance
-from hf_compress.pruning.masks import Blocks
+from hf_compress.pruning.callback import Pruning, check_cuts, per_matrix_importance
+from hf_compress.pruning.masks import Blocks, Source, check_prunable
 from hf_compress.pruning.methods.heads import unit_score
 from hf_compress.pruning.scores import Given
 from hf_compress.pruning.trainer import PruningConfig, PruningTrainer
+from hf_compress.surgery.neurons import neuron_obstacle
+from hf_compress.training.pieces import Piece
 
 SCOPES = {"model": "class-blind", "layer": "class-uniform"}
 
@@ -26,26 +29,61 @@ class NeuronPruning(Pruning):
         importance: `gradient` of the training loss, gathered since the last update; `random`; or a tensor (L, F) from
             `hfc.neuron_importance`.
         scope: whether the share is one of the whole `model`, or of each `layer`, which keeps widths equal.
+        multiple_of: so many neighbours go together, which a quantizer with that `group_size` needs.
         sparsity, schedule, begin, end, num_updates, regrow: see `Pruning`.
     """
 
     name = "neuron_pruning"
 
     def __init__(
-        self, sparsity: float = 0.5, *, importance: str | Tensor = "gradient", scope: str = "model", **options
+        self,
+        sparsity: float = 0.5,
+        *,
+        importance: str | Tensor = "gradient",
+        scope: str = "model",
+        multiple_of: int = 1,
+        **options,
     ):
+        if multiple_of < 1:
+            raise ValueError(f"multiple_of must be at least 1, got {multiple_of}.")
         if scope not in SCOPES:
             raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got {scope!r}.")
-        self.scope = SCOPES[scope]
+        self.scope, self.multiple_of, self.units = SCOPES[scope], multiple_of, {"neurons": multiple_of}
+        if isinstance(importance, Tensor) and multiple_of > 1:
+            importance = _summed(importance, multiple_of)
         super().__init__(sparsity, score=unit_score(importance, normalize=False), **options)
 
     def matrices(self, model: nn.Module) -> list[Blocks]:
-        names = module_names(model)
-        outputs = [layer.feed_forward.output for layer in anatomy(model).layers if layer.feed_forward.num_neurons]
-        found = [Blocks(names[output], output, (out_features(output), 1)) for output in outputs]
+        found, size, names = [], self.multiple_of, module_names(model)
+        for layer in anatomy(model).layers:
+            part = layer.feed_forward
+            if part.num_neurons % size:
+                raise ValueError(f"multiple_of={size} does not divide the {part.num_neurons} neurons of {layer.name}.")
+            firsts = (0, part.num_neurons) if part.is_fused else (0,)
+            sources = tuple(Source(module, first, size) for module in part.inputs for first in firsts)
+            if part.num_neurons:
+                found.append(Blocks(names[part.output], part.output, (out_features(part.output), size), sources))
         if isinstance(self.score, Given):
             per_matrix_importance(self.score.importance, found, "neurons")
         return found
+
+    def check(self, model: nn.Module, pieces: Sequence[Piece]) -> None:
+        check_prunable(model, type(self).__name__)
+        layers = anatomy(model).layers
+        check_cuts(
+            model, [m for layer in layers for m in (*layer.feed_forward.inputs, layer.feed_forward.output)],
+            self.matrices(model), "Prune with multiple_of={group}, or quantize with group_size=-1.",
+        )  # fmt: skip
+        for layer in layers:
+            if (obstacle := neuron_obstacle(layer)) is not None:
+                raise ValueError(obstacle)
+
+
+def _summed(importance: Tensor, size: int) -> Tensor:
+    """(L, F) -> (L, F / size): what `size` neighbours matter together; nan where a layer has fewer."""
+    if importance.shape[-1] % size:
+        raise ValueError(f"multiple_of={size} does not divide the {importance.shape[-1]} neurons of importance.")
+    return importance.unflatten(-1, (-1, size)).sum(-1)
 
 
 @dataclass
@@ -56,6 +94,9 @@ class NeuronPruningConfig(PruningConfig):
     )
     scope: str = field(
         default="model", metadata={"help": "The share is one of the whole `model`, or of each `layer` (equal widths)."}
+    )
+    multiple_of: int = field(
+        default=1, metadata={"help": "So many neighbours go together, as a quantizer with that group_size needs."}
     )
 
     callback_class = NeuronPruning

@@ -1,0 +1,101 @@
+"""Ends a training: what it left open in a model (masks, gates, fake-quantized weights) becomes what is deployed.
+
+Order-free, because no piece acts on another: all settle what hooks add into the weights; what is silent is decided on
+the weights; everything is cut at once, quantizers along with the weights they belong to; each weight is stored once.
+"""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_compress.model.anatomy import Anatomy, anatomy
+from hf_compress.surgery.cache import assign_slots
+from hf_compress.surgery.heads import cut_heads
+from hf_compress.surgery.layers import cut_layers
+from hf_compress.surgery.neurons import cut_neurons
+from hf_compress.surgery.silent import silent_parts
+from hf_compress.surgery.transaction import Transaction
+from hf_compress.training.pieces import PIECES, Form, Piece, forms_of, pieces_of
+from hf_compress.training.stored import store
+
+logger = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def finish(model: PreTrainedModel) -> PreTrainedModel:
+    """Turn a trained model into the one that is deployed, in place, and return it. Its logits are those of eval mode.
+
+    Heads and neurons that pruning left without effect are cut, layers that were to go are taken out, weights that were
+    fake-quantized are packed with the grids they were trained with, empty blocks are not stored. It does not matter in
+    which order these came to the model, or which `Trainer` trained it. Optimizers of the model are void afterwards. A
+    model that has nothing to finish is returned unchanged.
+
+    Raises ValueError, and leaves the model in its training form, where a part cannot be stored: an activation range
+    that has seen no batch yet, say.
+    """
+    pieces, forms = pieces_of(model), forms_of(model)
+    if not pieces and not forms:
+        return model
+    names = {module: name for name, module in model.named_modules()}
+    for module, form in forms.items():
+        form.check(names[module])
+    for piece in pieces:
+        piece.settle()
+    for module, form in forms.items():
+        form.take_off(module)
+    try:
+        _cut(model, pieces, forms)
+        store(model, forms, block_size=min((p.block_size for p in pieces if p.block_size), default=None))
+    except BaseException:
+        for module, form in forms.items():
+            form.put_on(module)
+        raise
+    for piece in pieces:
+        piece.close()
+    if pieces:
+        delattr(model, PIECES)
+    return model
+
+
+def _cut(model: PreTrainedModel, pieces: Sequence[Piece], forms: Mapping[nn.Module, Form]) -> None:
+    """Cut heads, neurons and layers, and what belongs to their weights, in one transaction."""
+    parts = anatomy(model)
+    removed = set().union(*(piece.removed_layers(model) for piece in pieces))
+    stays = [i for i in range(len(parts.layers)) if i not in removed]
+    heads, neurons = _silent(model, parts, pieces, forms, stays) if any(p.cuts_silent for p in pieces) else ({}, {})
+    if not (heads or neurons or removed):
+        return
+    with Transaction(model, forms) as transaction:
+        keep = {n: _rest(parts.attentions[n].num_heads, gone) for n, gone in heads.items()}
+        cut_heads(transaction, parts, keep)
+        for number, gone in neurons.items():
+            layer = parts.layers[number]
+            cut_neurons(transaction, layer, _rest(layer.feed_forward.num_neurons, gone))
+        num_heads = {parts.attentions[number].name: len(kept) for number, kept in keep.items()}
+        if removed:
+            cut_layers(transaction, parts, stays, num_heads)
+        else:
+            for stack in parts.stacks:
+                assign_slots(transaction, stack.layers, getattr(model.config, "layer_types", None), num_heads)
+
+
+def _silent(model: PreTrainedModel, parts: Anatomy, pieces: Sequence[Piece], forms: Mapping[nn.Module, Form],
+            stays: list[int]) -> tuple[dict[int, list[int]], dict[int, list[int]]]:  # fmt: skip
+    """The heads and neurons that go. Pieces that name none of them cut single ones; groups of columns stay whole."""
+
+    def unit(kind: str):
+        size = min((piece.units[kind] for piece in pieces if kind in piece.units), default=1)
+        return lambda output: math.lcm(size, forms[output].column_unit if output in forms else 1)
+
+    return silent_parts(
+        model, parts, head_unit=unit("heads"), neuron_unit=unit("neurons"), layers=stays,
+        is_heard=lambda output: output in forms and forms[output].hears_all,
+    )  # fmt: skip
+
+
+def _rest(number: int, gone: Sequence[int]) -> list[int]:
+    return sorted(set(range(number)) - set(gone))

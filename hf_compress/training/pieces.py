@@ -1,0 +1,111 @@
+"""What training adds to a model and `finish` takes away again: pieces of the whole model, forms of single weights.
+
+Methods say here what they are, so that `finish` and the trainers need not know them. Neither changes what a checkpoint
+of the model holds: that is the plain model.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_compress.surgery.transaction import Transaction
+
+PIECES = "hfc_pieces"  # the attribute of a model that lists its pieces
+FORM = "hfc_form"  # the attribute of a module that holds its form
+
+
+class Form(Protocol):
+    """How training computes with the weight of one module, fake-quantized say, and how the module is stored then.
+
+    column_unit   so many neighbouring columns of the weight can only be cut together
+    hears_all     whether an input counts although its column is zero: in the largest value of a token, say
+    """
+
+    column_unit: int
+    hears_all: bool
+
+    def check(self, name: str) -> None:
+        """Raise ValueError, with the module's name, for what cannot be stored yet."""
+
+    def select(self, transaction: Transaction, rows: Sequence[int] | None, columns: Sequence[int] | None) -> None:
+        """Keep what belongs to these rows and columns of the weight, later: by `transaction.set`."""
+
+    def take_off(self, module: nn.Module) -> None:
+        """Changes `module`: it computes with its plain weight again."""
+
+    def put_on(self, module: nn.Module) -> None:
+        """Changes `module`: undoes `take_off`."""
+
+    def stored(self, module: nn.Module) -> nn.Module:
+        """What takes the place of `module`, which is plain, perhaps cut, and computes the same."""
+
+
+class Piece:
+    """What a method does to a whole model: masks, gates, layers that will go.
+
+    name           under which a model has one of it
+    cuts_silent    whether heads and neurons that fell silent are cut
+    units          "heads", "neurons" -> so many neighbouring columns of an output projection go together
+    block_size     side of the blocks of which empty ones are not stored; None for weights that stay dense
+    """
+
+    name = ""
+    cuts_silent = False
+    units: Mapping[str, int] = {}
+    block_size: int | None = None
+
+    def check(self, model: PreTrainedModel, pieces: "Sequence[Piece]") -> None:
+        """Raise ValueError for what could not be finished, before the first step. `pieces` are all of the model's."""
+
+    def is_done(self, step: int) -> bool:
+        """Whether, after `step` optimizer steps, this piece has reached what was asked for."""
+        return True
+
+    def settle(self) -> None:
+        """Changes the model: what hooks add to it goes into its weights."""
+
+    def close(self) -> None:
+        """Remove all hooks."""
+
+    def removed_layers(self, model: PreTrainedModel) -> set[int]:
+        """The layers that go, numbered as in `anatomy(model).layers`; in eval mode they are passed over already."""
+        return set()
+
+
+def pieces_of(model: nn.Module) -> list[Piece]:
+    return list(getattr(model, PIECES, ()))
+
+
+def forms_of(model: nn.Module) -> dict[nn.Module, Form]:
+    """The modules of `model` that have a form."""
+    return {module: vars(module)[FORM] for module in model.modules() if FORM in vars(module)}
+
+
+def check_pieces(model: nn.Module, pieces: Iterable[Piece]) -> None:
+    """Raise ValueError, before the first step, where one of the pieces could not be finished beside the others."""
+    pieces = list(pieces)
+    for piece in pieces:
+        piece.check(model, pieces)
+
+
+def join(model: nn.Module, piece: Piece) -> None:
+    """Changes `model`: `piece` is one of its pieces now, in the place of one of the same name. Checks all of them."""
+    pieces = [other for other in pieces_of(model) if other.name != piece.name]
+    check_pieces(model, [*pieces, piece])
+    for other in pieces_of(model):
+        if other.name == piece.name and other is not piece:
+            other.close()
+    setattr(model, PIECES, [*pieces, piece])
+
+
+def check_finished(model: nn.Module, what: str) -> None:
+    """Raise ValueError if training has left something open in `model`, which `what` would lose."""
+    names = [type(piece).__name__ for piece in pieces_of(model)]
+    names += [type(form).__name__ for form in list(forms_of(model).values())[:1]]
+    if names:
+        raise ValueError(
+            f"This model has been trained with {', '.join(names)}, and {what} would lose that: call "
+            "hf_compress.finish(model) first."
+        )
