@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
@@ -29,29 +30,30 @@ def prune(
     model: PreTrainedModel,
     dataloader: Iterable[Mapping[str, Tensor]],
     *,
-    target: float,
+    sparsity: float | None = None,
     metric: Literal["parameters", "multiply_adds", "latency"] = "parameters",
     sequence_length: int = 128,
+    target: float | None = None,
 ) -> PreTrainedModel:
-    """Cut heads, neurons and layers until `target` of the model is left. Changes `model` and returns it.
+    """Cut heads, neurons and layers until a share `sparsity` of the model is gone. Changes `model` and returns it.
 
     dataloader       batches with labels, all kept in memory, a few hundred examples. They tell what each piece is
                      worth: how much the loss of an example changes without it, on average; for heads and neurons
                      estimated by the gradient of their gates in one pass, for layers tried out, example by example
-    target           share of the metric that may be left, between 0 and 1. It is kept: the result is below it, by at
-                     most one piece where the metric is counted
+    sparsity         share of the metric that goes, between 0 and 1. No less goes, and at most one piece more where the
+                     metric is counted
     metric           parameters (all of the model's); multiply_adds of one example; latency, the median time of one
                      example in turns with the model as it was, on the device where it is, with its threads
     sequence_length  tokens of the example for the last two
+    target           what `sparsity` was called when it meant the share that is left; it goes with the next version
 
     Each piece is a head (with all that share its key and value), a bundle of neurons, or a whole layer. They go in the
-    order of importance over cost. Raises ValueError, and changes nothing, for a target that cannot be reached:
+    order of importance over cost. Raises ValueError, and changes nothing, for a share that cannot be reached:
     embeddings and heads of the task stay, and something of each encoder and decoder.
     """
     if metric not in METRICS:
         raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}.")
-    if not 0 < target < 1:
-        raise ValueError(f"target is the share that is left, between 0 and 1, got {target}.")
+    target = 1 - share_that_goes(sparsity, target)
     check_prunable(model, "prune")
     tokens = None if metric == "parameters" else sequence_length
     pieces = sorted(units(model, dataloader, tokens), key=lambda unit: unit.importance / max(unit.cost, 1))
@@ -61,6 +63,23 @@ def prune(
         total = num_parameters(model) if tokens is None else _multiply_adds(model, sequence_length)
         chosen = choose(anatomy(model), pieces, total - int(target * total))
     return _cut(model, chosen)
+
+
+def share_that_goes(sparsity: float | None, target: float | None) -> float:
+    """`sparsity`, or what is left beside `target`, with a warning. Raises ValueError for both, none, and no share."""
+    if (sparsity is None) == (target is None):
+        raise ValueError(f"Give sparsity, the share that goes: got sparsity={sparsity} and target={target}.")
+    if sparsity is None:
+        warnings.warn(
+            f"target={target} is the share that is left, while all other shares say what goes. Say "
+            f"sparsity={1 - target:g}: `target` goes with the next version of hf_compress.",
+            FutureWarning,
+            stacklevel=3,
+        )
+        sparsity = 1 - target
+    if not 0 < sparsity < 1:
+        raise ValueError(f"sparsity is the share that goes, between 0 and 1, got {sparsity:g}.")
+    return sparsity
 
 
 def choose(parts: Anatomy, pieces: Sequence[Unit], surplus: int) -> list[Unit]:
@@ -79,8 +98,8 @@ def choose(parts: Anatomy, pieces: Sequence[Unit], surplus: int) -> list[Unit]:
             chosen.append(unit)
     if saved < surplus:
         raise ValueError(
-            f"The target cannot be reached: {surplus:,} would have to go, and heads, neurons and layers together "
-            f"have {saved:,}. Raise the target, or make the embeddings smaller with prune_vocabulary or "
+            f"The sparsity cannot be reached: {surplus:,} would have to go, and heads, neurons and layers together "
+            f"have {saved:,}. Lower the sparsity, or make the embeddings smaller with prune_vocabulary or "
             "factorise_embeddings."
         )
     return chosen
@@ -171,7 +190,7 @@ def _choose_by_latency(
         else:
             high = share
     if best is None:
-        raise ValueError(f"The target cannot be reached: the smallest model tried takes {ratio:.2f} of the time.")
+        raise ValueError(f"The sparsity cannot be reached: the smallest model tried takes {ratio:.2f} of the time.")
     return best
 
 

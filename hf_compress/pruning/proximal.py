@@ -18,7 +18,8 @@ def soft_threshold_(weight: Tensor, threshold: Tensor | float) -> None:
 def reweighted_threshold(weight: Tensor, strength: float) -> Tensor:
     """Thresholds of reweighted proximal pruning: strength * alpha, with alpha = 1 / (|w| + epsilon).
 
-    Guo et al. 2019, https://arxiv.org/abs/1909.12486. `strength` is the learning rate times gamma of the penalty
+    `weight` is as it was before the optimizer's step, to whose result the thresholds apply (algorithm 1 of Guo et al.
+    2019, https://arxiv.org/abs/1909.12486). `strength` is the learning rate times gamma of the penalty
     gamma * sum alpha |w|; small weights are pushed down harder than large ones.
     """
     return strength / (weight.abs() + EPSILON)

@@ -19,11 +19,6 @@ def damage_saliency(weight: Tensor, hessian: Tensor) -> Tensor:
     return hessian.diagonal() * weight**2 / 2
 
 
-def surgery_saliency(weight: Tensor, hessian: Tensor) -> Tensor:
-    """(N, K): w_i^2 / (2 [H^-1]_ii), how much the loss rises without a weight, the others of its row adjusted."""
-    return weight**2 / (2 * torch.linalg.inv(hessian).diagonal())
-
-
 def surgery(
     weight: Tensor,
     hessian: Tensor,
@@ -37,7 +32,8 @@ def surgery(
 
     Columns are visited in order; each weight that goes changes the columns after it by -w_i / [H^-1]_ii * [H^-1]_i:,
     with H that of the columns not yet visited. Which weights go is decided for `num_columns` columns together, or for
-    each bank of `bank_size` in each row (N:M), by `surgery_saliency`. Computed in the dtype of `hessian`. Inputs that
+    each bank of `bank_size` in each row (N:M), by w_i^2 / [H^-1]_ii: how much the loss
+    rises without it. Computed in the dtype of `hessian`. Inputs that
     were always zero lose their weights.
     """
     W, H = weight.to(hessian.dtype).clone(), hessian.clone()  # (N, K), (K, K)

@@ -131,26 +131,3 @@ def install_codebook(model: nn.Module, name: str, scheme: WeightScheme, grid: st
     layer = CodebookLinear.like(module, scheme)
     layer.fill(nearest_level(groups, levels).flatten(1), levels.transpose(0, 1).contiguous())
     model.set_submodule(name, layer.train(module.training))
-
-
-def product_codebook(weight: Tensor, bits: int, width: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Product quantization: each column block of `width` has its own 2^bits centroids of sub-rows.
-
-    weight (N, K); returns index (N, K / width) and centroids (K / width, 2^bits, width): bits / width bits a weight.
-    """
-    N, K = weight.shape
-    if width < 1 or K % width:
-        raise ValueError(f"width must divide in_features: got width={width}, in_features={K}.")
-    count = 2**bits
-    if count > N:
-        raise ValueError(f"{count} centroids need at least as many rows, got {N}: choose fewer bits.")
-    parts = weight.view(N, K // width, width).transpose(0, 1)  # (S, N, width)
-    generator = torch.Generator().manual_seed(seed)
-    centroids = parts[:, torch.randperm(N, generator=generator)[: 2**bits].to(weight.device)].clone()
-    for _ in range(KMEANS_ROUNDS):
-        index = torch.cdist(parts, centroids).argmin(-1)  # (S, N)
-        spread = index[..., None].expand_as(parts)
-        sums = torch.zeros_like(centroids).scatter_add_(1, spread, parts)
-        counts = torch.zeros_like(centroids).scatter_add_(1, spread, torch.ones_like(parts))
-        centroids = torch.where(counts > 0, sums / counts.clamp(min=1), centroids)
-    return torch.cdist(parts, centroids).argmin(-1).t().contiguous(), centroids

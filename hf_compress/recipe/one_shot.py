@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.model.anatomy import anatomy
-from hf_compress.pruning.budget import prune
+from hf_compress.pruning.budget import prune, share_that_goes
 from hf_compress.pruning.embeddings import factorise_embeddings
 from hf_compress.pruning.importance import every_other, head_importance, neuron_importance
 from hf_compress.pruning.one_shot import prune_weights
@@ -111,17 +111,21 @@ class EmbeddingOptions:
 class BudgetOptions:
     """Cut heads, neurons and layers, those first that are worth least for what they cost."""
 
-    target: float = field(metadata={"help": "Share of the metric that is left, between 0 and 1."})
+    sparsity: float | None = field(default=None, metadata={"help": "Share of the metric that goes, between 0 and 1."})
     metric: Literal["parameters", "multiply_adds", "latency"] = field(
         default="parameters", metadata={"help": "parameters, multiply_adds or latency."}
     )
     sequence_length: int = field(default=128, metadata={"help": "Tokens of the example that costs are counted on."})
     scoring_examples: int = field(default=256, metadata={"help": "Training examples that importance is measured on."})
     scoring_batch_size: int = field(default=32, metadata={"help": "Examples that are scored at once."})
+    target: float | None = field(default=None, metadata={"help": "Share that is left; say sparsity, target will go."})
+
+    def __post_init__(self):
+        self.sparsity, self.target = share_that_goes(self.sparsity, self.target), None
 
     def apply(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: Samples):
         loader = samples.loader(self.scoring_examples, self.scoring_batch_size)
-        prune(model, loader, target=self.target, metric=self.metric, sequence_length=self.sequence_length)
+        prune(model, loader, sparsity=self.sparsity, metric=self.metric, sequence_length=self.sequence_length)
         return model, tokenizer
 
 

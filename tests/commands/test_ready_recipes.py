@@ -31,20 +31,27 @@ def texts(tmp_path):
     return tmp_path / "texts.txt"
 
 
-@pytest.mark.parametrize("name, changes", [
-    ("llm-4bit", {}),
-    ("llm-3bit-mixed", {"gptq.sensitivity_examples": 4}),
+@pytest.mark.parametrize("width, group", [(64, 64), (96, 32), (40, -1)], ids="{} columns".format)
+@pytest.mark.parametrize("name, changes, most", [
+    ("llm-4bit", {}, 8.5),
+    ("llm-3bit-mixed", {"gptq.sensitivity_examples": 4}, 8.5),
 ], ids=["llm-4bit", "llm-3bit-mixed"])  # fmt: skip
-def test_a_language_model_in_few_bits(name, changes, texts, tmp_path, capsys):
-    folder = tiny_folder(tmp_path / "llama", "llama", hidden_size=64, intermediate_size=64, num_hidden_layers=2)
-    few = {"gptq.group_size": 32, "gptq.calibration_examples": 8, **changes}
+def test_a_language_model_in_few_bits(name, changes, most, width, group, texts, tmp_path, capsys):
+    """Any width finds its groups, and the tables are packed too: the bits a weight are near those that are promised."""
+    sizes = dict(hidden_size=width, intermediate_size=width, num_attention_heads=4, head_dim=width // 4)
+    folder = tiny_folder(tmp_path / "llama", "llama", num_hidden_layers=2, **sizes)
+    few = {"gptq.calibration_examples": 8, **changes}
     start, packed = run(name, folder, tmp_path / "out", texts, few, capsys)
-    assert packed["measurement"]["bits_per_weight"] < start["measurement"]["bits_per_weight"]
+    assert start["measurement"]["bits_per_weight"] == pytest.approx(32, abs=0.01)
+    assert packed["measurement"]["bits_per_weight"] < most  # norms stay, and of such thin tables scales are a part
     # a random model gives each of 64 tokens about the same probability, and still does when it is rounded
     assert packed["quality"] == pytest.approx(start["quality"], abs=0.2) and -4.4 < start["quality"] < -3.9
     record = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model").config.quantization_config
+    tables = {name for name in record["bits"] if name.endswith("embed_tokens")}
+    assert len(tables) == 1 and all(record["bits"].pop(name)["bits"] == 8 for name in tables)
     bits = {entry["bits"] for entry in record["bits"].values()}
     assert bits == {4} if name == "llm-4bit" else len(bits) > 1
+    assert {entry.get("group_size", -1) for entry in record["bits"].values()} == {group}
 
 
 def test_an_encoder_of_sparse_blocks(tmp_path, capsys):

@@ -66,7 +66,7 @@ REFUSED = {
     "prune_weights": lambda model: hfc.prune_weights(model, 0.5, method="magnitude"),
     "prune_weights-data": lambda model: hfc.prune_weights(model, 0.5, calibration=[tiny_batch(model)]),
     "prepare_qat": lambda model: hfc.prepare_qat(model, bits=4),
-    "prune": lambda model: hfc.prune(model, [], target=0.5),
+    "prune": lambda model: hfc.prune(model, [], sparsity=0.5),
     "prune_heads": lambda model: hfc.prune_heads(model, {0: [1]}),
     "prune_neurons": lambda model: hfc.prune_neurons(model, {0: [1]}),
     "prune_layers": lambda model: hfc.prune_layers(model, keep=[0]),

@@ -10,6 +10,7 @@ from hf_compress.measuring.counting import multiply_adds, num_parameters
 from hf_compress.model.anatomy import anatomy
 from hf_compress.pruning.budget import choose
 from hf_compress.pruning.units import Unit, units
+from hf_compress.recipe.one_shot import BudgetOptions
 from hf_compress.surgery import prune_heads, prune_layers, prune_neurons
 
 FAMILIES = ["bert", "gpt2", "llama", "modernbert", "bart", "deberta-v2", "gemma3_text"]
@@ -49,15 +50,15 @@ def test_a_piece_costs_what_its_removal_saves(family, metric):
     assert whole - count(prune_layers(tiny_model(family), [0, 1, 2]), metric) == layer.cost
 
 
-@pytest.mark.parametrize("target", [0.9, 0.7])
+@pytest.mark.parametrize("sparsity", [0.1, 0.3])
 @pytest.mark.parametrize("family", ["bert", "llama", "bart"])
-def test_the_target_is_reached_by_no_more_than_a_piece(family, target, tmp_path):
+def test_the_share_is_reached_by_no_more_than_a_piece(family, sparsity, tmp_path):
     model = tiny_model(family)
     whole = num_parameters(model)
     pieces = units(model, labelled(model), None)
-    assert hfc.prune(model, labelled(model), target=target) is model
+    assert hfc.prune(model, labelled(model), sparsity=sparsity) is model
     left = num_parameters(model)
-    assert target * whole - max(unit.cost for unit in pieces) <= left <= target * whole
+    assert sparsity * whole - 1 <= whole - left <= sparsity * whole + max(unit.cost for unit in pieces)
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(TASKS[default_task(family)].from_pretrained(tmp_path)), logits(model))
 
@@ -65,7 +66,7 @@ def test_the_target_is_reached_by_no_more_than_a_piece(family, target, tmp_path)
 def test_multiply_adds_are_reached():
     model = tiny_model("bert")
     whole = count(model, "multiply_adds")
-    hfc.prune(model, labelled(model), target=0.5, metric="multiply_adds", sequence_length=10)
+    hfc.prune(model, labelled(model), sparsity=0.5, metric="multiply_adds", sequence_length=10)
     assert count(model, "multiply_adds") <= 0.5 * whole
 
 
@@ -77,7 +78,7 @@ def test_latency_is_reached_on_a_clock_that_counts_layers(monkeypatch):
         return len(anatomy(candidate).layers) / len(anatomy(model).layers)
 
     monkeypatch.setattr("hf_compress.pruning.budget._latency_ratio", ratio)
-    hfc.prune(model, labelled(model), target=0.75, metric="latency", sequence_length=10)
+    hfc.prune(model, labelled(model), sparsity=0.25, metric="latency", sequence_length=10)
     assert len(anatomy(model).layers) <= 3
 
 
@@ -110,20 +111,34 @@ def test_something_of_each_stack_stays():
     model = tiny_model("bart")
     pieces = units(model, labelled(model), None)
     with pytest.raises(ValueError, match="cannot be reached"):
-        hfc.prune(model, labelled(model), target=0.01)
+        hfc.prune(model, labelled(model), sparsity=0.99)
     everything = sum(unit.cost for unit in pieces if unit.is_layer)
-    hfc.prune(model, labelled(model), target=1 - 0.9 * everything / num_parameters(model))
+    hfc.prune(model, labelled(model), sparsity=0.9 * everything / num_parameters(model))
     parts = anatomy(model)
     assert [len(stack.layers) >= 1 for stack in parts.stacks] == [True, True]
     assert all(any(layer.attentions[0].num_heads for layer in stack.layers) for stack in parts.stacks)
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (dict(target=0), "between 0 and 1"),
-    (dict(target=1.0), "between 0 and 1"),
-    (dict(target=0.5, metric="watts"), "metric must be"),
+    (dict(), "Give sparsity, the share that goes"),
+    (dict(sparsity=0.5, target=0.5), "Give sparsity, the share that goes"),
+    (dict(sparsity=0), "between 0 and 1"),
+    (dict(sparsity=1.0), "between 0 and 1"),
+    (dict(sparsity=0.5, metric="watts"), "metric must be"),
 ], ids=str)  # fmt: skip
 def test_bad_arguments_are_refused(arguments, message):
     model = tiny_model("bert")
     with pytest.raises(ValueError, match=message):
         hfc.prune(model, labelled(model), **arguments)
+
+
+def test_what_is_left_can_be_said_for_one_more_version():
+    kept, gone = tiny_model("bert"), tiny_model("bert")
+    with pytest.warns(FutureWarning, match="sparsity=0.25"):
+        hfc.prune(kept, labelled(kept), target=0.75)
+    hfc.prune(gone, labelled(gone), sparsity=0.25)
+    assert num_parameters(kept) == num_parameters(gone) <= 0.75 * num_parameters(tiny_model("bert"))
+    with pytest.warns(FutureWarning, match="sparsity=0.25"):
+        assert BudgetOptions(target=0.75).sparsity == 0.25
+    with pytest.raises(ValueError, match="share that goes"):
+        BudgetOptions()

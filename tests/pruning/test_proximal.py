@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from transformers.pytorch_utils import Conv1D
 
+import hf_compress as hfc
+from hf_compress.pruning.masks import Blocks
 from hf_compress.pruning.proximal import EPSILON, group_lasso_factors, reweighted_threshold, soft_threshold_
 
 
@@ -21,6 +24,23 @@ def test_reweighted_thresholds_push_small_weights_harder():
     thresholds = reweighted_threshold(w, 1e-4)
     assert thresholds.tolist() == pytest.approx([1e-4 / (0.01 + EPSILON), 1e-4 / (0.5 + EPSILON)])
     assert thresholds[0] > thresholds[1]
+
+
+@pytest.mark.parametrize("kind", [torch.nn.Linear, Conv1D], ids=["linear", "conv1d"])
+def test_the_penalty_weighs_by_the_weights_before_the_step(kind):
+    """Algorithm 1 of the paper: alpha is that of the weights that the gradient was taken at."""
+    module = kind(3, 4)
+    before = module.weight.detach().clone()
+    callback = hfc.WeightPruning(0.5, proximal=0.02)
+    callback._matrices = [Blocks("map", module, (1, 1))]
+    callback.on_pre_optimizer_step(None, None, None)
+    step = torch.randn_like(before)
+    with torch.no_grad():
+        module.weight += step
+        callback.shrink(0.1)
+    stepped = before + step
+    expected = stepped.sign() * (stepped.abs() - 0.1 * 0.02 / (before.abs() + EPSILON)).clamp(min=0)
+    torch.testing.assert_close(module.weight, expected)
 
 
 def test_group_lasso_minimises_distance_plus_norm():

@@ -13,7 +13,6 @@ from hf_compress.quantization.codebooks import (
     multibit_levels,
     nearest_level,
     power_of_two_levels,
-    product_codebook,
     take_level,
     ternary_levels,
 )
@@ -90,19 +89,6 @@ def test_more_levels_are_nearer():
     for name in ("balanced", "kmeans", "multibit"):
         errors = [error(values, CODEBOOKS[name](values, bits)).sum() for bits in (1, 2, 3, 4)]
         assert errors == sorted(errors, reverse=True), name
-
-
-def test_product_codebook_finds_repeated_sub_vectors():
-    kinds = rows(shape=(4, 3, 2))  # four sub-vectors for each of three column blocks
-    choice = torch.arange(32)[:, None] % 4 * torch.ones(1, 3, dtype=torch.long)
-    weight = torch.stack([kinds[choice[:, s], s] for s in range(3)], 1).reshape(32, 6)
-    index, centroids = product_codebook(weight, 3, 2)
-    rebuilt = torch.stack([centroids[s, index[:, s]] for s in range(3)], 1).reshape(32, 6)
-    torch.testing.assert_close(rebuilt, weight)
-    with pytest.raises(ValueError, match="width must divide"):
-        product_codebook(weight, 2, 4)
-    with pytest.raises(ValueError, match="centroids need"):
-        product_codebook(weight, 6, 2)
 
 
 @pytest.mark.parametrize("grid", CODEBOOKS)

@@ -60,11 +60,15 @@ class WeightPruning(Pruning):
         check_bank(self.scope, self.bank_size, found)
         return found
 
+    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
+        super().on_pre_optimizer_step(args, state, control, **kwargs)
+        if self.proximal:  # alpha is of the weights as they are before the step
+            self._before = [matrix.weight.clone() for matrix in self._matrices]
+
     def shrink(self, learning_rate: float) -> None:
         if self.proximal:
-            for matrix in self._matrices:
-                weight = matrix.weight
-                soft_threshold_(weight, reweighted_threshold(weight, learning_rate * self.proximal))
+            for matrix, before in zip(self._matrices, self._before, strict=True):
+                soft_threshold_(matrix.weight, reweighted_threshold(before, learning_rate * self.proximal))
 
 
 def check_bank(scope: str, bank_size: int | None, matrices: list[Blocks] | None = None) -> None:
