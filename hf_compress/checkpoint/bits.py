@@ -65,8 +65,7 @@ def finish(model: PreTrainedModel, bits: dict) -> None:
     """Raise ValueError, naming the module, for loaded tensors that no quantizer wrote; then lay out the others."""
     for name, module in packed_modules(model):
         module.check(name)
-        module.one_copy = model.can_generate()
-        module.prepare()
+        module.prepare(decodes=model.can_generate())
 
 
 def sentinels(model: PreTrainedModel, bits: dict) -> list[str]:
@@ -84,9 +83,8 @@ def settle_bits(model: PreTrainedModel) -> None:
         if getattr(module, "config", None) is shared:
             module.config = own
     for _, module in packed_modules(model):
-        module.one_copy = model.can_generate()
-        if module.qweight.device.type == "cpu":  # elsewhere it makes no difference
-            module.prepare()
+        if module.decodes != model.can_generate():
+            module.prepare(decodes=model.can_generate())
     bits = {stored_name(model, name): module.scheme.to_dict() for name, module in packed_modules(model)}
     forget_stale_structure(model)
     write_part(own, PART, bits)

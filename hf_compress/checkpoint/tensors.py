@@ -13,7 +13,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from hf_compress.layers.packed_linear import PackedModule
+from hf_compress.layers.packed_module import PackedModule
 from hf_compress.layers.sentinel import Sentinel
 
 EXACT = ("qweight", "qzeros", "zeros")  # words whose width is part of their meaning

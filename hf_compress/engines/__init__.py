@@ -1,11 +1,15 @@
-"""Fast paths of the compressed layers on CPUs, over what comes with PyTorch: oneDNN and ATen's low-bit kernels.
+"""Fast products of the compressed layers on CPUs, over what comes with PyTorch: oneDNN and ATen's low-bit kernels.
 
-What runs is read from `table.json` (measured, by processor, bits, tokens and size). The layers' stored tensors stay the
-only state: what an engine needs beside them is made when it is first used, kept in a weak dictionary, never saved, and
-made again when a stored tensor changes. The environment variable HF_COMPRESS_CPU chooses, when a model is loaded or
-quantized:
+The rule, which `routes.choose` follows from what the processor can do:
 
-    auto       (default) the fastest engine; products in bfloat16, or of 8-bit integers where the table says so
-    exact      float32 arithmetic, the dequantized weight kept in memory
-    reference  no engine: the weight is dequantized in each call
+    8 bit with one scale a row, where products of 8-bit integers are exact (VNNI): integers, each token rounded
+    a model that decodes: ATen's low-bit kernel for few tokens, the weight dequantized in each call for many
+    all else: the dense weight, kept, in bfloat16 where that is fast (AVX512_BF16, AMX), else in float32
+
+The layers' stored tensors stay the only state: a route is made when it is first needed, never saved, and made again
+after loading, moving or casting. The environment variable HF_COMPRESS_CPU chooses, when a model is loaded or quantized:
+
+    auto       (default) the rule above
+    exact      float32 arithmetic, the dequantized weight kept in memory; activations rounded only if the record says so
+    reference  no route: the weight is dequantized in each call
 """

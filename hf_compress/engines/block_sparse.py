@@ -6,12 +6,9 @@ the fullest one has, the missing ones zeros, so that one batched product does th
     x^T in blocks (K / Bk, Bk, M)  --gather-->  (R, C * Bk, M);   (R, Bn, C * Bk) @ (R, C * Bk, M) = y^T in blocks
 
 The activations are transposed first, which makes the gather a copy of long runs, and it goes by slices of rows that
-stay in the cache. The precision is that of x. The layout is made from the stored blocks and found by their tensor: it
-is no state, and is made again when the blocks change.
+stay in the cache.
 """
 
-import warnings
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -19,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_compress.engines import processor
-from hf_compress.engines.kept import kept_for
 from hf_compress.engines.ops import BlockSparseWeight, bsr_to_dense
+from hf_compress.engines.routes import SMALLEST, BFloat16, Float32, Run
 
 BUCKETS = 6
-DENSEST_FOR_MKL = 0.3  # AMX, one thread: 3.4 times the dense product at 0.1, 1.4 times at 0.25, 0.75 at 0.5
 SLICE_BYTES = 1 << 20  # of gathered activations at a time: half the second-level cache of a core
+DENSEST = {16: 0.25, 32: 0.4, 64: 0.5}  # share of stored blocks up to which gathering beats the dense product, by side
 
 
 class Bucket(NamedTuple):
@@ -33,51 +30,68 @@ class Bucket(NamedTuple):
     blocks: Tensor  # (R, Bn, C * Bk)
 
 
-def bsr_linear(x: Tensor, weight: BlockSparseWeight, bias: Tensor | None) -> Tensor | None:
-    """The engine for the operator of this name: x (M, K) -> (M, N). None leaves a call to the plain path."""
-    N, K = weight.out_features, weight.in_features
-    if processor.mode() == "reference" or N * K < processor.SMALLEST or not len(x):
+def make_run(weight: BlockSparseWeight, density: float) -> Run | None:
+    """The product of inference with the blocks as they are now; None for the plain path.
+
+    In bfloat16 where that is fast the dense product wins at every density, else few blocks are gathered in float32.
+    """
+    if processor.mode() == "reference" or weight.out_features * weight.in_features < SMALLEST:
         return None
-    if x.dtype not in (torch.float32, torch.bfloat16) or weight.values.is_inference():
+    if weight.values.dtype not in (torch.float32, torch.bfloat16):
         return None
-    made = kept_for([weight.values, weight.crow, weight.col])
-    if len(x) == 1 and _mkl_takes(weight):
-        if "mkl" not in made:
-            made["mkl"] = _torch_bsr(weight)
-        return F.linear(x, made["mkl"], bias)
-    if weight.density > processor.densest(x.dtype, min(weight.values.shape[1:]), len(x), N * K):
-        if "dense" not in made:
-            made["dense"] = _dense(weight)
-        return made["dense"](x, bias)
-    if "buckets" not in made:
-        made["buckets"] = buckets(weight)
-    return _gathered(x, weight, made["buckets"], bias)
+    if weight.values.dtype is torch.bfloat16 and processor.mode() == "auto" and processor.has_bfloat16():
+        return BFloat16(_Dense(weight))
+    if density <= DENSEST[min(64, *weight.values.shape[1:])]:
+        return Gathered(weight)
+    return Float32(_Dense(weight))
 
 
-def _mkl_takes(weight: BlockSparseWeight) -> bool:
-    """Whether MKL's block-sparse product with one vector is possible, and faster than the dense product."""
-    (N, K), (_, Bn, Bk) = (weight.out_features, weight.in_features), weight.values.shape
-    whole_squares = Bn == Bk and N % Bn == 0 and K % Bk == 0 and len(weight.values) > 0
-    is_float32 = weight.values.dtype is torch.float32
-    return is_float32 and whole_squares and weight.density <= DENSEST_FOR_MKL and torch.backends.mkl.is_available()
+class _Dense(NamedTuple):
+    """A block-sparse weight, as the dense routes read theirs."""
+
+    blocks: BlockSparseWeight
+
+    def weight(self) -> "_Dense":
+        return self
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        return bsr_to_dense(self.blocks).to(dtype)
 
 
-def _torch_bsr(weight: BlockSparseWeight) -> Tensor:
-    """The same storage as a sparse tensor of PyTorch's; detached, so that it does not keep the blocks' tensor alive."""
-    values = weight.values.detach()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # "in beta state"
-        return torch.sparse_bsr_tensor(
-            weight.crow, weight.col[: len(values)], values, (weight.out_features, weight.in_features)
-        )
+class Gathered:
+    """The stored blocks in buckets. Error: float32 rounding."""
 
+    name = "gathered blocks"
 
-def _dense(weight: BlockSparseWeight) -> Callable[[Tensor, Tensor | None], Tensor]:
-    dense = bsr_to_dense(weight)
-    if dense.dtype is not torch.bfloat16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return lambda x, bias: F.linear(x, dense, bias)
-    packed = torch.ops.mkldnn._reorder_linear_weight(dense, None)
-    return lambda x, bias: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    def __init__(self, weight: BlockSparseWeight):
+        weight = weight._replace(values=weight.values.float())
+        self.out_features, self.in_features = weight.out_features, weight.in_features
+        self.block_rows, (_, self.Bn, self.Bk) = len(weight.crow) - 1, weight.values.shape
+        self.parts = buckets(weight)
+        rows = [part.rows for part in self.parts]
+        self.rows = torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64)
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x (M, K) -> (M, N)."""
+        M, Bn, Bk = len(x), self.Bn, self.Bk
+        columns_first = F.pad(x.float(), (0, -self.in_features % Bk)).t().contiguous().view(-1, Bk * M)
+        y = columns_first.new_empty(len(self.rows), Bn, M)  # block rows in the order of the buckets
+        done = 0
+        for _, columns, blocks in self.parts:
+            R, C = columns.shape
+            at_once = max(1, min(R, SLICE_BYTES // (C * Bk * M * y.element_size())))
+            buffer = y.new_empty(at_once * C, Bk * M)
+            for start in range(0, R, at_once):
+                n = slice(start, min(start + at_once, R))
+                gathered = torch.index_select(
+                    columns_first, 0, columns[n].flatten(), out=buffer[: (n.stop - start) * C]
+                )
+                torch.bmm(blocks[n], gathered.view(-1, C * Bk, M), out=y[done + start : done + n.stop])
+            done += R
+        if len(self.rows) < self.block_rows or len(self.parts) > 1:
+            y = y.new_zeros(self.block_rows, Bn, M).index_copy_(0, self.rows, y)
+        y = y.view(-1, M)[: self.out_features].t().contiguous()
+        return (y if bias is None else y.add_(bias)).to(x.dtype)
 
 
 def buckets(weight: BlockSparseWeight) -> list[Bucket]:
@@ -106,26 +120,3 @@ def _cut(order: Tensor, counts: Tensor) -> list[Tensor]:
     step = max(1, -(-(high - low + 1) // BUCKETS))
     part = (counts[order] - low) // step
     return [order[part == i].sort().values for i in part.unique()]
-
-
-def _gathered(x: Tensor, weight: BlockSparseWeight, parts: list[Bucket], bias: Tensor | None) -> Tensor:
-    (M, K), N = x.shape, weight.out_features
-    _, Bn, Bk = weight.values.shape
-    columns_first = F.pad(x, (0, -K % Bk)).t().contiguous().view(-1, Bk * M)  # (K / Bk, Bk * M)
-    stored, block_rows = sum(len(part.rows) for part in parts), len(weight.crow) - 1
-    y = x.new_empty(stored, Bn, M)  # block rows in the order of the buckets
-    done = 0
-    for _, columns, blocks in parts:
-        R, C = columns.shape
-        at_once = max(1, min(R, SLICE_BYTES // (C * Bk * M * x.element_size())))
-        buffer = x.new_empty(at_once * C, Bk * M)
-        for start in range(0, R, at_once):
-            n = slice(start, min(start + at_once, R))
-            gathered = torch.index_select(columns_first, 0, columns[n].flatten(), out=buffer[: (n.stop - start) * C])
-            torch.bmm(blocks[n], gathered.view(-1, C * Bk, M), out=y[done + start : done + n.stop])
-        done += R
-    if stored < block_rows or len(parts) > 1:
-        rows = torch.cat([part.rows for part in parts] or [torch.zeros(0, dtype=torch.int64)])
-        y = x.new_zeros(block_rows, Bn, M).index_copy_(0, rows, y)
-    y = y.view(-1, M)[:N].t().contiguous()
-    return y if bias is None else y.add_(bias)

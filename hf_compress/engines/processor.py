@@ -1,16 +1,18 @@
-"""What the processor has, what the user asked for, and which engines the measured table names for them."""
+"""What the user asked of the CPU, and what the processor can do under the caps of oneDNN."""
 
-import json
+import logging
 import os
 import platform
 from functools import cache
-from pathlib import Path
 
 import torch
 
+logger = logging.getLogger(__name__)
+
 VARIABLE = "HF_COMPRESS_CPU"
 MODES = ("auto", "exact", "reference")
-SMALLEST = 16384  # weights; below this a call costs more than it multiplies, and the plain path runs
+CAP = "ONEDNN_MAX_CPU_ISA"
+WITHOUT_BFLOAT16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"}
 
 
 def mode() -> str:
@@ -21,63 +23,40 @@ def mode() -> str:
     return value
 
 
-def choose_route(weights: int, *, one_copy: bool) -> str | None:
-    """The `route` of `packed_linear` for a layer of `weights` weights, or None for the plain path."""
-    wanted = mode()
-    if wanted == "reference" or weights < SMALLEST:
-        return None
-    if wanted == "exact":
-        return "exact"
-    return "one_copy" if one_copy else "auto"
+@cache
+def has_bfloat16() -> bool:
+    """Whether oneDNN multiplies bfloat16 faster than float32: AVX512_BF16 or AMX, unless its cap forbids them."""
+    if not _is_x86_with_onednn() or os.environ.get(CAP, "").upper() in WITHOUT_BFLOAT16:
+        return False
+    flags = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(flag() for flag in flags if flag is not None)
 
 
 @cache
-def instructions() -> str:
-    """The best of "amx", "avx512_bf16", "avx512_vnni", or "other": the rows of the table that apply."""
-    if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available():
-        return "other"
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":  # what ATen's own kernels were dispatched to
-        return "other"
-    for name, has in (
-        ("amx", torch.cpu._is_amx_tile_supported),
-        ("avx512_bf16", torch.cpu._is_avx512_bf16_supported),
-        ("avx512_vnni", torch.cpu._is_vnni_supported),
-    ):
-        if has():
-            return name
-    return "other"
+def has_int8() -> bool:
+    """Whether oneDNN's products of 8-bit integers are exact.
 
-
-@cache
-def table() -> dict[str, dict]:
-    return json.loads(Path(__file__).with_name("table.json").read_text(encoding="utf-8"))
-
-
-def matching(rows: list[dict], tokens: int, weights: int, dtype: str = "") -> dict:
-    """The first row for products of `tokens` rows with `weights` weights."""
-    return next(
-        row
-        for row in rows
-        if tokens <= row.get("most_tokens", tokens)
-        and weights >= row.get("least_weights", 0)
-        and dtype == row.get("dtype", dtype)
-    )
-
-
-@cache
-def candidates(kind: str, tokens: int, weights: int, dtype: torch.dtype) -> tuple[str, ...]:
-    """Names of engines to try in turn for a matrix product of `tokens` rows with `weights` weights.
-
-    kind  "low" (up to 4 bit), "eight" (8 bit in groups) or "eight_rows" (8 bit, one scale a row); "_one_copy" is added
-          where no second copy of the weight is wanted
+    Below VNNI its instructions add pairs of products in 16 bits and clip the sum without a word, so the processor is
+    asked: 64 times 255 * 127 is far outside 16 bits. The answer is that of the cap too.
     """
-    rows = table()["engines"][instructions()][kind]
-    return tuple(matching(rows, tokens, weights, str(dtype).removeprefix("torch."))["engines"])
+    if not _is_x86_with_onednn():
+        return False
+    try:
+        weight = torch.ops.onednn.qlinear_prepack(torch.full((16, 64), 127, dtype=torch.int8), None)
+        y = torch.ops.onednn.qlinear_pointwise(
+            torch.full((1, 64), 255, dtype=torch.uint8), 1.0, 0, weight, torch.ones(16),
+            torch.zeros(16, dtype=torch.int32), None, 1.0, 0, torch.float32, "none", [], "",
+        )  # fmt: skip
+    except (RuntimeError, AttributeError, NotImplementedError) as error:  # a torch with another oneDNN, or none
+        logger.info("This PyTorch multiplies no 8-bit integers: %s", error)
+        return False
+    return bool((y == 64 * 255 * 127).all())
 
 
-@cache
-def densest(dtype: torch.dtype, side: int, tokens: int, weights: int) -> float:
-    """The density up to which gathering beats the dense product, for blocks whose shorter side is `side`."""
-    kinds = table()["block_sparse"]
-    rows = kinds.get(instructions(), kinds["others"])[str(dtype).removeprefix("torch.")]
-    return matching(rows[str(min(side, 64))], tokens, weights)["densest"]
+def fast_dtype() -> torch.dtype:
+    """The dtype in which this processor multiplies dense matrices fastest."""
+    return torch.bfloat16 if has_bfloat16() else torch.float32
+
+
+def _is_x86_with_onednn() -> bool:
+    return platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()

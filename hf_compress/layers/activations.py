@@ -1,28 +1,50 @@
-"""Activations of 8 bits: rounded to a calibrated range, or to each token's own."""
+"""Activations of 8 bits: rounded to a calibrated range, or to each token's own. Gradients pass straight through."""
 
 import torch
 from torch import Tensor
 
-LEVELS = 255  # steps of an 8-bit grid
-LARGEST_INT8 = 127  # per token the grid is symmetric, as int8 products want it
-
-
-def activation_grid(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of the 8-bit grid over [low, high], which holds zero; scalars, float32."""
-    scale = (high - low) / LEVELS
-    return scale, (-low / scale).round()
+from hf_compress.engines.rounding import LARGEST_INT8, LEVELS, activation_grid
 
 
 def round_to_range(x: Tensor, low: float, high: float) -> Tensor:
-    """x on the 8-bit grid of a calibrated range, what lies outside clipped."""
-    limits = torch.tensor([low, high], dtype=torch.float32, device=x.device)
-    scale, zero_point = activation_grid(limits[0], limits[1])
-    q = (x.float() / scale + zero_point).round().clamp(0, LEVELS)
-    return ((q - zero_point) * scale).to(x.dtype)
+    """x on the 8-bit grid of a calibrated range, what lies outside clipped; there the gradient is zero."""
+    return round_to_grid(x, *grid_of_range(low, high))
+
+
+def grid_of_range(low: float, high: float) -> tuple[float, float]:
+    """Scale and zero point as plain numbers: nothing is copied to a device in a forward pass."""
+    scale, zero_point = activation_grid(torch.tensor(low), torch.tensor(high))
+    return scale.item(), zero_point.item()
+
+
+def round_to_grid(x: Tensor, scale: float, zero_point: float) -> Tensor:
+    steps = (x.detach().float() / scale).add_(zero_point).round_()
+    q = steps.clamp(0, LEVELS)
+    rounded = ((q - zero_point) * scale).to(x.dtype)
+    return _StraightThrough.apply(x, rounded, q == steps) if needs_gradient(x) else rounded
 
 
 def round_per_token(x: Tensor) -> Tensor:
     """x (..., K) with each token on the symmetric 8-bit grid of its own largest value."""
-    scale = x.abs().amax(-1, keepdim=True).float() / LARGEST_INT8
-    q = torch.where(scale > 0, x / scale, 0.0).round()
-    return (q * scale).to(x.dtype)
+    scale = x.detach().abs().amax(-1, keepdim=True).float() / LARGEST_INT8
+    q = torch.where(scale > 0, x.detach() / scale, 0.0).round()
+    rounded = (q * scale).to(x.dtype)
+    return _StraightThrough.apply(x, rounded, None) if needs_gradient(x) else rounded
+
+
+def needs_gradient(x: Tensor) -> bool:
+    return x.requires_grad and torch.is_grad_enabled()
+
+
+class _StraightThrough(torch.autograd.Function):
+    """`rounded` in the forward pass; the gradient of x as it comes, or zero outside of `inside`."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, rounded: Tensor, inside: Tensor | None) -> Tensor:
+        ctx.save_for_backward(inside)
+        return rounded.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (inside,) = ctx.saved_tensors
+        return grad if inside is None else grad * inside, None, None

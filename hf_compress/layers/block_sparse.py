@@ -5,9 +5,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_compress.engines import block_sparse, ops
+from hf_compress.engines.opaque import opaque_product, register
+from hf_compress.layers.packed_module import as_autocast
 from hf_compress.layers.sentinel import Sentinel
-
-ops.register_cpu_engine("bsr_linear", block_sparse.bsr_linear)
 
 _INDEX = ("crow", "col", "crow_t", "col_t", "perm_t")  # made from the stored indices, for the kernels
 
@@ -22,6 +22,8 @@ class BlockSparseLinear(Sentinel, nn.Linear):
     Where a block reaches beyond N or K, what lies outside is stored as zeros. It trains: gradients go to the stored
     blocks, to the bias and to x; blocks that are not stored stay away.
     """
+
+    _made = None  # the blocks, their version, and the run made of them
 
     def __init__(self, in_features: int, out_features: int, block_size: tuple[int, int], num_blocks: int, *,
                  bias: bool = True, dtype: torch.dtype | None = None,
@@ -76,13 +78,42 @@ class BlockSparseLinear(Sentinel, nn.Linear):
         )
         for name in _INDEX:
             setattr(self, name, getattr(index, name))
+        register(self, self.values)
 
     def forward(self, x: Tensor) -> Tensor:
-        values, bias = self.values, self.bias
-        if torch.is_autocast_enabled(x.device.type):  # as nn.Linear does
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, values, bias = x.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)
-        return ops.bsr_linear(x, self._sparse(values), bias)
+        x, values, bias = as_autocast(x), self.values, self.bias
+        rows = x if x.ndim == 2 else x.reshape(-1, self.in_features)
+        learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, values, bias))
+        if learns or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or not len(rows):
+            y = self._plain(rows)
+        elif torch.compiler.is_compiling():
+            y = opaque_product(rows, bias, values, self.out_features)
+        else:
+            y = self.infer(rows, bias)
+        return y if x.ndim == 2 else y.reshape(*x.shape[:-1], self.out_features)
+
+    def _plain(self, rows: Tensor) -> Tensor:
+        """By the operator, which is differentiable: a kernel on a GPU, the dense product elsewhere."""
+        dtype, bias = rows.dtype, self.bias
+        return ops.bsr_linear(rows, self._sparse(self.values.to(dtype)), None if bias is None else bias.to(dtype))
+
+    def infer(self, rows: Tensor, bias: Tensor | None) -> Tensor:
+        """rows (M, K) -> (M, N) on the CPU, outside of autograd and compilation.
+
+        What is made of the blocks is kept until they change; a change in place of an inference tensor leaves no trace.
+        """
+        values = self.values
+        if values.is_inference():
+            return self._plain(rows)
+        if self._made is None or self._made[0] is not values or self._made[1] != values._version:
+            with torch.inference_mode(False), torch.no_grad():
+                run = block_sparse.make_run(self._sparse(values.detach()), self.density)
+            self._made = values, values._version, run
+        run = self._made[2]
+        return self._plain(rows) if run is None else run(rows, bias)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_made": None}
 
     def _sparse(self, values: Tensor) -> "ops.BlockSparseWeight":
         index = (getattr(self, name) for name in _INDEX)

@@ -1,16 +1,40 @@
 """A linear layer whose weights are indices into a few levels of their row and group."""
 
+from typing import NamedTuple
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_compress.engines.ops import pack_gptq, unpack_gptq, words_per_row
-from hf_compress.layers.packed_linear import PackedModule, unpacked_linear
+from hf_compress.engines.routes import choose_dense
+from hf_compress.layers.packed_linear import unpacked_linear
+from hf_compress.layers.packed_module import Multiplies
 from hf_compress.layers.scheme import SCALE_DTYPES, WeightScheme
 
 
-class CodebookLinear(PackedModule, nn.Linear):
+class Levels(NamedTuple):
+    """A weight (N, K) as indices into levels, stored as the layer below stores them."""
+
+    words: Tensor
+    levels: Tensor
+    bits: int
+    in_features: int
+
+    @property
+    def out_features(self) -> int:
+        return self.words.shape[1]
+
+    def weight(self) -> "Levels":
+        return self
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The weight (N, K)."""
+        index = unpack_gptq(self.words, self.bits, self.in_features).long().unflatten(1, (len(self.levels), -1))
+        return self.levels.transpose(0, 1).gather(2, index).flatten(1).to(dtype)  # (N, K)
+
+
+class CodebookLinear(Multiplies, nn.Linear):
     """y = x W^T + bias, W[n, k] = levels[k // group_size, n, index[n, k]].
 
     qweight  (K * bits / 32, N)  int32, rounded up, the indices
@@ -46,21 +70,27 @@ class CodebookLinear(PackedModule, nn.Linear):
         device = self.qweight.device
         self.qweight = pack_gptq(index.to(torch.uint8), self.scheme.bits).to(device)
         self.levels = levels.to(device, self.levels.dtype)
+        self.prepare()
         return self
 
     def indices(self) -> Tensor:
         return unpack_gptq(self.qweight, self.scheme.bits, self.in_features)
 
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight (N, K)."""
-        index = self.indices().long().unflatten(1, (len(self.levels), -1))  # (N, G, g)
-        return self.levels.transpose(0, 1).gather(2, index).flatten(1).to(dtype or self.compute_dtype)
+    @property
+    def in_columns(self) -> int:
+        return self.in_features
+
+    def stored(self) -> Levels:
+        return Levels(self.qweight, self.levels, self.scheme.bits, self.in_features)
+
+    def _choose(self, stored: Levels):
+        return choose_dense(stored.out_features * stored.in_features, decodes=self.decodes)
 
     def unpacked(self, dtype: torch.dtype | None = None) -> nn.Linear | Conv1D:
         return unpacked_linear(self, self.dequantize(dtype), is_conv1d=self.is_conv1d)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.dequantize(x.dtype), self.bias)
+        return self.multiply(x, self.bias)
 
     def check(self, name: str) -> None:
         """Raise ValueError, naming `name`, for loaded tensors that would read outside their levels or make NaN."""

@@ -4,11 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_compress.engines.integers import Stored
 from hf_compress.engines.ops import pack_rows, unpack_rows, words_per_row
-from hf_compress.engines.packed import packed_linear
-from hf_compress.engines.processor import choose_route
-from hf_compress.layers.packed_linear import PackedModule
+from hf_compress.engines.packed_weight import Stored
+from hf_compress.layers.insert import insert_class
+from hf_compress.layers.packed_module import Multiplies
 from hf_compress.layers.read_only import read_only
 from hf_compress.layers.scheme import SCALE_DTYPES, WeightScheme
 
@@ -20,14 +19,15 @@ OWN = (
     "compute_dtype",
     "original_class",
     "route",
-    "one_copy",
+    "run",
+    "decodes",
     "table",
 )  # what an ordinary embedding lacks
 
 VALUES_AT_ONCE = 2**18  # looked up together: their passes stay in a core's cache
 
 
-class PackedEmbedding(PackedModule, nn.Embedding):
+class PackedEmbedding(Multiplies, nn.Embedding):
     """Rows of few bits, packed along the row so that a lookup reads only its own words.
 
     qweight  (V, D * bits / 32)  int32, rounded up
@@ -42,7 +42,6 @@ class PackedEmbedding(PackedModule, nn.Embedding):
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
         self.original_class, self.scheme = nn.Embedding, scheme
-        self.route = None  # how the CPU's engines run a head tied to this table; None: without one
         self.compute_dtype = dtype or torch.get_default_dtype()
         groups = scheme.num_groups(embedding_dim)
         words = words_per_row(embedding_dim, scheme.bits)
@@ -61,11 +60,11 @@ class PackedEmbedding(PackedModule, nn.Embedding):
         `nn.Embedding`, so that its `super().forward` looks up packed rows.
         """
         kind = type(module)
-        packed = (
-            cls if kind is nn.Embedding else type(f"Packed{kind.__name__}", (kind, cls), {"__init__": cls.__init__})
-        )
+        packed = cls if kind is nn.Embedding else insert_class(kind, cls, "Packed")
         weight = module.weight
-        layer = packed(*weight.shape, scheme, padding_idx=module.padding_idx, dtype=weight.dtype, device=weight.device)
+        layer = packed.__new__(packed)
+        cls.__init__(layer, *weight.shape, scheme, padding_idx=module.padding_idx, dtype=weight.dtype,
+                     device=weight.device)  # fmt: skip
         for name, value in vars(module).items():
             if name not in vars(layer):
                 setattr(layer, name, value)
@@ -84,14 +83,12 @@ class PackedEmbedding(PackedModule, nn.Embedding):
         self.prepare()
         return self
 
-    def prepare(self) -> None:
-        self.route = None
-        if self.qweight.device.type == "cpu":
-            self.route = choose_route(self.num_embeddings * self.embedding_dim, one_copy=self.one_copy)
+    @property
+    def in_columns(self) -> int:
+        return self.embedding_dim
 
     def stored(self) -> Stored:
-        return Stored(self.qweight, self.scales, self.zeros, None, self.scheme.bits, self.num_embeddings,
-                      self.embedding_dim, True)  # fmt: skip
+        return Stored(self.qweight, self.scales, self.zeros, None, self.scheme.bits, self.embedding_dim, by_rows=True)
 
     def unpacked(self, dtype: torch.dtype | None = None) -> nn.Embedding:
         """The ordinary module with the dequantized table, of the class it had."""
@@ -161,7 +158,7 @@ class TiedEmbedding(nn.Embedding):
     def like(cls, module: nn.Embedding, table: PackedEmbedding) -> "TiedEmbedding":
         """In place of `module`; what its class adds to a lookup stays."""
         kind = type(module)
-        tied = _without_weight(cls if kind is nn.Embedding else type(f"Tied{kind.__name__}", (kind, cls), {}), module)
+        tied = _without_weight(cls if kind is nn.Embedding else insert_class(kind, cls, "Tied"), module)
         tied.original_class = kind
         object.__setattr__(tied, "table", table)  # not registered: saved once, where it belongs
         return tied
@@ -194,9 +191,4 @@ class TiedHead(nn.Linear):
         return read_only(self.table.dequantize())
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):  # as nn.Linear does
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        table = self.table
-        if table.route is not None and x.dtype in (torch.float32, torch.bfloat16):
-            return packed_linear(x, self.bias, table.stored(), table.route)
-        return F.linear(x, table.dequantize(x.dtype), self.bias)
+        return self.table.multiply(x, self.bias)

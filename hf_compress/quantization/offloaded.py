@@ -10,7 +10,7 @@ from accelerate.utils import align_module_device, has_offloaded_params
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_compress.layers.packed_linear import PackedModule
+from hf_compress.layers.packed_module import PackedModule
 from hf_compress.model.anatomy import anatomy
 
 

@@ -29,7 +29,9 @@ def test_the_factors_are_the_nearest_of_their_rank():
 def test_full_rank_changes_nothing_and_lower_ranks_come_back_bit_for_bit(family, task, tmp_path):
     model = tiny_model(family, task).double()
     before = logits(model)
-    torch.testing.assert_close(logits(hfc.factorise_embeddings(model, 32)), before, rtol=0, atol=1e-10)
+    # Gemma normalises in float32 whatever its dtype, and there a difference in the last bit of float64 can show
+    atol = 1e-6 if family == "gemma3_text" else 1e-10
+    torch.testing.assert_close(logits(hfc.factorise_embeddings(model, 32)), before, rtol=0, atol=atol)
     model = tiny_model(family, task)
     size = num_parameters(model)
     is_tied = len([p for _, p in model.named_parameters(remove_duplicate=False)]) > len(list(model.parameters()))

@@ -1,0 +1,63 @@
+"""The kernels' layouts of a packed weight on a GPU, and their products."""
+
+import logging
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_compress.engines.ops import w8a8_linear, wna16_linear, wna16_pack
+from hf_compress.engines.packed_weight import Stored
+
+logger = logging.getLogger(__name__)
+
+
+class Wna16:
+    """Weights of few bits by activations of 16; inputs of another dtype multiply the dequantized weight."""
+
+    name, traceable, rounds = "wna16 kernel", True, False
+
+    def __init__(self, stored: Stored, dtype: torch.dtype):
+        weight = stored.weight()
+        group_size = -1 if stored.num_groups == 1 else stored.group_size
+        self.stored, self.dtype = stored, dtype
+        self.weight = wna16_pack(
+            weight.q, stored_by_groups(weight.scales), stored_by_groups(weight.zeros), stored.bits, group_size, dtype,
+            stored.g_idx,
+        )  # fmt: skip
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if x.dtype != self.dtype:
+            weight = self.stored.weight().dequantize(x.dtype)
+            return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+        return wna16_linear(x, self.weight, bias)
+
+
+class W8A8:
+    """Products of 8-bit integers, each token rounded to its own grid. 1 byte a weight."""
+
+    name, traceable, rounds = "w8a8 kernel", True, True
+
+    def __init__(self, stored: Stored):
+        weight = stored.weight()
+        self.weight, self.scales = weight.signed().char(), weight.scales[:, 0].float()
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return w8a8_linear(x, self.weight, self.scales, bias)
+
+
+def stored_by_groups(values: Tensor) -> Tensor:
+    """(N, G) -> (G, N), as GPTQ and the kernels order them."""
+    return values.t().contiguous()
+
+
+def make_run(stored: Stored, dtype: torch.dtype, *, int8: bool) -> Wna16 | W8A8 | None:
+    """The run on the GPU that holds the weight; None, with a line in the log, for what no kernel takes.
+
+    int8  the layer's record asks for products of 8-bit integers, each token rounded to its own grid
+    """
+    try:
+        return W8A8(stored) if int8 else Wna16(stored, dtype)
+    except ValueError as error:
+        logger.info("A packed layer runs without its kernel: %s", error)
+        return None

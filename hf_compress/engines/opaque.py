@@ -1,0 +1,35 @@
+"""Products that a compiled graph cannot hold, as one operator: the layer is found by the tensor that it stores."""
+
+import weakref
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Infers(Protocol):
+    def infer(self, rows: Tensor, bias: Tensor | None) -> Tensor: ...
+
+
+_layers: weakref.WeakValueDictionary[int, Infers] = weakref.WeakValueDictionary()  # by where their tensor lies
+
+
+def register(layer: Infers, stored: Tensor) -> None:
+    """Let compiled graphs find `layer` by `stored`, a tensor of its own; again when that tensor was replaced."""
+    _layers[stored.data_ptr()] = layer
+
+
+def opaque_product(rows: Tensor, bias: Tensor | None, stored: Tensor, out_features: int) -> Tensor:
+    """`layer.infer(rows, bias)` of the layer that registered `stored`: (M, K) -> (M, out_features)."""
+    return torch.ops.hf_compress.product(rows, bias, stored, out_features)
+
+
+torch.library.define("hf_compress::product", "(Tensor rows, Tensor? bias, Tensor stored, int out_features) -> Tensor")
+torch.library.impl(
+    "hf_compress::product",
+    "cpu",
+    lambda rows, bias, stored, out_features: _layers[stored.data_ptr()].infer(rows, bias),
+)
+torch.library.register_fake(
+    "hf_compress::product", lambda rows, bias, stored, out_features: rows.new_empty(rows.shape[0], out_features)
+)

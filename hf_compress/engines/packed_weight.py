@@ -1,0 +1,94 @@
+"""What a packed weight is: the tensors that a layer stores, and the numbers that they stand for."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_compress.engines.ops import unpack_gptq, unpack_rows, unpack_zeros
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """w[n, k] = scales[n, g] * (q[n, k] - zeros[n, g]) with g = groups[k]: what layers, routes and exporters read.
+
+    q       (N, K)          uint8 in [0, 2^bits - 1], columns in the layer's order; (V, D) of a table
+    scales  (N, G)          float16 or float32, as stored
+    zeros   (N, G)          uint8
+    g_idx   (K,) or None    group of each column, where groups are not neighbours
+    """
+
+    q: Tensor
+    scales: Tensor
+    zeros: Tensor
+    g_idx: Tensor | None
+    bits: int
+
+    @property
+    def groups(self) -> Tensor:
+        """The group of each column, (K,) int64."""
+        K, G = self.q.shape[1], self.scales.shape[1]
+        if self.g_idx is not None:
+            return self.g_idx.long()
+        return torch.arange(K, device=self.q.device) // (K // G)
+
+    def signed(self) -> Tensor:
+        """q less its zero point, (N, K) int16."""
+        return self.q.short() - self.zeros.short()[:, self.groups]
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The weight (N, K), computed in float32 and then cast: in float64, the same values."""
+        scales, zeros = self.scales.float(), self.zeros.float()
+        if self.g_idx is None:
+            weight = self.q.float()
+            grouped = weight.unflatten(1, (scales.shape[1], -1))  # (N, G, g)
+            grouped.sub_(zeros[..., None]).mul_(scales[..., None])
+        else:
+            weight = (self.q.float() - zeros[:, self.groups]).mul_(scales[:, self.groups])
+        return weight.to(dtype)
+
+
+class Stored(NamedTuple):
+    """A weight (N, K) as its layer stores it.
+
+    by_rows False: GPTQ's layout, words (K * bits / 32, N), scales (G, N), zeros packed along N or None, g_idx or None
+    by_rows True:  a table's, words (N, K * bits / 32), scales (N, G), zeros (N, G) or None
+    """
+
+    words: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    g_idx: Tensor | None
+    bits: int
+    in_features: int
+    by_rows: bool
+
+    @property
+    def out_features(self) -> int:
+        return self.words.shape[0 if self.by_rows else 1]
+
+    @property
+    def num_groups(self) -> int:
+        return self.scales.shape[1 if self.by_rows else 0]
+
+    @property
+    def group_size(self) -> int:
+        return self.in_features // self.num_groups
+
+    @property
+    def is_8_bit_rows(self) -> bool:
+        return self.bits == 8 and self.num_groups == 1
+
+    def weight(self, rows: slice = slice(None)) -> PackedWeight:
+        """The numbers of some rows (outputs), by default all of them."""
+        bits, K = self.bits, self.in_features
+        if self.by_rows:
+            q, scales = unpack_rows(self.words[rows], bits, K), self.scales[rows]
+            zeros = None if self.zeros is None else self.zeros[rows]
+        else:
+            q, scales = unpack_gptq(self.words[:, rows], bits, K), self.scales[:, rows].t()
+            zeros = None if self.zeros is None else unpack_zeros(self.zeros, bits, self.out_features)[:, rows].t()
+        if zeros is None:
+            zeros = torch.full_like(scales, 2 ** (bits - 1), dtype=torch.uint8)
+        return PackedWeight(q, scales, zeros, self.g_idx, bits)

@@ -1,0 +1,154 @@
+"""The ways to multiply by a packed weight on a CPU, and the rule that chooses one.
+
+    run = choose(stored, decodes=False)(stored)
+    y = run(x, bias)  # (M, K) -> (M, N), in the dtype of x: float32, bfloat16 or float16
+
+Errors are relative, in the Frobenius norm, against the float64 product with the stored weight; the tests hold them.
+`traceable` says that a run is made of PyTorch's own operators over plain tensors, which a compiled graph can hold.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_compress.engines import processor
+from hf_compress.engines.low_bit import Int4, Int8Halves, Int8Weights
+from hf_compress.engines.packed_weight import Stored
+from hf_compress.engines.pieces import in_pieces
+from hf_compress.engines.rounding import round_to_bytes
+
+Run = Callable[[Tensor, Tensor | None], Tensor]
+SMALLEST = 16384  # weights; below this a call costs more than it multiplies, and the plain path runs
+FEW_TOKENS = 16  # at most, for kernels that read the weight once a token
+ROWS_AT_ONCE = 2048  # output features dequantized together, to bound memory
+
+
+def choose(
+    stored: Stored, *, decodes: bool, rounds: bool = False, activation_range: tuple[float, float] | None = None
+) -> Callable[[Stored], Run] | None:
+    """What makes the run for a weight, or None for the plain path: the weight dequantized in each call.
+
+    decodes           the model generates: most products are of few tokens, and no second copy of the weight is wanted
+    rounds            the layer's record asks for activations of 8 bits,
+    activation_range  and for this range of theirs
+    """
+    many = choose_dense(stored.out_features * stored.in_features)
+    if many is None or processor.mode() == "exact":
+        return many
+    if stored.is_8_bit_rows and processor.has_int8():
+        many = partial(Int8Rows, activation_range=activation_range)
+        if rounds:
+            return many
+    elif decodes:
+        many = partial(PerCall, dtype=processor.fast_dtype())
+    few = next((kind for kind in (Int4, Int8Weights, Int8Halves) if kind.takes(stored)), None)
+    return partial(FewAndMany, few, many) if decodes and few is not None else many
+
+
+def choose_dense(weights: int, *, decodes: bool = False) -> Callable[..., Run] | None:
+    """The product with the dense weight that is fastest here, or None for the plain path.
+
+    In models that decode an exact product may keep the weight, as the user asked for it; another one may not.
+    """
+    wanted = processor.mode()
+    if wanted == "reference" or weights < SMALLEST or (decodes and wanted == "auto"):
+        return None
+    return BFloat16 if wanted == "auto" and processor.has_bfloat16() else Float32
+
+
+class Float32:
+    """The dequantized weight, in float32. Error: float32 rounding. 4 bytes a weight."""
+
+    name, traceable, rounds = "float32", True, False
+
+    def __init__(self, stored: Stored):
+        self.weight = stored.weight().dequantize(torch.float32)
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x.float(), self.weight, None if bias is None else bias.float()).to(x.dtype)
+
+
+class BFloat16:
+    """The dequantized weight in bfloat16, laid out by oneDNN. Error at most 5e-3. 2 bytes a weight."""
+
+    name, traceable, rounds = "bfloat16", False, False
+
+    def __init__(self, stored: Stored):
+        dense = stored.weight().dequantize(torch.bfloat16)
+        self.out_features = len(dense)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(dense, None)
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        bias = None if bias is None else bias.bfloat16()
+        product = lambda rows: torch.ops.mkldnn._linear_pointwise(rows, self.weight, bias, "none", [], "")  # noqa: E731
+        return in_pieces(x.bfloat16(), product, self.out_features, torch.bfloat16).to(x.dtype)
+
+
+class Int8Rows:
+    """oneDNN's products of 8-bit integers: u8 activations with a zero point times s8 weights. 1 byte a weight.
+
+    Activations are rounded to a calibrated `activation_range`, or each token to its own symmetric grid. The error is at
+    most 2e-2, nearly all of it from that; against the product of the rounded activations it is float32 rounding, and in
+    bfloat16 that of the output.
+    """
+
+    name, traceable, rounds = "8-bit integers", False, True
+
+    def __init__(self, stored: Stored, activation_range: tuple[float, float] | None = None):
+        weight = stored.weight()
+        self.range, self.out_features = activation_range, stored.out_features
+        self.scales = weight.scales[:, 0].float().contiguous()
+        self.no_zeros = torch.zeros(len(self.scales), dtype=torch.int32)
+        self.packed = torch.ops.onednn.qlinear_prepack((weight.q ^ 128).view(torch.int8), None)  # q - 128
+        shift = (128 - weight.zeros[:, 0].float()) * self.scales
+        self.shift = shift if bool(shift.any()) else None
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        rounded = round_to_bytes(x, self.range)
+        y = in_pieces(rounded.q, partial(self._product, zero=rounded.zero), self.out_features, torch.float32)
+        if self.shift is not None:  # scale * (q - zero) = scale * (q - 128) + scale * (128 - zero)
+            sums = rounded.q.sum(1, keepdim=True, dtype=torch.float32) - rounded.zero * x.shape[1]
+            y.addcmul_(sums, self.shift)
+        y = y.mul_(rounded.scale) if bias is None else torch.addcmul(bias.float(), y, rounded.scale)
+        return y.to(x.dtype)
+
+    def _product(self, q: Tensor, zero: int) -> Tensor:
+        return torch.ops.onednn.qlinear_pointwise(
+            q, 1.0, zero, self.packed, self.scales, self.no_zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+
+
+class PerCall:
+    """The weight dequantized in each call, some rows at a time. Error of bfloat16 at most 8e-3. Keeps nothing."""
+
+    traceable, rounds = False, False
+
+    def __init__(self, stored: Stored, dtype: torch.dtype):
+        self.stored, self.dtype, self.name = stored, dtype, f"{dtype} per call".removeprefix("torch.")
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        N, rows = self.stored.out_features, x.to(self.dtype)
+        y = x.new_empty(len(x), N)
+        for start in range(0, N, ROWS_AT_ONCE):
+            n = slice(start, min(start + ROWS_AT_ONCE, N))
+            y[:, n] = rows @ self.stored.weight(n).dequantize(self.dtype).t()
+        return y if bias is None else y.add_(bias)
+
+
+class FewAndMany:
+    """One run for few tokens, another for many."""
+
+    traceable, rounds = False, False
+
+    def __init__(self, few: Callable[[Stored], Run], many: Callable[[Stored], Run], stored: Stored):
+        self.few, self.many = few(stored), many(stored)
+        self.name = f"{self.few.name}, {self.many.name} for many tokens"
+
+    def pick(self, tokens: int) -> Run:
+        return self.few if tokens <= FEW_TOKENS else self.many
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return self.pick(len(x))(x, bias)
