@@ -25,7 +25,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import hf_compress as hfc
-from hf_compress.model.calibration import fast_matmul
+from hf_compress.model.precision import fast_matmul
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 ROWS, LENGTH, WINDOWS = 128, 512, 24

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, set_seed
 
 import hf_compress as hfc
-from hf_compress.measuring.measure import has_fast_bf16
+from hf_compress.model.precision import has_fast_bfloat16
 from hf_compress.pruning.importance import every_other, head_importance, neuron_importance
 
 HEAD_ROUND = 0.1  # of all heads, between two scorings
@@ -68,7 +68,7 @@ class Bench(ClassifierBench):
         self.record("heads-40-recovered", seed, kept_model, start)
 
     def cut_heads(self, model, number: int, seed: int) -> None:
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=has_fast_bf16()):
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=has_fast_bfloat16()):
             importance = head_importance(model, self.loader(seed))
         least = importance.nan_to_num(torch.inf).flatten().argsort()[:number].tolist()
         hfc.prune_heads(model, by_layer([divmod(i, importance.shape[1]) for i in least]))
@@ -94,7 +94,7 @@ class Bench(ClassifierBench):
 
     def half_student(self, seed: int):
         model = self.teacher()
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=has_fast_bf16()):
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=has_fast_bfloat16()):
             heads, neurons = head_importance(model, self.loader(seed)), neuron_importance(model, self.loader(seed))
         keep = every_other(len(hfc.anatomy(model).layers), 0.5)
         hfc.prune_layers(model, keep)

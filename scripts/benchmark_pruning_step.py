@@ -26,7 +26,8 @@ from transformers import (
 )
 
 import hf_compress as hfc
-from hf_compress.measuring.measure import device_name, has_fast_bf16
+from hf_compress.measuring.measure import device_name
+from hf_compress.model.precision import has_fast_bfloat16
 from hf_compress.recipe.texts import load_texts, tokenize
 
 CALLBACKS = {  # each updates its masks before or after the steps that are timed
@@ -56,7 +57,7 @@ def median_step(options: argparse.Namespace, tokenizer, rows, callback) -> float
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
             folder, max_steps=options.steps + 2, learning_rate=1e-6, per_device_train_batch_size=32,
-            save_strategy="no", report_to="none", bf16=has_fast_bf16(), use_cpu=not torch.cuda.is_available(),
+            save_strategy="no", report_to="none", bf16=has_fast_bfloat16(), use_cpu=not torch.cuda.is_available(),
             disable_tqdm=True, logging_strategy="no",
         )  # fmt: skip
         callbacks = [callback, times] if callback else [times]

@@ -32,7 +32,7 @@ from transformers import (
 )
 
 import hf_compress as hfc
-from hf_compress.measuring.measure import has_fast_bf16
+from hf_compress.model.precision import has_fast_bfloat16
 from hf_compress.recipe.texts import load_texts, tokenize
 
 CALIBRATION_ROWS = 512
@@ -136,7 +136,7 @@ def fine_tuned(args: Arguments):
 def options(kind: type, args: Arguments, seed: int, **more):
     return kind(output_dir=str(Path(args.output_dir) / "work"), num_train_epochs=args.epochs, seed=seed,
                 learning_rate=args.learning_rate, per_device_train_batch_size=32, per_device_eval_batch_size=64,
-                save_strategy="no", report_to="none", disable_tqdm=True, bf16=has_fast_bf16(), warmup_steps=0.1,
+                save_strategy="no", report_to="none", disable_tqdm=True, bf16=has_fast_bfloat16(), warmup_steps=0.1,
                 use_cpu=not torch.cuda.is_available(), train_sampling_strategy="group_by_length", **more)  # fmt: skip
 
 

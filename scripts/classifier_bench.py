@@ -18,7 +18,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_compress.measuring.measure import has_fast_bf16
+from hf_compress.model.precision import has_fast_bfloat16
 from hf_compress.recipe.texts import label_names, load_texts, tokenize
 
 MAX_LENGTH = 64
@@ -44,7 +44,7 @@ class ClassifierBench:
         return kind(
             str(self.output / "trainer"), num_train_epochs=epochs, seed=seed, learning_rate=learning_rate,
             per_device_train_batch_size=32, per_device_eval_batch_size=64, warmup_steps=0.1, save_strategy="no",
-            logging_steps=50, report_to="none", bf16=has_fast_bf16(), use_cpu=not torch.cuda.is_available(),
+            logging_steps=50, report_to="none", bf16=has_fast_bfloat16(), use_cpu=not torch.cuda.is_available(),
             disable_tqdm=True, train_sampling_strategy="group_by_length", **options,
         )  # fmt: skip
 
@@ -69,7 +69,7 @@ class ClassifierBench:
         model.eval()
         answers = []
         for batch in DataLoader(self.held_out, batch_size=64, collate_fn=self.collator):
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=has_fast_bf16()):
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=has_fast_bfloat16()):
                 logits = model(**{name: value.to(model.device) for name, value in batch.items()}).logits
             answers += (logits.argmax(-1).cpu() == batch["labels"]).int().tolist()
         return answers

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 import hf_compress as hfc
-from hf_compress.measuring.measure import has_fast_bf16
+from hf_compress.model.precision import has_fast_bfloat16
 from hf_compress.recipe.texts import label_names, load_texts, tokenize
 from hf_compress.report.card import Stage, model_card
 
@@ -167,7 +167,7 @@ def training_args(kind, args: DemoArguments, epochs: float, learning_rate: float
         save_strategy="no",
         report_to="none",
         disable_tqdm=False,
-        bf16=has_fast_bf16(),
+        bf16=has_fast_bfloat16(),
         use_cpu=not torch.cuda.is_available(),
         **options,
     )

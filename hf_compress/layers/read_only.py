@@ -14,6 +14,8 @@ class ReadOnlyWeight(Tensor):
     All that makes another tensor of it gives an ordinary one. RuntimeError for operations in place, `out=` and `data`.
     """
 
+    _is_hf_initialized = True  # Transformers initialises what no file holds, and asks for it by this name
+
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

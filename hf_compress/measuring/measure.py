@@ -219,13 +219,6 @@ def evaluating(models: Sequence[PreTrainedModel]) -> Iterator[None]:
                 module.training = True
 
 
-def has_fast_bf16() -> bool:
-    """Whether bf16 autocast pays: on CPUs with AMX it is several times faster than float32, elsewhere it is not."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    return torch.cpu.get_capabilities().get("amx_bf16", False)
-
-
 def device_name(device: torch.device) -> str:
     """What the machine calls it, such as "NVIDIA H100 80GB HBM3" or "AMD EPYC (CPU)"."""
     if device.type == "cuda":

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_compress.model.anatomy import Stack
+from hf_compress.model.precision import fast_forward
 
 HIDDEN = "hidden_states"
 
@@ -282,29 +283,6 @@ class InputMoments:
 
     def cross_hessian(self) -> Tensor | None:
         return None if self.cross is None else self.cross * (2 / self.num_samples)
-
-
-@contextmanager
-def fast_matmul(*, enabled: bool = True) -> Iterator[None]:
-    """Let float32 products on the CPU multiply in bfloat16 and add in float32, where the processor has units for it."""
-    matmul = torch.backends.mkldnn.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16" if enabled and has_fast_bfloat16(torch.device("cpu")) else before
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
-
-
-def fast_forward(device: torch.device, *, enabled: bool = True) -> torch.autocast:
-    """Autocast to bfloat16 where `device` has units for it; states that layers add up stay as they are."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled and has_fast_bfloat16(device))
-
-
-def has_fast_bfloat16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    return device.type == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
 
 
 @contextmanager

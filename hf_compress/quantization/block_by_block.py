@@ -18,7 +18,6 @@ from hf_compress.model.calibration import (
     InputMoments,
     StackInputs,
     capture_stack_inputs,
-    fast_matmul,
     input_groups,
     input_hooks,
     inputs_of,
@@ -27,6 +26,7 @@ from hf_compress.model.calibration import (
     token_rows,
     working_folder,
 )
+from hf_compress.model.precision import fast_matmul
 from hf_compress.quantization.finished import FinishedLayers
 from hf_compress.quantization.gptq import DAMP_PERCENT, QuantizedWeight, output_error, quantize_weight
 from hf_compress.quantization.modules import install, is_linear, matrix, set_matrix

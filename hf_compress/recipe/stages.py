@@ -9,7 +9,7 @@ import torch
 from transformers import TrainingArguments
 
 from hf_compress import distillation, pruning, quantization
-from hf_compress.measuring.measure import has_fast_bf16
+from hf_compress.model.precision import has_fast_bfloat16
 from hf_compress.recipe import one_shot
 from hf_compress.recipe.evaluate import EvaluateOptions
 from hf_compress.recipe.options import RecipeError, build, split_options, unknown
@@ -184,7 +184,7 @@ def training_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     """What a recipe sets where a Trainer has no good default for one that may be cut off and goes on."""
     defaults = dict(
         output_dir="trainer_output", report_to="none", save_steps=0.1, save_total_limit=2, logging_steps=50,
-        save_strategy="steps", bf16=has_fast_bf16() and not given.get("fp16"),
+        save_strategy="steps", bf16=has_fast_bfloat16() and not given.get("fp16"),
         use_cpu=not torch.accelerator.is_available(),
     )  # fmt: skip
     return {name: value for name, value in defaults.items() if name not in given}

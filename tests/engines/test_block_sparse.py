@@ -1,12 +1,10 @@
 """The gathered block-sparse product against float64, and that its layout follows the blocks."""
 
-import gc
-
 import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_compress.engines import block_sparse, kept, processor
+from hf_compress.engines import block_sparse, processor
 from hf_compress.layers.block_sparse import BlockSparseLinear
 
 BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 6e-3}
@@ -44,29 +42,22 @@ def test_gathering_keeps_its_error_bound(N, K, block_size, dtype, bias, monkeypa
         x = torch.randn(M, K).to(dtype)
         oracle = x.double() @ layer.weight.as_subclass(Tensor).detach().double().t()
         oracle = oracle + offset.double() if bias else oracle
-        y = block_sparse._gathered(x, weight, parts, offset)
+        run = block_sparse.Gathered(weight)
+        y = run(x, offset)
         assert y.shape == (M, N) and y.is_contiguous()
         assert float((y.double() - oracle).norm() / oracle.norm()) <= BOUNDS[dtype]
-        assert torch.equal(block_sparse._gathered(x, weight, parts, offset), y)
+        assert torch.equal(run(x, offset), y)
 
 
-def test_rows_of_one_bucket_keep_their_places():
+@pytest.mark.parametrize("most", [6, 1], ids=["several-buckets", "one-bucket"])
+def test_rows_of_a_bucket_keep_their_places(most, monkeypatch):
+    monkeypatch.setattr(block_sparse, "BUCKETS", most)
     mask = torch.eye(8)
     mask[0, 1] = 1  # the first row is the fullest, and sorts last
     layer = sparse_layer(256, 256, (32, 32), torch.float32, mask)
-    weight, x = layer._sparse(layer.values.detach()), torch.randn(5, 256)
-    for count in (1, 2):
-        parts = block_sparse.buckets(weight) if count == 2 else [merged(weight)]
-        y = block_sparse._gathered(x, weight, parts, None)
-        torch.testing.assert_close(y, x @ layer.weight.as_subclass(Tensor).detach().t())
-
-
-def merged(weight) -> block_sparse.Bucket:
-    """All rows in one bucket."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(block_sparse, "BUCKETS", 1)
-        (bucket,) = block_sparse.buckets(weight)
-    return bucket
+    x, run = torch.randn(5, 256), block_sparse.Gathered(layer._sparse(layer.values.detach()))
+    assert len(run.parts) == min(most, 2)
+    torch.testing.assert_close(run(x, None), x @ layer.weight.as_subclass(Tensor).detach().t())
 
 
 def test_padding_stays_small_for_uneven_rows():
@@ -82,36 +73,25 @@ def test_a_weight_without_blocks_gives_the_bias():
         assert torch.equal(layer(torch.randn(3, 256)), layer.bias.expand(3, -1))
 
 
-def engines_of(layer: BlockSparseLinear) -> dict:
-    return kept._kept[id(layer.values)][1]
-
-
-@pytest.mark.parametrize(("share", "used"), [(0.05, "buckets"), (0.95, "dense")], ids=["sparse", "nearly-dense"])
+@pytest.mark.parametrize(
+    ("share", "used"), [(0.05, "gathered blocks"), (0.95, "float32")], ids=["sparse", "nearly-dense"]
+)
 def test_dense_where_dense_is_faster(share, used):
     mask = torch.rand(16, 16, generator=torch.Generator().manual_seed(1)) < share
     layer = sparse_layer(256, 256, (16, 16), torch.float32, mask)
     with torch.no_grad():
         layer(torch.randn(8, 256))
-    assert list(engines_of(layer)) == [used]
+    assert layer._made[2].name == used
 
 
-@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="needs MKL")
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
-def test_one_token_goes_through_mkl_and_the_blocks_can_still_go(bias):
-    mask = torch.rand(16, 8, generator=torch.Generator().manual_seed(2)) < 0.2
-    layer, x = sparse_layer(512, 256, (32, 32), torch.float32, mask), torch.randn(1, 256)
-    layer.bias = layer.bias if bias else None
-    oracle = x.double() @ layer.weight.as_subclass(Tensor).detach().double().t()
-    oracle = oracle + layer.bias.detach().double() if bias else oracle
-    with torch.no_grad():
-        y = layer(x)
-        assert torch.equal(layer(x), y)
-    assert list(engines_of(layer)) == ["mkl"]
-    assert float((y.double() - oracle).norm() / oracle.norm()) <= BOUNDS[torch.float32]
-    key, made = id(layer.values), engines_of(layer)
-    del layer
-    gc.collect()
-    assert key not in kept._kept or kept._kept[key][1] is not made
+def test_bfloat16_is_dense_where_it_is_fast(monkeypatch):
+    layer = sparse_layer(256, 256, (32, 32), torch.bfloat16, torch.eye(8))
+    weight = layer._sparse(layer.values.detach())
+    monkeypatch.setattr(block_sparse, "BFloat16", lambda weight: "dense")
+    for fast, made in ((True, "dense"), (False, "gathered blocks")):
+        monkeypatch.setattr(processor, "has_bfloat16", lambda fast=fast: fast)
+        run = block_sparse.make_run(weight, layer.density)
+        assert getattr(run, "name", run) == made
 
 
 def test_a_training_step_changes_the_product():
@@ -134,4 +114,4 @@ def test_reference_mode_and_small_layers_use_the_plain_path(monkeypatch):
         small(x[:, :64])
         monkeypatch.setenv(processor.VARIABLE, "reference")
         layer(x)
-    assert id(small.values) not in kept._kept and id(layer.values) not in kept._kept
+    assert small._made[2] is None and layer._made[2] is None

@@ -1,15 +1,13 @@
 """Compiled decoding gives the tokens of plain `generate`, and compiles once for one length of the cache."""
 
-import pytest
 import torch
 
 import hf_compress as hfc
-from hf_compress.engines.processor import SMALLEST, instructions
+from hf_compress.engines.routes import SMALLEST
 from hf_compress.layers.packed_linear import PackedLinear
 from tests.helpers import tiny_model
 
 
-@pytest.mark.skipif(instructions() == "other", reason="needs AVX-512")
 def test_compiled_decoding_generates_the_same_tokens(tmp_path):
     torch._dynamo.reset()
     model = tiny_model("llama", hidden_size=128, head_dim=32, intermediate_size=256)

@@ -13,6 +13,7 @@ from hf_compress.layers.activations import round_per_token, round_to_range
 from hf_compress.layers.packed_embedding import PackedEmbedding, TiedHead
 from hf_compress.layers.packed_linear import PackedLinear
 from hf_compress.layers.scheme import WeightScheme
+from hf_compress.model import precision
 
 N, K = 192, 576
 SCHEMES = {
@@ -142,28 +143,15 @@ def test_the_rule(monkeypatch, scheme, said, few, vnni, bf16):
     assert routes.choose(packed_layer(SCHEMES[scheme]).stored(), **said) is None
 
 
-def test_caps_of_onednn_are_those_of_the_processor(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    monkeypatch.setattr(processor, "_is_x86_with_onednn", lambda: True)
-    try:
-        for cap, has in (("", True), ("avx512_core_bf16", True), ("AVX512_CORE_AMX", True), ("AVX512_CORE_VNNI", False),
-                         ("AVX2", False), ("avx2_vnni", False)):  # fmt: skip
-            monkeypatch.setenv(processor.CAP, cap)
-            processor.has_bfloat16.cache_clear()
-            assert processor.has_bfloat16() is has, cap
-    finally:
-        processor.has_bfloat16.cache_clear()
-
-
 def test_a_torch_without_onednn_multiplies_dense_matrices(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    for ability in (processor.has_int8, processor.has_bfloat16):
+    for ability in (processor.has_int8, precision.cpu_has_bfloat16):
         assert not ability.__wrapped__()
 
 
 def test_a_processor_is_asked_whether_its_integers_are_exact(monkeypatch):
     """Below VNNI pairs of products are clipped at 16 bits: here as oneDNN answers on such a processor."""
-    monkeypatch.setattr(processor, "_is_x86_with_onednn", lambda: True)
+    monkeypatch.setattr(processor, "is_x86_with_onednn", lambda: True)
     clipped = lambda q, *rest: torch.full((1, 16), 32.0 * 32767)  # noqa: E731
     monkeypatch.setattr(torch.ops.onednn, "qlinear_pointwise", clipped)
     assert not processor.has_int8.__wrapped__()

@@ -3,7 +3,6 @@
 from . import layers
 from .blocks import BlockSparseWeight, bsr_from_dense, bsr_to_dense, bsr_weight
 from .bsr import bsr_linear
-from .dispatch import register_cpu_engine, unregister_cpu_engine
 from .fakequant import fake_quant
 from .gptq import gptq_quantize_block
 from .int8 import packed_embedding, w8a8_linear
@@ -29,11 +28,9 @@ __all__ = [
     "pack_rows",
     "pack_zeros",
     "packed_embedding",
-    "register_cpu_engine",
     "unpack_gptq",
     "unpack_rows",
     "unpack_zeros",
-    "unregister_cpu_engine",
     "w8a8_linear",
     "wna16_dequant",
     "wna16_linear",

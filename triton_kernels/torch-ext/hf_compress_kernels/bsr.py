@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ._ops import add_op_namespace_prefix
 from .blocks import BlockSparseWeight, bsr_to_dense, gather_blocks
-from .dispatch import INTERPRET, check_same_device, float_accumulator, on_device, require_triton, run_on_cpu
+from .dispatch import INTERPRET, check_same_device, float_accumulator, on_device, require_triton
 
 
 @torch.library.custom_op(add_op_namespace_prefix("bsr_linear"), mutates_args=(), device_types="cuda")
@@ -45,7 +45,7 @@ def _(x, bias, *sparse) -> Tensor:
         from .bsr_launch import launch_linear
 
         return launch_linear(x, weight, bias)
-    return run_on_cpu("bsr_linear", _linear_reference, x, weight, bias)
+    return _linear_reference(x, weight, bias)
 
 
 @_bsr_linear.register_fake
@@ -84,7 +84,7 @@ def _(grad, *sparse) -> Tensor:
         from .bsr_launch import launch_dx
 
         return launch_dx(grad, weight)
-    return run_on_cpu("bsr_linear_dx", _dx_reference, grad, weight)
+    return _dx_reference(grad, weight)
 
 
 @_bsr_linear_dx.register_fake
@@ -113,7 +113,7 @@ def _(*args) -> Tensor:
         from .bsr_launch import launch_dw
 
         return launch_dw(*args)
-    return run_on_cpu("bsr_linear_dw", _dw_reference, *args)
+    return _dw_reference(*args)
 
 
 @_bsr_linear_dw.register_fake

@@ -1,8 +1,8 @@
-"""Which body of an operator runs: Triton, a registered CPU engine, or the plain PyTorch reference."""
+"""Which body of an operator runs: Triton, or the plain PyTorch reference."""
 
 import importlib.util
 import os
-from typing import Callable, Dict, Optional
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -10,8 +10,6 @@ from torch import Tensor
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Triton decides at import whether its kernels run in the interpreter, so this is read once as well.
 INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
-
-_cpu_engines: Dict[str, Callable[..., Optional[Tensor]]] = {}
 
 
 def require_triton(op_name: str) -> None:
@@ -27,30 +25,9 @@ def on_device(tensor: Tensor) -> "torch.cuda.device_of":
     return torch.cuda.device_of(tensor)
 
 
-def register_cpu_engine(op_name: str, engine: Callable[..., Optional[Tensor]]) -> None:
-    """Let `engine` run operator `op_name` on CPU tensors, e.g. "wna16_linear".
-
-    The engine gets what the reference gets, e.g. (x, weight: PackedWeight, bias) for "wna16_linear" and
-    (x, weight: BlockSparseWeight, bias) for "bsr_linear", x always a matrix. It returns a new tensor, or None for a
-    call that it leaves to the reference. A later registration under the same name replaces the earlier one.
-    """
-    _cpu_engines[op_name] = engine
-
-
-def unregister_cpu_engine(op_name: str) -> None:
-    """Run the reference again for `op_name`. Nothing happens when no engine is registered."""
-    _cpu_engines.pop(op_name, None)
-
-
 def is_half(dtype: torch.dtype) -> bool:
     """Whether the low-bit kernels take activations of `dtype`; others run the reference, on every device."""
     return dtype in (torch.float16, torch.bfloat16)
-
-
-def run_on_cpu(op_name: str, reference: Callable[..., Tensor], *args: object) -> Tensor:
-    engine = _cpu_engines.get(op_name)
-    result = engine(*args) if engine is not None else None
-    return reference(*args) if result is None else result
 
 
 def check_same_device(**tensors: Optional[Tensor]) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import reference
 from ._ops import add_op_namespace_prefix
-from .dispatch import check_same_device, run_on_cpu
+from .dispatch import check_same_device
 from .packing import check_bits, words_per_row
 
 
@@ -34,7 +34,7 @@ def _w8a8_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Optional[Tenso
 
 @_w8a8_linear.register_kernel("cpu")
 def _(x: Tensor, qweight: Tensor, scale: Tensor, bias: Optional[Tensor]) -> Tensor:
-    return run_on_cpu("w8a8_linear", reference.w8a8_linear, x, qweight, scale, bias)
+    return reference.w8a8_linear(x, qweight, scale, bias)
 
 
 @_w8a8_linear.register_fake
@@ -65,7 +65,7 @@ def w8a8_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Optional[Tensor
 # One body for every device: it gathers a few rows and unpacks only those.
 @torch.library.custom_op(add_op_namespace_prefix("packed_embedding"), mutates_args=())
 def _packed_embedding(ids: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor, bits: int, dim: int) -> Tensor:
-    return run_on_cpu("packed_embedding", reference.packed_embedding, ids, qweight, scale, zero, bits, dim)
+    return reference.packed_embedding(ids, qweight, scale, zero, bits, dim)
 
 
 @_packed_embedding.register_fake

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import reference
 from ._ops import add_op_namespace_prefix
-from .dispatch import INTERPRET, check_same_device, is_half, on_device, require_triton, run_on_cpu
+from .dispatch import INTERPRET, check_same_device, is_half, on_device, require_triton
 from .packing import check_bits, unpack_gptq, unpack_zeros
 from .planes import PackedWeight, choose_tile_k, num_groups, pack_planes, pack_sz, unpack_planes, unpack_sz
 
@@ -41,7 +41,7 @@ def _(*args) -> Tensor:
         from .wna16_launch import launch_dequant
 
         return launch_dequant(weight)
-    return run_on_cpu("wna16_dequant", reference.wna16_dequant, weight)
+    return reference.wna16_dequant(weight)
 
 
 @_wna16_dequant.register_fake
@@ -80,7 +80,7 @@ def _(x, bias, *packed) -> Tensor:
         from .wna16_launch import launch_linear
 
         return launch_linear(x, weight, bias)
-    return run_on_cpu("wna16_linear", reference.wna16_linear, x, weight, bias)
+    return reference.wna16_linear(x, weight, bias)
 
 
 @_wna16_linear.register_fake

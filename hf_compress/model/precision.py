@@ -1,0 +1,50 @@
+"""Where bfloat16 pays: on processors that multiply it several times faster than float32, and on most GPUs."""
+
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+
+CAP = "ONEDNN_MAX_CPU_ISA"  # what oneDNN reads once, at its start
+WITHOUT_BFLOAT16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"}
+
+
+def has_fast_bfloat16(device: torch.device | None = None) -> bool:
+    """Whether bf16 autocast pays on `device`, by default a GPU if there is one, else the CPU."""
+    kind = device.type if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return kind == "cpu" and cpu_has_bfloat16()
+
+
+@cache
+def cpu_has_bfloat16() -> bool:
+    """AVX512_BF16 or AMX in oneDNN's hands, unless its cap forbids them."""
+    if not is_x86_with_onednn() or os.environ.get(CAP, "").upper() in WITHOUT_BFLOAT16:
+        return False
+    flags = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(flag() for flag in flags if flag is not None)
+
+
+def is_x86_with_onednn() -> bool:
+    return platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
+
+
+@contextmanager
+def fast_matmul(*, enabled: bool = True) -> Iterator[None]:
+    """Let float32 products on the CPU multiply in bfloat16 and add in float32, where the processor has units for it."""
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16" if enabled and cpu_has_bfloat16() else before
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def fast_forward(device: torch.device, *, enabled: bool = True) -> torch.autocast:
+    """Autocast to bfloat16 where `device` has units for it; states that layers add up stay as they are."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled and has_fast_bfloat16(device))
