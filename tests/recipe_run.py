@@ -6,15 +6,17 @@ from helpers import tiny_model
 from transformers import BertTokenizerFast
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "the", "was", "not", *"abcdefghij"]
+REVIEW_LABELS = {"id2label": {0: "neg", 1: "pos"}, "label2id": {"neg": 0, "pos": 1}}
 
 
 def tiny_folder(folder: Path, family: str = "bert", **changes) -> Path:
-    """Saves a random model of the family, with a tokenizer of 64 tokens, into `folder`."""
+    """Saves a random model of the family, with a tokenizer of 64 tokens and the labels of `reviews`, into `folder`."""
     vocabulary = [*WORDS, *(f"word{i}" for i in range(64 - len(WORDS)))]
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = BertTokenizerFast(vocab={word: i for i, word in enumerate(vocabulary)}, model_max_length=64)
     tokenizer.save_pretrained(folder)
-    tiny_model(family, **changes).save_pretrained(folder)
+    names = {} if changes.keys() & {"num_labels", "id2label"} else REVIEW_LABELS
+    tiny_model(family, **names, **changes).save_pretrained(folder)
     return folder
 
 

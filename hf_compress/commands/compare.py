@@ -31,7 +31,9 @@ def run(verb: str, arguments: list[str]) -> int:
     names = {field.name for field in fields(EvaluateOptions)} - {"models"}
     options = build(EvaluateOptions, {n: v for n, v in given.items() if n in names}, f"hf-compress {verb}")
     first = next(iter(models.values()))[0]
-    data = RecipeData(build(DataOptions, shared["data"], "data"), shared.get("task") or task_of(first))
+    task = shared.get("task") or task_of(first)
+    data = RecipeData(build(DataOptions, shared["data"], "data"), task, needs_labels=True)
+    data.tell()
     report = evaluate(options, models, data, command_line(verb, arguments))
     report.save(output)
     sys.stdout.write(f"{report.table()}\n\nreport  {output / 'report.html'}\n")

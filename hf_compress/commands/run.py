@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from hf_compress.commands.parser import Parser, add_options
 from hf_compress.recipe.data import DataOptions
-from hf_compress.recipe.options import RecipeError, read_yaml
+from hf_compress.recipe.options import RecipeError, option_fields, read_yaml
 from hf_compress.recipe.recipe import Recipe, RecipeResult, ready_recipes
 from hf_compress.recipe.stages import ALIASES, DEFAULT_METHODS, name_of, numbered
 from hf_compress.report.privacy import public_command
@@ -54,8 +54,7 @@ def add_shared(parser: Parser, *, output: str | None = None) -> None:
 
 def shared_arguments(given: dict) -> dict:
     """Arguments of `Recipe` from a command line with `add_shared`."""
-    data = {name: given[name] for name in ("text_column", "label_column", "max_length", "max_examples", "dataset_name")
-            if name in given}  # fmt: skip
+    data = {name: given[name] for name in option_fields(DataOptions) if name in given}
     if "data" in given:
         data["source"] = given["data"]
     shared = {name: given[name] for name in ("model", "task") if name in given}

@@ -4,13 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.data.data_collator import default_data_collator
 
 from hf_compress.measuring.measure import Source, evaluating, local_folder
 from hf_compress.model.inputs import forward_arguments, forward_names
+from hf_compress.model.reading import LABEL_COLUMNS, PaddingCollator, open_tokenizer
 
-LABEL_COLUMNS = ("labels", "label", "label_ids")
 Metric = Callable[[object, Mapping[str, Tensor]], Tensor]
 
 
@@ -28,7 +28,8 @@ def accuracy(outputs: object, batch: Mapping[str, Tensor]) -> Tensor:
 def token_log_likelihood(outputs: object, batch: Mapping[str, Tensor]) -> Tensor:
     """Mean log-probability of each text's tokens given those before, (B,); its negative is the log of perplexity."""
     tokens, logits = batch["input_ids"][:, 1:], outputs.logits[:, :-1].float()
-    real = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))[:, 1:].double()  # (B, T - 1)
+    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+    real = (mask[:, 1:] * mask[:, :-1]).double()  # (B, T - 1): nothing is told from padding, on either side
     chosen = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]  # (B, T - 1)
     return (chosen * real).sum(1) / real.sum(1).clamp(min=1)
 
@@ -57,13 +58,17 @@ def _length(row: Mapping, column: str) -> int:
     return len(row[column]) if column == "input_ids" else 0
 
 
-def check_labels(models: Mapping[str, PreTrainedModel], reference: str) -> None:
-    """Accuracy compares label numbers, so they must mean the same to all. Labels without names are taken on trust."""
+def check_labels(models: Mapping[str, PreTrainedModel], reference: str, *, any_order: bool = False) -> None:
+    """Accuracy compares label numbers, so they must mean the same to all. Labels without names are taken on trust.
+
+    With `any_order` each model has rows of its own, which number labels as it does.
+    """
     expected = models[reference].config.id2label
     for name, model in models.items():
         labels = model.config.id2label
         unnamed = any(all(str(label).startswith("LABEL_") for label in names.values()) for names in (labels, expected))
-        if len(labels) != len(expected) or (labels != expected and not unnamed):
+        same = set(labels.values()) == set(expected.values()) if any_order else labels == expected
+        if len(labels) != len(expected) or not (same or unnamed):
             raise ValueError(
                 f"{name} and {reference} do not have the same labels: {labels} and {expected}. Compare models of one "
                 "task, or give a `metric` that scores each example."
@@ -101,19 +106,17 @@ def unknown_tokens(rows: Sequence[Mapping], tokenizer: PreTrainedTokenizerBase |
 def tokenizer_beside(source: Source) -> PreTrainedTokenizerBase | None:
     """The tokenizer stored with a model, None where there is none."""
     folder = local_folder(source)
-    if isinstance(source, PreTrainedModel) or (folder and not (folder / "tokenizer_config.json").is_file()):
-        return None
-    return AutoTokenizer.from_pretrained(source)
+    stored = folder is None or any(True for kind in ("tokenizer*", "vocab*", "*.model") for _ in folder.glob(kind))
+    return open_tokenizer(source) if stored and not isinstance(source, PreTrainedModel) else None
 
 
 def padding_collator(
     rows: Sequence[Mapping], processing_class: PreTrainedTokenizerBase | None, reference: Source, main_input: str
 ) -> Callable:
     """Pads with `processing_class`, else with the tokenizer stored beside `reference`; rows of one length need none."""
-    if processing_class is None and (isinstance(reference, str) or local_folder(reference)):
-        processing_class = AutoTokenizer.from_pretrained(reference)
-    if processing_class is not None:
-        return DataCollatorWithPadding(processing_class)
+    tokenizer = processing_class or tokenizer_beside(reference)
+    if tokenizer is not None:
+        return PaddingCollator(tokenizer)
     if len({_length(row, main_input) for row in rows}) > 1:
         raise ValueError("the examples differ in length: give the tokenizer that pads them as `processing_class`.")
     return default_data_collator

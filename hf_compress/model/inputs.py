@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_compress.model.reading import num_positions
+
 THROUGHPUT_BATCH = 32
 
 
@@ -35,8 +37,7 @@ def example_batch(
         raise ValueError(
             f"{type(model).__name__} takes {model.main_input_name!r}, not tokens: give real examples as `inputs`."
         )
-    text_config = model.config.get_text_config()
-    longest = getattr(text_config, "max_position_embeddings", None)
+    longest = num_positions(model)
     if not 1 <= sequence_length <= (longest or sequence_length):
         raise ValueError(
             f"sequence_length must lie between 1 and the {longest} positions that the model has, got {sequence_length}."

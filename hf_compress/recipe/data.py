@@ -2,27 +2,29 @@
 
 import copy
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Literal
 
-from datasets import ClassLabel, DatasetDict
-from transformers import (
-    AutoTokenizer,
-    DataCollatorForLanguageModeling,
-    DataCollatorWithPadding,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from datasets import DatasetDict, Features, Value
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
+from hf_compress.model.reading import IGNORED, PaddingCollator, num_positions_of, open_tokenizer
+from hf_compress.recipe.columns import labels_of
+from hf_compress.recipe.labels import has_head, numbers_in
 from hf_compress.recipe.options import RecipeError
-from hf_compress.recipe.texts import label_names, load_plain_texts, load_texts, tokenize
+from hf_compress.recipe.texts import Texts, open_texts, text_columns, tokenize
+from hf_compress.training.ranks import is_main
+
+logger = logging.getLogger(__name__)
 
 CLASSIFICATION, LANGUAGE_MODEL = "sequence-classification", "causal-lm"
 TASKS = {CLASSIFICATION: "AutoModelForSequenceClassification", LANGUAGE_MODEL: "AutoModelForCausalLM"}
+MAX_LENGTH = 128  # where none is given
 HASHED_ROWS = 1000  # read at one time
 
 
@@ -31,51 +33,83 @@ class DataOptions:
     source: str = field(metadata={"help": "A CSV, JSON or text file, a folder of train, validation and test files, "
                                           "`bbc-news`, or a dataset of the Hub."})  # fmt: skip
     text_column: str | None = field(
-        default=None, metadata={"help": "Column of the texts, where it is not called text, sentence, review, ..."}
+        default=None,
+        metadata={
+            "help": "Column of the texts, where it is not called text, sentence, review, ...; two "
+            "with a comma for pairs."
+        },
     )
     label_column: str | None = field(
         default=None, metadata={"help": "Column of the labels, where it is not called label, class, topic, ..."}
     )
-    max_length: int = field(default=128, metadata={"help": "Texts are cut after so many tokens."})
+    label_names: list[str] | None = field(
+        default=None, metadata={"help": "The classes in the order of the model's numbers, where it does not name them, "
+                                        "with commas."}
+    )  # fmt: skip
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "A folder or Hub name with the tokenizer, where the model has none beside it."}
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "Texts are cut after so many tokens; 128, or what the models read, if less."}
+    )
     max_examples: int | None = field(default=None, metadata={"help": "Use only so many examples of each split."})
     dataset_name: str | None = field(default=None, metadata={"help": "What reports call the data."})
 
     def __post_init__(self):
-        if self.max_length < 2 or (self.max_examples is not None and self.max_examples < 1):
-            raise ValueError(
-                f"max_length must be at least 2 and max_examples at least 1, got {self.max_length} and "
-                f"{self.max_examples}."
-            )
+        for name, least in (("max_length", 2), ("max_examples", 1)):
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
 
 
 class RecipeData:
     """What a recipe trains and is measured on. Raises ValueError, when first used, for data that cannot be opened."""
 
-    def __init__(self, options: DataOptions, task: Literal["sequence-classification", "causal-lm"]):
+    def __init__(
+        self,
+        options: DataOptions,
+        task: Literal["sequence-classification", "causal-lm"],
+        *,
+        needs_labels: bool = False,
+    ):
         self.options, self.task = options, task
+        self.max_length = options.max_length or MAX_LENGTH  # see `check_length`
+        self.use_of_labels = "not used" if task == LANGUAGE_MODEL else "needed" if needs_labels else "used"
 
     @property
     def name(self) -> str:
         return self.options.dataset_name or self.options.source.rstrip("/").rpartition("/")[2]
 
     @cached_property
-    def texts(self) -> DatasetDict:
+    def opened(self) -> Texts:
         options = self.options
-        if self.task == CLASSIFICATION:
-            columns = {"text_column": options.text_column, "label_column": options.label_column}
-            splits = load_texts(options.source, **columns)
-        else:
-            splits = load_plain_texts(options.source, text_column=options.text_column)
-        if options.max_examples is not None:
-            splits = DatasetDict({n: s.select(range(min(options.max_examples, len(s)))) for n, s in splits.items()})
+        opened = open_texts(
+            options.source, text_column=options.text_column, label_column=options.label_column,
+            label_names=options.label_names, labels=self.use_of_labels,
+        )  # fmt: skip
+        splits, notes, most = opened.splits, list(opened.notes), options.max_examples
+        if most is not None:
+            notes += [f"{n}: the first {most} of {len(s)} rows alone" for n, s in splits.items() if len(s) > most]
+            splits = DatasetDict({n: s.select(range(min(most, len(s)))) for n, s in splits.items()})
         if empty := [name for name, split in splits.items() if not len(split)]:
             raise RecipeError(f"{options.source}: the splits {empty} are empty.")
-        return splits
+        return replace(opened, splits=splits, notes=tuple(notes))
+
+    @property
+    def texts(self) -> DatasetDict:
+        """Columns `text`, `text_pair` for pairs, and `label`, which is None in rows without one."""
+        return self.opened.splits
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was read, what was left out and why, and how many examples of each class there are."""
+        return self.opened.notes
 
     @cached_property
     def fingerprint(self) -> str:
         """Of the texts and labels themselves, wherever they are from, and of how they are cut."""
-        content = hashlib.sha256(repr((self.task, self.options.max_length)).encode())
+        content = hashlib.sha256(repr((self.task, self.max_length)).encode())
+        if self.options.tokenizer:
+            content.update(repr(sorted(open_tokenizer(self.options.tokenizer).get_vocab().items())).encode())
         for name, split in sorted(self.texts.items()):
             content.update(f"{name} {split.features}".encode())
             for start in range(0, len(split), HASHED_ROWS):
@@ -84,15 +118,70 @@ class RecipeData:
 
     @property
     def labels(self) -> list[str]:
-        return label_names(self.texts)
+        """Names of the classes; none where no row has a label."""
+        return self.opened.names
 
-    def tokenized(self, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig | None = None) -> DatasetDict:
-        """Rows for `Trainer`. With `config`, labels are numbered as that model numbers them."""
+    def check_labelled(self, split: str) -> None:
+        """Raise ValueError where a split has no label, which training on labels and measuring need."""
+        if self.task == LANGUAGE_MODEL:
+            return
+        if not self.labels or all(number is None for number in labels_of(self.texts[split])):
+            raise RecipeError(f"The {split} split of {self.options.source} has no labels: choose another split.")
+
+    def training_texts(self) -> Iterator[str]:
+        """All texts of the train split, both of a pair."""
+        train = self.texts["train"]
+        return chain.from_iterable(train[name] for name in text_columns(train))
+
+    def tokenizer(self, source: str | Path) -> PreTrainedTokenizerBase:
+        """That beside a model, or the one that the options name. A classifier of last tokens gets one that pads."""
+        tokenizer = load_tokenizer(source, self.options.tokenizer)
+        if self.task == CLASSIFICATION and tokenizer.pad_token is None and tokenizer.eos_token is not None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    def tokenized(
+        self, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig | None = None, *, unlabelled: bool = False
+    ) -> DatasetDict:
+        """Rows for `Trainer`. With `config`, labels are numbered as that model numbers them.
+
+        Rows without a label are left out; with `unlabelled` they stay in the train split, where their label is -100, or
+        where no row has one, there is no such column.
+        """
         tokenizer = copy.deepcopy(tokenizer)  # cutting texts is remembered by a tokenizer, and saved with it
-        if self.task == CLASSIFICATION:
-            texts = self.texts if config is None else _numbered_as(self.texts, config)
-            return tokenize(texts, tokenizer, self.options.max_length)
-        length = self.options.max_length
+        is_classifier = self.task == CLASSIFICATION
+        encoded = self._examples(tokenizer, config, unlabelled) if is_classifier else self._blocks(tokenizer)
+        size = getattr(config.get_text_config(), "vocab_size", None) if config is not None else None
+        for split in encoded.values() if size else ():
+            largest = max((max(ids) for rows in split.iter(HASHED_ROWS) for ids in rows["input_ids"] if ids), default=0)
+            if largest >= size:
+                raise RecipeError(
+                    f"The tokenizer gives a token {largest}, but the model has {size}: they do not belong together."
+                )
+        return encoded
+
+    def _examples(
+        self, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig | None, unlabelled: bool
+    ) -> DatasetDict:
+        if not self.labels:
+            columns = text_columns(self.texts["train"])
+            bare = DatasetDict({name: split.select_columns(columns) for name, split in self.texts.items()})
+            return tokenize(bare, tokenizer, self.max_length)
+        numbers = list(range(len(self.labels))) if config is None else self._numbers(config)
+        if numbers is None:
+            raise RecipeError(self._misfit(config, "The model"))
+        splits = {
+            name: split if unlabelled and name == "train" else split.filter(lambda row: row["label"] is not None)
+            for name, split in self.texts.items()
+        }
+        features = Features({**self.texts["train"].features, "label": Value("int64")})
+        numbered = DatasetDict(splits).map(
+            lambda row: {"label": IGNORED if row["label"] is None else numbers[row["label"]]}, features=features
+        )
+        return tokenize(numbered, tokenizer, self.max_length)
+
+    def _blocks(self, tokenizer: PreTrainedTokenizerBase) -> DatasetDict:
+        length = self.max_length
 
         def blocks(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
             end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -100,47 +189,64 @@ class RecipeData:
             starts = range(0, max(len(ids) - length + 1, min(len(ids), 1)), length)
             return {"input_ids": [ids[start : start + length] for start in starts]}
 
-        encoded = self.texts.map(blocks, batched=True, remove_columns="text", desc="Tokenizing")
+        columns = self.texts["train"].column_names
+        encoded = self.texts.map(blocks, batched=True, remove_columns=columns, desc="Tokenizing")
         return encoded.map(lambda row: {"attention_mask": [1] * len(row["input_ids"])}, desc="Tokenizing")
 
-    def collator(self, tokenizer: PreTrainedTokenizerBase):
-        if self.task == CLASSIFICATION:
-            return DataCollatorWithPadding(tokenizer)
-        return DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> PaddingCollator:
+        return PaddingCollator(tokenizer, tokens_are_labels=self.task == LANGUAGE_MODEL)
+
+    def tell(self) -> None:
+        """Say, in the first of several processes, what was read."""
+        for note in self.notes if is_main() else ():
+            logger.warning("data: %s", note)
+
+    def _numbers(self, config: PretrainedConfig) -> list[int] | None:
+        return numbers_in(config, self.labels, shared_order=self.opened.shared_order)
+
+    def fits(self, config: PretrainedConfig) -> bool:
+        """Whether a model has a head that predicts the labels of this data."""
+        return has_head(config) and self._numbers(config) is not None
 
     def check_labels(self, config: PretrainedConfig, what: str) -> None:
         """Raise RecipeError when a model cannot have learned the labels of this data."""
-        has_head = any("ForSequenceClassification" in name for name in config.architectures or [])
-        if self.task == CLASSIFICATION and not (has_head and has_labels(config, self.labels)):
-            knows = f"predicts the labels {list(config.id2label.values())}" if has_head else "has no head for labels"
+        if self.task == CLASSIFICATION and not (self.fits(config) if self.labels else has_head(config)):
+            raise RecipeError(self._misfit(config, what))
+
+    def _misfit(self, config: PretrainedConfig, what: str) -> str:
+        known = list(config.id2label.values())
+        knows = f"predicts the labels {known}" if has_head(config) else "has no head for labels"
+        return (
+            f"{what} {knows}, but {self.options.source} has {self.labels}. Begin with a fine-tune stage, which "
+            "gives it a new head, or use a model of this task. Where only the names differ, give those of the data in "
+            "the order of the model's numbers as label_names."
+        )
+
+    def check_length(self, source: str | Path) -> None:
+        """Raise RecipeError where texts are cut after more tokens than the model at `source` has positions.
+
+        Where no length was given, texts are cut for it from now on.
+        """
+        longest = num_positions_of(AutoConfig.from_pretrained(source))
+        if longest is None or self.max_length <= longest:
+            return
+        if self.options.max_length is not None:
             raise RecipeError(
-                f"{what} {knows}, but {self.options.source} has {self.labels}. Begin with a fine-tune stage, which "
-                "gives it a new head, or use a model of this task."
+                f"max_length is {self.max_length}, but {source} reads {longest} tokens at most: set max_length to "
+                f"{longest} or less."
             )
+        self.max_length = longest
+        logger.warning("data: texts are cut after %d tokens, which is what %s reads", longest, source)
 
 
-def has_labels(config: PretrainedConfig, labels: Sequence[str]) -> bool:
-    names = [str(name) for name in config.id2label.values()]
-    unnamed = all(name.startswith("LABEL_") for name in names)
-    return len(names) == len(labels) and (unnamed or set(names) == set(labels))
-
-
-def _numbered_as(texts: DatasetDict, config: PretrainedConfig) -> DatasetDict:
-    names, wanted = label_names(texts), [str(config.id2label[i]) for i in range(config.num_labels)]
-    if wanted == names or set(wanted) != set(names):
-        return texts  # names of the model's own such as LABEL_0 say nothing
-    numbers = [wanted.index(name) for name in names]
-    renumbered = texts.map(lambda row: {"label": numbers[row["label"]]})
-    return renumbered.cast_column("label", ClassLabel(names=wanted))
-
-
-def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: str | Path, other: str | Path | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model; where it has none, the `other`. Raises RecipeError where neither is there."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise RecipeError(f"{source} has no tokenizer beside the model, which recipes need: {reason}") from error
-    tokenizer.init_kwargs.pop("local_files_only", None)  # whether this machine has a network: saved with it otherwise
-    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
-        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer = open_tokenizer(source)
+    except ValueError as error:
+        if other is None:
+            raise RecipeError(f"{error} Or name another one with the option `tokenizer` of the data.") from error
+        return open_tokenizer(other)
+    if other is not None and tokenizer.get_vocab() != open_tokenizer(other).get_vocab():
+        logger.warning("%s has a tokenizer of its own, which is used in place of %s.", source, other)
     return tokenizer

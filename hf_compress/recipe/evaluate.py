@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from hf_compress.measuring.measure import load_model
 from hf_compress.measuring.quality import accuracy, token_log_likelihood
-from hf_compress.recipe.data import CLASSIFICATION, RecipeData, load_tokenizer
+from hf_compress.recipe.data import CLASSIFICATION, RecipeData
 from hf_compress.recipe.options import RecipeError, unknown
 from hf_compress.report.compare import compare
 from hf_compress.report.harness import harness_scores
@@ -65,34 +65,39 @@ def evaluate(options: EvaluateOptions, models: Mapping[str, Sources], data: Reci
 
     Each model is read with the tokenizer beside it, since vocabularies may have been cut.
     """
-    rows = {}
+    data.check_labelled(options.split)
+    for sources in models.values():
+        data.check_length(_first(sources))
+    rows, collators = {}, {}
     for name, sources in models.items():
         source = _first(sources)
         config = AutoConfig.from_pretrained(source)
         data.check_labels(config, name)
-        tokenizer = load_tokenizer(source)
+        tokenizer = data.tokenizer(source)
         rows[name] = data.tokenized(tokenizer, config)[options.split]
+        collators[name] = data.collator(tokenizer)
     report = compare(
         models,
         eval_dataset=rows,
-        data_collator=None if data.task == CLASSIFICATION else data.collator(tokenizer),
+        data_collator=collators,
         metric=accuracy if data.task == CLASSIFICATION else token_log_likelihood,
         dataset_name=f"{data.name}, {options.split}",
         batch_size=options.batch_size,
-        sequence_length=options.sequence_length or data.options.max_length,
+        sequence_length=options.sequence_length or data.max_length,
         latency_rounds=options.latency_rounds,
         throughput_rounds=options.throughput_rounds,
         dtype=torch.float32 if options.float32 else None,
         isolate=len(set(map(_engine, models.values()))) > 1 if options.isolate is None else options.isolate,
         command=command,
     )
+    report = replace(report, data_notes=data.notes)
     if not options.tasks:
         return report
     scores = {}
     for name, sources in models.items():
         source = _first(sources)
         wanted = [task.strip() for task in options.tasks.split(",")]
-        scores[name] = harness_scores(load_model(source), load_tokenizer(source), wanted, limit=options.tasks_limit)
+        scores[name] = harness_scores(load_model(source), data.tokenizer(source), wanted, limit=options.tasks_limit)
     return replace(report, tasks=scores)
 
 

@@ -14,6 +14,7 @@ from transformers import AutoConfig
 
 from hf_compress.files.whole import write_whole
 from hf_compress.publishing.hub import publish
+from hf_compress.recipe.checks import check_data, need_labels
 from hf_compress.recipe.data import CLASSIFICATION, LANGUAGE_MODEL, TASKS, DataOptions, RecipeData
 from hf_compress.recipe.evaluate import chosen_models, evaluate, main_figures
 from hf_compress.recipe.fingerprints import code_fingerprint, digest, model_fingerprint, settings
@@ -122,12 +123,15 @@ class Recipe:
         needs_data = any(stage.kind != "publish" for stage in self.stages)
         if needs_data and not self.data.get("source"):
             raise RecipeError("The recipe names no data: give a file, a folder or a Hub name (`data:`, or --data).")
-        data = RecipeData(build(DataOptions, self.data, "data"), self.task or task_of(self.model))
-        with Store(output_dir) as store:
-            return self._run_stages(store, data, command)
-
-    def _run_stages(self, store: Store, data: RecipeData, command: str | None) -> RecipeResult:
         made = [Made(INPUT, self.model, model_fingerprint(self.model))]
+        options, task = build(DataOptions, self.data, "data"), self.task or task_of(self.model)
+        data = RecipeData(options, task, needs_labels=need_labels(self.stages))
+        if needs_data:
+            check_data(data, self.model, self.stages, INPUT)
+        with Store(output_dir) as store:
+            return self._run_stages(store, made, data, command)
+
+    def _run_stages(self, store: Store, made: list[Made], data: RecipeData, command: str | None) -> RecipeResult:
         if is_main():
             store.check(["recipe.yaml", "stages.json", MARKER, *REPORT_FILES])  # hours before they are written
         records: list[dict[str, Any]] = []

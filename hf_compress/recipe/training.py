@@ -10,6 +10,7 @@ from typing import Any
 import transformers
 from transformers import (
     AutoConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainingArguments,
@@ -17,7 +18,8 @@ from transformers import (
 )
 
 from hf_compress.distillation.students import make_student
-from hf_compress.recipe.data import CLASSIFICATION, TASKS, RecipeData, load_tokenizer
+from hf_compress.recipe.data import CLASSIFICATION, TASKS, RecipeData
+from hf_compress.recipe.labels import has_head
 from hf_compress.recipe.one_shot import Samples, cast
 from hf_compress.recipe.qat import QATOptions
 from hf_compress.recipe.stages import Stage, StudentOptions
@@ -40,7 +42,7 @@ class Work:
 
 def change_model(stage: Stage, work: Work) -> dict[str, Any]:
     """Run a stage that makes another model, and save it with its tokenizer in `work.folder / "model"`."""
-    tokenizer = load_tokenizer(work.source)
+    tokenizer = work.data.tokenizer(work.source)
     if stage.kind != "fine-tune" and not (stage.part("fine-tune")):
         work.data.check_labels(AutoConfig.from_pretrained(work.source), f"The model that enters {stage.name}")
     set_seed(work.seed)
@@ -49,7 +51,7 @@ def change_model(stage: Stage, work: Work) -> dict[str, Any]:
     else:
         model = load(work.source, work.data)
         rows = work.data.tokenized(tokenizer, model.config)["train"]
-        samples = Samples(work.data.texts["train"]["text"], rows, work.data.collator(tokenizer), work.seed)
+        samples = Samples(work.data.training_texts(), rows, work.data.collator(tokenizer), work.seed)
         model, tokenizer = stage.own.apply(model, tokenizer, samples)
         figures = {}
     if work.saves:
@@ -69,10 +71,10 @@ def train(stage: Stage, work: Work, tokenizer: PreTrainedTokenizerBase) -> tuple
         student = next(option for option in main.options if isinstance(option, StudentOptions))
         extra["teacher_model"] = load(work.teacher, work.data)
         if student.student:
-            model = load(student.student, work.data)
+            model = load(student.student, work.data, teacher=extra["teacher_model"].config)
         elif shape := student.shape():
             model = make_student(model, **shape)
-    rows = work.data.tokenized(tokenizer, model.config)
+    rows = work.data.tokenized(tokenizer, model.config, unlabelled=main.kind == "distil")
     qat: QATOptions | None = next((part.own for part in stage.parts if part.kind == "quantize"), None)
     pruning = [part.own.callback() for part in stage.parts if part.kind == "prune"]
     if qat:
@@ -104,17 +106,28 @@ def replace_output(
     return arguments
 
 
-def load(source: str | Path, data: RecipeData, *, fresh_head: bool = False) -> PreTrainedModel:
-    """The model for the data's task. With `fresh_head`, another number of labels gets a new head."""
+def load(
+    source: str | Path, data: RecipeData, *, fresh_head: bool = False, teacher: PretrainedConfig | None = None
+) -> PreTrainedModel:
+    """The model for the data's task. With `fresh_head`, labels that it does not know get a new head.
+
+    A model without a head gets one for the labels of `teacher`, where one is given.
+    """
     auto_class = getattr(transformers, TASKS[data.task])
-    options = {}
-    if data.task == CLASSIFICATION and fresh_head:
+    options, names = {}, None
+    if data.task == CLASSIFICATION:
         config = AutoConfig.from_pretrained(source)
-        if set(map(str, config.id2label.values())) != set(data.labels):
+        if fresh_head and not data.fits(config):
             names = dict(enumerate(data.labels))
+        elif teacher is not None and not has_head(config):
+            names = teacher.id2label
+        if names:
             options = {"num_labels": len(names), "id2label": names, "label2id": {n: i for i, n in names.items()}}
             options["ignore_mismatched_sizes"] = len(names) != config.num_labels
-    return auto_class.from_pretrained(source, **options)
+    model = auto_class.from_pretrained(source, **options)
+    if data.task == CLASSIFICATION and model.config.pad_token_id is None:  # a decoder finds a text's end by it
+        model.config.pad_token_id = data.tokenizer(source).pad_token_id
+    return model
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

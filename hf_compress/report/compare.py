@@ -44,7 +44,7 @@ def compare(
     *,
     eval_dataset: Sequence[Mapping] | Mapping[str, Sequence[Mapping]] | None = None,
     processing_class: PreTrainedTokenizerBase | None = None,
-    data_collator: Callable | None = None,
+    data_collator: Callable | Mapping[str, Callable] | None = None,
     metric: Metric = accuracy,
     metric_name: str | None = None,
     dataset_name: str | None = None,
@@ -66,7 +66,7 @@ def compare(
     eval_dataset      rows as `Trainer` takes them: tokenized, with a label column; None compares cost alone. Where
                       tokenizers differ, name -> rows: the same examples in the same order, as each model reads them
     processing_class  the tokenizer that pads; the reference's own, where that is a folder or Hub name
-    data_collator     makes a batch of rows; `DataCollatorWithPadding` of the tokenizer by default
+    data_collator     makes a batch of rows, or name -> such; pads with the tokenizer, under a mask, by default
     metric            metric(outputs, batch) -> (B,): a score for each example, higher is better; `batch` holds "labels"
     reference         name of the model that the others are held against; the first by default
     batch_size        of the evaluation; speed is always measured at 1 and 32
@@ -89,12 +89,13 @@ def compare(
     read: dict[str, tuple[int, int] | None] = {}  # name -> tokens that its tokenizer does not know, and all tokens
     if eval_dataset is not None:
         if metric is accuracy:
-            check_labels(firsts, reference)
+            check_labels(firsts, reference, any_order=isinstance(eval_dataset, Mapping))
         own_rows = _rows_by_name(eval_dataset, entries)
         for name, sources in entries.items():
             rows = usable_rows(own_rows[name], firsts[name], metric)
             pads_by = name if isinstance(eval_dataset, Mapping) else reference
-            collator = data_collator or padding_collator(
+            own_collator = data_collator[name] if isinstance(data_collator, Mapping) else data_collator
+            collator = own_collator or padding_collator(
                 rows, processing_class, entries[pads_by][0], firsts[name].main_input_name
             )
             others = (load_model(source, dtype=dtype, device=device) for source in sources[1:])

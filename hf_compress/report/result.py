@@ -90,6 +90,7 @@ class Results:
     tasks: dict[str, dict[str, dict[str, float]]] = field(
         default_factory=dict
     )  # model -> lm-eval task -> metric -> value
+    data_notes: tuple[str, ...] = ()  # what was read for it, and what was left out
 
     def __getitem__(self, name: str) -> Entry:
         for entry in self.entries:
@@ -120,7 +121,7 @@ class Results:
                 for name, (unknown, number) in counts.items()
             ]
             notes.append(f"Tokens of these texts that a model does not know: {'; '.join(told)}.")
-        return notes
+        return notes + [f"Data: {'; '.join(self.data_notes)}."] * bool(self.data_notes)
 
     def to_json(self) -> str:
         """Every figure, every timing, and what was derived from them."""
@@ -137,7 +138,8 @@ class Results:
         try:
             record = json.loads(text)
             entries = tuple(_entry(plain) for plain in record["entries"])
-            return cls(entries=entries, **_own_fields(cls, record, without=("entries",)))
+            own = _own_fields(cls, record, without=("entries", "data_notes"))
+            return cls(entries=entries, data_notes=tuple(record.get("data_notes", ())), **own)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"This is no report of hf_compress: {error}.") from error
 

@@ -11,10 +11,17 @@ from transformers import PreTrainedTokenizerBase
 
 BYTE_FALLBACK = {f"<0x{byte:02X}>" for byte in range(256)}
 
+# what tokenizers of translation models remember beside their backend
+LANGUAGE_TOKENS = {"cur_lang_code", "cur_lang_code_id", "lang_code_to_id", "id_to_lang_code", "fairseq_tokens_to_ids",
+                   "fairseq_ids_to_tokens", "prefix_tokens", "suffix_tokens"}  # fmt: skip
 
-def used_tokens(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], *, min_count: int = 1) -> list[int]:
-    """The ids that `texts` need at least `min_count` times, ascending; `prune_vocabulary` adds what these need."""
-    counts = Counter(token for text in texts for token in tokenizer(text, add_special_tokens=False)["input_ids"])
+
+def used_tokens(
+    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str | tuple[str, str]], *, min_count: int = 1
+) -> list[int]:
+    """The ids that `texts`, or pairs, need at least `min_count` times; `prune_vocabulary` adds what these need."""
+    single = (text for one in texts for text in ([one] if isinstance(one, str) else one))
+    counts = Counter(token for text in single for token in tokenizer(text, add_special_tokens=False)["input_ids"])
     return sorted(token for token, count in counts.items() if count >= min_count)
 
 
@@ -69,7 +76,16 @@ def smaller_tokenizer(tokenizer: PreTrainedTokenizerBase, keep: list[int]) -> Pr
     smaller = copy.deepcopy(tokenizer)
     smaller._tokenizer = Tokenizer.from_str(json.dumps(state))
     smaller.init_kwargs.pop("added_tokens_decoder", None)  # says the old numbers; the backend knows the new ones
+    for name in LANGUAGE_TOKENS & vars(smaller).keys():
+        setattr(smaller, name, _with_new_numbers(getattr(smaller, name), new))
     return smaller
+
+
+def _with_new_numbers(value: Any, new: dict[int, int]) -> Any:
+    """Ids as they stand in an attribute: one, a list, by name, or with their names."""
+    if isinstance(value, dict):
+        return {new.get(a, a): new.get(b, b) for a, b in value.items() if {a, b} & new.keys()}
+    return [new[token] for token in value] if isinstance(value, list) else new.get(value)
 
 
 def _backend(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

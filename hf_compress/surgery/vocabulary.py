@@ -1,8 +1,8 @@
 """Tokens, cut out for good: rows of the embeddings, of the output head and of its biases, and of the tokenizer."""
 
 import copy
+import logging
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +10,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.model.record import read_part
 from hf_compress.surgery.settle import build_twin
+from hf_compress.surgery.token_numbers import NewNumbers, configs_of, role_tokens
 from hf_compress.surgery.tokenizer import needed_tokens, smaller_tokenizer
 from hf_compress.surgery.transaction import Transaction
+
+logger = logging.getLogger(__name__)
 
 
 def prune_vocabulary(
@@ -21,8 +24,9 @@ def prune_vocabulary(
 
     `keep` holds token ids, e.g. `used_tokens(tokenizer, texts)`. Special tokens, single characters and the pieces that
     byte-pair merges need are kept beside them. Texts of kept tokens get the same tokens, under new numbers, and the
-    same outputs; other words are spelled in smaller pieces. Tied tables stay tied, special token ids of the config and
-    the generation config are renumbered, and the checkpoint stays a plain one.
+    same outputs; other words are spelled in smaller pieces. Tied tables stay tied and the checkpoint stays a plain one.
+    Token ids of the config and the generation config are renumbered: tokens with a role (`eos_token_id`, ...) are kept,
+    and what else refers to a token that is gone, such as a forbidden word, is dropped and logged.
 
     Raises ValueError, and changes nothing, for tokens that do not exist and models whose table cannot be cut.
     """
@@ -30,38 +34,30 @@ def prune_vocabulary(
     if not isinstance(table, nn.Embedding) or "weight" not in table._parameters:
         raise ValueError(f"{type(table).__name__} is no table of tokens that can be cut.")
     size = table.num_embeddings
-    kept = needed_tokens(tokenizer, keep)
+    configs = [*configs_of(model.config), *configs_of(getattr(model, "generation_config", None))]
+    roles = set().union(*map(role_tokens, configs)) & set(tokenizer.get_vocab().values())
+    kept = needed_tokens(tokenizer, {*keep, *roles})
     if kept[-1] >= size:
         raise ValueError(f"The tokenizer has a token {kept[-1]}, the model {size} rows: they do not belong together.")
     smaller = smaller_tokenizer(tokenizer, kept)
     new = {old: i for i, old in enumerate(kept)}
+    numbers = NewNumbers(new, size)
     with Transaction(model) as transaction:
-        for config in (model.config, getattr(model, "generation_config", None)):
-            for field, value in _renumbered(config, new, size).items():
+        for config in configs:
+            for field, value in numbers.fields(config).items():
                 transaction.set(config, field, value)
         transaction.set(model.config, "vocab_size", len(kept))
         _cut_tables(transaction, model, size, kept)
+    if numbers.dropped:
+        logger.warning("Dropped, as their tokens are gone from the vocabulary: %s.", ", ".join(numbers.dropped))
     return smaller
-
-
-def _renumbered(config: Any, new: dict[int, int], size: int) -> dict[str, Any]:
-    """Fields of a config that hold token ids -> their new values. Ids beyond the vocabulary are left alone."""
-    changes: dict[str, Any] = {}
-    for field, value in vars(config).items() if config is not None else ():
-        if not field.endswith(("_token_id", "_token_ids", "suppress_tokens")) or value is None:
-            continue
-        if isinstance(value, int) and 0 <= value < size:
-            changes[field] = new.get(value)
-        elif isinstance(value, list):
-            changes[field] = [new[token] for token in value if token in new]
-    return changes
 
 
 def _cut_tables(transaction: Transaction, model: PreTrainedModel, size: int, kept: list[int]) -> None:
     """What has another shape in a model with the smaller vocabulary is a table over tokens: keep the rows `kept`."""
     config = copy.deepcopy(model.config)
     config.vocab_size = len(kept)
-    config.pad_token_id = None if config.pad_token_id is None else kept.index(config.pad_token_id)
+    config.pad_token_id = kept.index(config.pad_token_id) if config.pad_token_id in kept else None
     twin = dict(build_twin(model, config, read_part(model.config, "structure")).named_modules())
     done: dict[int, Tensor] = {}
     for name, module in model.named_modules():

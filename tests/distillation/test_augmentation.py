@@ -162,6 +162,44 @@ def test_vectors_from_a_file(tokenizer, tmp_path):
         augment(tokenizer, word_vectors=file)
 
 
+@pytest.mark.parametrize("texts, copied", [
+    (["good film", "bad play"], True),
+    (["playing player", "filmer"], True),
+    (["7, 7!", ","], False),
+    ([" ", ""], False),
+    (["film", "7"], True),
+], ids=["words of one token", "words of several", "no words", "nothing", "one word"])  # fmt: skip
+@pytest.mark.parametrize("source", ["masked-lm", "embeddings", "both"])
+def test_texts_with_words_of_one_kind_alone(texts, copied, source, tokenizer):
+    models = {"masked_lm": tiny_model("bert", "mlm"), "word_vectors": tiny_model("bert")}
+    chosen = {"masked-lm": ["masked_lm"], "embeddings": ["word_vectors"], "both": list(models)}[source]
+    rows = Dataset.from_dict({"text": texts})
+    data = hfc.augment(rows, tokenizer, copies=5, **{name: models[name] for name in chosen})
+    assert [row["text"] for row in data if not row["is_augmented"]] == texts
+    assert any(data["is_augmented"]) == copied
+
+
+def test_a_tokenizer_without_whole_words_copies_what_word_vectors_know(tmp_path):
+    file = tmp_path / "vocab.txt"
+    file.write_text("\n".join([*WORDS[:5], ",", "7", *(f"##{letter}" for letter in "abdfgilmo")]), encoding="utf-8")
+    bare = BertTokenizerFast(str(file), model_max_length=64)
+    assert not Vocabulary(bare).words
+    model = tiny_model("bert", "mlm")
+    assert len(hfc.augment(dataset(), bare, masked_lm=model, copies=3)) == len(TEXTS)
+
+
+def test_the_two_texts_of_a_pair_are_replaced_together(tokenizer):
+    pairs = Dataset.from_dict({"text": TEXTS, "text_pair": TEXTS[::-1], "label": [0, 1, 0, 1, 0]})
+    data = hfc.augment(pairs, tokenizer, word_vectors=tiny_model("bert"), text_columns=["text", "text_pair"], copies=8)
+    for row in data:
+        original = pairs[row["original_row"]]
+        changed = [row[name] != original[name] for name in ("text", "text_pair")]
+        assert row["label"] == original["label"] and any(changed) == row["is_augmented"]
+    copies = data.filter(lambda row: row["is_augmented"])
+    assert any(row["text"] != pairs[row["original_row"]]["text"] for row in copies)
+    assert any(row["text_pair"] != pairs[row["original_row"]]["text_pair"] for row in copies)
+
+
 def test_bad_input_is_refused(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="pass masked_lm, or word_vectors"):
         augment(tokenizer, word_vectors=None)

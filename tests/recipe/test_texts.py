@@ -67,9 +67,9 @@ def test_the_embedded_news_have_their_topics():
 def test_what_is_not_there_is_said(tmp_path):
     with pytest.raises(ValueError, match="has no train.csv or train.json"):
         load_texts(str(tmp_path))
-    (tmp_path / "all.parquet").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"must be a CSV, TSV, JSON or text file, got .parquet"):
-        load_texts(str(tmp_path / "all.parquet"))
+    (tmp_path / "all.xlsx").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"must be a CSV, TSV, JSON or text file, got .xlsx. Read are the endings"):
+        load_texts(str(tmp_path / "all.xlsx"))
     write_csv(tmp_path / "train.csv", ROWS[:30])
     write_csv(tmp_path / "test.csv", [{"sentence": "x", "topic": "third", "other": 0}])
     with pytest.raises(ValueError, match=r"test split of .* has labels \['third'\] that its train split has not"):

@@ -1,15 +1,25 @@
 """Texts of kept tokens get the same tokens and the same outputs from a model with a smaller vocabulary."""
 
 import copy
+import logging
+import re
 
 import pytest
 import torch
-from helpers import TASKS, tiny_model
+from helpers import TASKS, default_task, tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    GenerationConfig,
+    MBartTokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 import hf_compress as hfc
-from hf_compress.surgery.tokenizer import needed_tokens, used_tokens
+from hf_compress.surgery.token_numbers import NewNumbers
+from hf_compress.surgery.tokenizer import needed_tokens, smaller_tokenizer, used_tokens
 
 TEXTS = ["the lower light was slower", "a low tower, a slow flower!", "the tower's lights lower slowly"]
 OTHERS = ["widest windows whisper", "newest knives nest", "a zebra quizzed six foxes", "oldest gold holds"] * 3
@@ -104,6 +114,88 @@ def test_special_tokens_are_renumbered_everywhere():
     assert model.model.shared.padding_idx == smaller.pad_token_id
     assert model.final_logits_bias.shape == (1, len(smaller))
     assert model.generate(torch.tensor([[5, 6]]), max_new_tokens=3).max() < len(smaller)
+
+
+FORBIDDEN = {
+    "bad_words_ids": lambda one, two, gone: [[one], [two, one], [gone], [one, gone]],
+    "sequence_bias": lambda one, two, gone: {(one,): -5.0, (two, one): 3.0, (gone, two): 1.0},
+    "sequence_bias of a file": lambda one, two, gone: [[[one], -5.0], [[two, one], 3.0], [[gone, two], 1.0]],
+    "suppress_tokens": lambda one, two, gone: [one, gone],
+    "begin_suppress_tokens": lambda one, two, gone: [gone, two],
+    "forced_bos_token_id": lambda one, two, gone: two,
+    "forced_eos_token_id": lambda one, two, gone: [one, two],
+}
+
+
+@pytest.mark.parametrize("field", FORBIDDEN)
+@pytest.mark.parametrize("family", ["bart", "gpt2"])
+def test_a_model_writes_the_same_under_the_same_rules(family, field, caplog):
+    tokenizer = trained("wordpiece")
+    model = model_for(tokenizer, family, default_task(family))
+    one, two = tokenizer.convert_tokens_to_ids(["light", "lower"])
+    used = used_tokens(tokenizer, TEXTS)
+    kept = needed_tokens(tokenizer, used)
+    gone = next(token for token in range(len(tokenizer)) if token not in kept)
+    name, rules = field.partition(" ")[0], FORBIDDEN[field](one, two, gone)
+    setattr(model.generation_config, name, rules)
+    batch = tokenizer(TEXTS[:1], return_tensors="pt")
+    settings = dict(attention_mask=batch["attention_mask"], max_new_tokens=8, do_sample=False)
+    others = [token for token in range(len(tokenizer) + 7) if token not in kept]
+    never = [*others, *(model.generation_config.suppress_tokens or [])]
+    before = model.generate(batch["input_ids"], **settings, suppress_tokens=never)[0].tolist()
+
+    with caplog.at_level(logging.WARNING):
+        smaller = hfc.prune_vocabulary(model, tokenizer, keep=used)
+    new = {old: i for i, old in enumerate(kept)}
+    rules_now = getattr(model.generation_config, name)
+    batch = smaller(TEXTS[:1], return_tensors="pt")
+    after = model.generate(batch["input_ids"], **settings)[0].tolist()
+    assert after == [new[token] for token in before]
+    assert ("Dropped, as their tokens are gone" in caplog.text) == (str(gone) in str(rules))
+    numbers = set(re.findall(r"(?<![\d.])\d+(?![\d.])", str(rules_now)))
+    assert numbers and numbers <= {str(new[one]), str(new[two])}
+
+
+def test_words_to_force_are_renumbered_and_what_is_gone_is_dropped():
+    numbers = NewNumbers({3: 0, 5: 1, 7: 2}, size=10)
+    config = GenerationConfig(force_words_ids=[[3, 5], [[7], [4]], [[4], [3, 4]]], forced_decoder_ids=[[1, 5], [2, 4]],
+                              bad_words_ids=[[4]], eos_token_id=[7, 4], pad_token_id=-1)  # fmt: skip
+    changed = numbers.fields(config)
+    assert changed["force_words_ids"] == [[0, 1], [[2]]]
+    assert changed["forced_decoder_ids"] == [[1, 1]]
+    assert changed["bad_words_ids"] is None  # `generate` refuses an empty list
+    assert changed["eos_token_id"] == [2] and changed["pad_token_id"] == -1
+    assert sorted(numbers.dropped) == ["bad_words_ids [4]", "eos_token_id [4]", "force_words_ids [3, 4]",
+        "force_words_ids [4]", "force_words_ids [4]", "forced_decoder_ids [4]"]  # fmt: skip
+
+
+def test_tokens_with_a_role_are_kept_and_configs_within_configs_follow():
+    tokenizer = trained("wordpiece")
+    model = model_for(tokenizer, "gpt2", "clm")
+    last = len(tokenizer) - 1
+    model.generation_config.eos_token_id = [tokenizer.sep_token_id, last]
+    model.config.reader = BertConfig(eos_token_id=last, pad_token_id=tokenizer.pad_token_id)
+    smaller = hfc.prune_vocabulary(model, tokenizer, keep=[])
+    (word,) = tokenizer.convert_ids_to_tokens([last])
+    assert smaller.convert_ids_to_tokens(model.generation_config.eos_token_id) == ["[SEP]", word]
+    assert model.config.reader.eos_token_id == smaller.convert_tokens_to_ids(word)
+
+
+def test_the_language_of_a_translator_keeps_its_token():
+    words = ["<s>", "<pad>", "</s>", "<unk>", "▁good", "▁bad", "▁film", "▁"]
+    tokenizer = MBartTokenizer(vocab=[(word, -float(i)) for i, word in enumerate(words)], src_lang="en_XX")
+    smaller = smaller_tokenizer(tokenizer, needed_tokens(tokenizer, [4]))
+    language = smaller.convert_tokens_to_ids("en_XX")
+    assert language < tokenizer.convert_tokens_to_ids("en_XX")
+    assert smaller.cur_lang_code == smaller.lang_code_to_id["en_XX"] == language
+    assert smaller.suffix_tokens == [smaller.eos_token_id, language] == smaller("good")["input_ids"][1:]
+
+
+def test_both_texts_of_a_pair_are_read():
+    tokenizer = trained("wordpiece")
+    pairs = [("the lower light", "a low tower"), ("slow flower", "lights")]
+    alone = [text for pair in pairs for text in pair]
+    assert used_tokens(tokenizer, pairs) == used_tokens(tokenizer, alone) != used_tokens(tokenizer, alone[::2])
 
 
 def test_a_pruned_model_keeps_its_structure():

@@ -12,7 +12,7 @@ from accelerate.utils import parse_flag_from_env
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import DataCollatorWithPadding, PretrainedConfig, default_data_collator
+from transformers import PretrainedConfig, default_data_collator
 
 from hf_compress.distillation.layer_map import num_hidden_states
 from hf_compress.distillation.tasks import plain_model
@@ -34,6 +34,7 @@ from hf_compress.distillation.teachers.cache_files import (
 )
 from hf_compress.distillation.teachers.cached_teacher import CachedTeacher
 from hf_compress.distillation.teachers.example_keys import example_keys
+from hf_compress.model.reading import PaddingCollator
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ def cache_teacher(
     if not getattr(teacher, "is_quantized", False) and not hasattr(teacher, "hf_device_map"):
         teacher.to(state.device)
     collate = data_collator or (
-        DataCollatorWithPadding(processing_class) if hasattr(processing_class, "pad") else default_data_collator
+        PaddingCollator(processing_class) if hasattr(processing_class, "pad_token_id") else default_data_collator
     )
     rows, outputs = Rows(dataset, teacher, collate), Outputs(teacher, top_k, hidden_states, dtype)
     with _evaluating(teacher):

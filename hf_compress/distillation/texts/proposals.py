@@ -56,7 +56,9 @@ class Vocabulary:
         self.tokenizer = tokenizer
 
     def pieces(self, words: Sequence[str]) -> list[list[int]]:
-        """The token ids of each word inside a text."""
+        """The token ids of each word inside a text; nothing for no words, which a tokenizer does not take."""
+        if not words:
+            return []
         before = len(self.tokenizer(BEFORE, add_special_tokens=False)["input_ids"])
         encoded = self.tokenizer([f"{BEFORE} {word}" for word in words], add_special_tokens=False)
         return [ids[before:] for ids in encoded["input_ids"]]
@@ -65,7 +67,7 @@ class Vocabulary:
     def words(self) -> dict[int, str]:
         """Token id -> the word that it spells alone."""
         ids = [i for i in range(len(self.tokenizer)) if i not in self.tokenizer.all_special_ids]
-        texts = [text.strip() for text in self.tokenizer.batch_decode([[i] for i in ids])]
+        texts = [text.strip() for text in self.tokenizer.batch_decode([[i] for i in ids])] if ids else []
         spelled = [(i, text) for i, text in zip(ids, texts, strict=True) if LETTERS.fullmatch(text)]
         pieces = self.pieces([text for _, text in spelled])
         return {i: text for (i, text), own in zip(spelled, pieces, strict=True) if own == [i]}
@@ -143,7 +145,7 @@ class MaskedWords:
     def __init__(self, model: PreTrainedModel, vocabulary: Vocabulary, batch_size: int):
         self.model, self.vocabulary, self.batch_size = model, vocabulary, batch_size
         self.tokenizer = vocabulary.tokenizer
-        self.ids = torch.tensor(list(vocabulary.words))
+        self.ids = torch.tensor(list(vocabulary.words), dtype=torch.long)  # also of none
         if self.tokenizer.mask_token_id is None:
             raise ValueError(f"{type(self.tokenizer).__name__} has no mask token, which a masked language model needs.")
 

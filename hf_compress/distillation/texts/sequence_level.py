@@ -15,8 +15,8 @@ from transformers.utils import logging as transformers_logging
 from hf_compress.distillation.teachers.cache_files import teacher_fingerprint
 from hf_compress.distillation.teachers.shards import Shards, data_fingerprint
 from hf_compress.measuring.measure import evaluating
+from hf_compress.model.reading import IGNORED
 
-IGNORED = -100  # a label that does not count
 FEATURES = Features({n: List(Value("int64")) for n in ("input_ids", "attention_mask", "labels")})
 
 

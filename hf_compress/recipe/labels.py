@@ -1,0 +1,71 @@
+"""Labels as users write them, and the numbers that a model gives them."""
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from transformers import PretrainedConfig
+
+WHOLE = re.compile(r"[-+]?\d+(\.0*)?")
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+TRUTH = ("false", "true")  # what are 0 and 1 to everyone else
+
+
+def written(label: Any) -> str | None:
+    """A label as its name, without white space at its ends; None where there is none."""
+    if label is None or (isinstance(label, float) and math.isnan(label)):
+        return None
+    return str(label).strip() or None
+
+
+def are_whole(labels: Iterable[str]) -> bool:
+    return all(WHOLE.fullmatch(label) for label in labels)
+
+
+def without_point(label: str) -> str:
+    """`1.0` as `1`: a column of whole numbers turns into such where one is missing."""
+    return label.partition(".")[0]
+
+
+def in_order(names: Iterable[str], source: str) -> tuple[list[str], bool]:
+    """The names of classes in the order of their numbers, and whether this order is one that others share.
+
+    Whole numbers stand in numeric order, false before true; other names by the alphabet, which is ours alone.
+
+    Raises ValueError for fractions, which are no classes.
+    """
+    names = set(names)
+    if are_whole(names):
+        return sorted(names, key=lambda name: (int(name), name)), True
+    if all(NUMBER.fullmatch(name) for name in names):
+        shown = sorted(names, key=float)[:5]
+        raise ValueError(
+            f"The labels of {source} are fractions, such as {shown}: numbers to predict, not classes. Name the "
+            "column of the classes with label_column."
+        )
+    if {name.lower() for name in names} == set(TRUTH) and len(names) == len(TRUTH):
+        return sorted(names, key=str.lower), True
+    return sorted(names), False
+
+
+def has_head(config: PretrainedConfig) -> bool:
+    return any("ForSequenceClassification" in name for name in config.architectures or [])
+
+
+def numbers_in(config: PretrainedConfig, names: Sequence[str], *, shared_order: bool) -> list[int] | None:
+    """The number that a model gives each of `names`; None when its config does not tell.
+
+    The model's own names decide, also where it knows more. A model whose labels have no names (LABEL_0, ...) takes
+    whole numbers as they are, and other names only where their order is one that others share.
+    """
+    known = {str(name).strip(): int(number) for number, name in config.id2label.items()}
+    if all(name in known for name in names):
+        return [known[name] for name in names]
+    unnamed = all(name.startswith("LABEL_") for name in known)
+    if are_whole(names):
+        numbers, size = [int(name) for name in names], config.num_labels
+        fits = all(0 <= number < size for number in numbers)
+        complete = sorted(numbers) == list(range(size)) and not any(WHOLE.fullmatch(name) for name in known)
+        return numbers if fits and (unnamed or complete) else None
+    return list(range(len(names))) if unnamed and shared_order and len(names) == config.num_labels else None
