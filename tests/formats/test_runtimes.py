@@ -1,7 +1,13 @@
 """What every folder for a runtime goes through: traced, compared, written whole or not at all."""
 
+import importlib
 import json
 import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -37,7 +43,7 @@ def echo(*, error: float = 0.0, fast_error: float = 0.0):
         def session(self, *, watch=False, error=error):
             def run(fed):
                 with torch.no_grad():
-                    logits = self.model(**{k: torch.from_numpy(v) for k, v in fed.items()}).logits.numpy()
+                    logits = self.model(**{k: torch.from_numpy(v) for k, v in fed.items()}).logits.float().numpy()
                 return {"logits": logits + error}
 
             return Session({"input_ids": (None, None), "attention_mask": (None, None)}, run)
@@ -132,11 +138,17 @@ def test_sixty_four_texts_of_the_calibration_or_random():
     assert len({batch["input_ids"].shape for batch in random}) == 2 and (random[1]["attention_mask"] == 0).any()
 
 
-@pytest.mark.parametrize(("error", "packed"), [(1.0, True), (float("nan"), True), (0.05, False)])
-def test_a_runtime_that_says_something_else_leaves_nothing(error, packed, tmp_path):
+@pytest.mark.parametrize(
+    ("error", "kind"), [(1.0, "packed"), (float("nan"), "packed"), (1.0, "bfloat16"), (0.05, "float")]
+)
+def test_a_runtime_that_says_something_else_leaves_nothing(error, kind, tmp_path):
     model = with_spread(tiny_model("bert", **SMALL))
-    if packed:
+    if kind == "packed":
         hfc.quantize(model, **ROWS)
+    elif kind == "bfloat16":  # leaves in float32, so it may differ by its rounding
+        model.bfloat16()
+        write_folder(model, tmp_path / "model", echo(error=0.01), tiny_tokenizer(), None)
+        shutil.rmtree(tmp_path / "model")
     with pytest.raises(RuntimeError, match="differs from the model by .*Nothing was kept"):
         write_folder(model, tmp_path / "model", echo(error=error), tiny_tokenizer(), None)
     assert not list(tmp_path.iterdir())
@@ -192,3 +204,32 @@ def test_modules_get_their_own_mode_back():
     with in_eval(model):
         assert not any(module.training for module in model.modules())
     assert [module.training for module in model.modules()] == before
+
+
+def test_older_transformers_are_told_which_version_has_exporters(tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("hf_compress.formats.")]:
+        monkeypatch.delitem(sys.modules, name)  # imported anew, and as they were afterwards
+    for name in ("transformers.exporters", "transformers.exporters.utils"):
+        monkeypatch.setitem(sys.modules, name, None)
+    export = importlib.import_module("hf_compress.formats.export").export
+    pytest.importorskip("openvino")
+    with pytest.raises(ImportError, match=r"since 5\.23; installed is 5\."):
+        export(tiny_model("bert", **SMALL), tmp_path / "model", format="openvino")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("format", ["openvino", "onnx"])
+def test_a_fresh_environment_with_the_runtime_alone_runs_the_readme(format, tmp_path):
+    pytest.importorskip({"openvino": "openvino", "onnx": "onnxscript"}[format])
+    model = hfc.quantize(tiny_model("bert", id2label={0: "bad", 1: "good"}, **SMALL), embedding_bits=8, **ROWS)
+    folder = hfc.export(model, tmp_path / "model", format=format, tokenizer=tiny_tokenizer())
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    code, install = (re.search(rf"```{kind}\n(.*?)```", text, re.S)[1] for kind in ("python", "bash"))
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    subprocess.run([python, "-m", *install.split(), "-q"], check=True)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    run = subprocess.run([python, "-c", code], cwd=folder, env=environment, check=True, capture_output=True, text=True)
+    assert re.fullmatch(r"\['(good|bad)', '(good|bad)'\]", run.stdout.strip())
+    missing = subprocess.run([python, "-c", "import torch"], env=environment, capture_output=True)
+    assert missing.returncode != 0
