@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 from helpers import tiny_model
-from transformers import AutoModelForSequenceClassification, BertTokenizerFast
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertTokenizerFast
+
+import hf_compress as hfc
 
 ROOT = Path(__file__).parent.parent
 
@@ -122,3 +124,16 @@ def test_the_table_of_distillation_methods(tmp_path, monkeypatch):
     assert "| TinyBERT |  | 90.0% (+20.5\\*) |" in text
     picture(results, tmp_path / "methods.png")
     assert (tmp_path / "methods.png").stat().st_size > 5000
+
+
+@pytest.mark.long
+def test_runtimes_beside_the_packed_model(tiny_folder, tmp_path):
+    pytest.importorskip("openvino")
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_folder)
+    hfc.quantize(model, 8, symmetric=True, group_size=-1).save_pretrained(tmp_path / "packed")
+    AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(tmp_path / "packed")
+    lines = [f"the film was {'good' if i % 2 else 'bad'},{i % 2}" for i in range(70)]
+    (tmp_path / "texts.csv").write_text("\n".join(["text,label", *lines]), encoding="utf-8")
+    lines = run("scripts/benchmark_runtimes.py", "--float_model", tiny_folder, "--packed", tmp_path / "packed",
+                "--texts", tmp_path / "texts.csv", "--formats", "openvino", "--rounds", "2").splitlines()  # fmt: skip
+    assert [line.split()[0] for line in lines if "same class" in line] == ["openvino", "openvino,", "float32"]

@@ -1,7 +1,8 @@
-"""GGUF, which llama.cpp runs: Llama, Mistral and Qwen2, evenly or unevenly pruned, packed or not, weights exact.
+"""GGUF, which llama.cpp runs: language models and embedders, evenly or unevenly pruned, packed or not, weights exact.
 
-    llama   the same numbers of heads and neurons in each layer, also of the other families
+    llama   Llama, Mistral; the same numbers of heads and neurons in each layer, also of the other families
     qwen2   whole Qwen2 models
+    bert    embedders, cut heads and neurons filled up with zeros, mean over tokens
     deci    numbers of its own for each layer, with Llama's mathematics: `llama` would take the first layer's for all
 
 Tested with gguf 0.19.0; llama.cpp rounds inputs to 8 bit itself, so texts may differ where two tokens are near.
@@ -11,15 +12,15 @@ import json
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 
 import gguf
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_compress.formats.runtimes import gguf_bert, gguf_llama
 from hf_compress.formats.runtimes.folder import tokenizer_beside, warn_of_other_versions
 from hf_compress.formats.runtimes.gguf_blocks import Matrix
-from hf_compress.formats.runtimes.gguf_tensors import Shape, named_matrices, shape_of
-from hf_compress.formats.runtimes.gguf_tokenizer import add_tokenizer, pre_tokenizer
 from hf_compress.formats.runtimes.whole_folder import RECORD, check_free, whole_folder
 from hf_compress.model.record import read_record
 from hf_compress.version import __version__
@@ -29,7 +30,7 @@ FILE = "model.gguf"
 README = """# {name} for llama.cpp
 
 ```bash
-llama-cli -m model.gguf -p "Once upon a time" -n 40
+{command}
 ```
 
 or from Python, `pip install llama-cpp-python`:
@@ -37,13 +38,21 @@ or from Python, `pip install llama-cpp-python`:
 ```python
 from llama_cpp import Llama
 
-model = Llama("model.gguf", n_ctx=2048)
-print(model("Once upon a time", max_tokens=40)["choices"][0]["text"])
+{python}
 ```
 
 `hf_compress.json` says what is inside. Its weights are those of the model that it was written from, bit for bit;
 llama.cpp rounds what they are multiplied by to 8 bit.
 """
+WRITE = {
+    "command": 'llama-cli -m model.gguf -p "Once upon a time" -n 40',
+    "python": 'model = Llama("model.gguf", n_ctx=2048)\n'
+    'print(model("Once upon a time", max_tokens=40)["choices"][0]["text"])',
+}
+EMBED = {
+    "command": 'llama-embedding -m model.gguf -p "A fine film."',
+    "python": 'model = Llama("model.gguf", embedding=True)\nprint(model.embed("A fine film.", normalize=True))',
+}
 
 
 def write(model: PreTrainedModel, folder: Path, *, tokenizer: PreTrainedTokenizerBase | None,
@@ -56,14 +65,16 @@ def write(model: PreTrainedModel, folder: Path, *, tokenizer: PreTrainedTokenize
     tokenizer = tokenizer or tokenizer_beside(model)
     if tokenizer is None:
         raise ValueError("A GGUF file holds its tokenizer: pass `tokenizer`.")
-    shape = shape_of(model)
-    pre_tokenizer(tokenizer, model.config.vocab_size)
-    matrices = dict(named_matrices(model, shape))
+    family = gguf_bert if model.config.model_type == "bert" else gguf_llama
+    shape = family.shape_of(model)
+    family.check_tokenizer(tokenizer, model)
+    matrices = dict(family.named_matrices(model, shape))
     with whole_folder(folder) as beside:
-        write_file(model, beside / FILE, shape, matrices, tokenizer)
+        write_file(model, beside / FILE, family, shape, matrices, tokenizer)
         check(beside / FILE, matrices)
         tokenizer.save_pretrained(beside)
-        (beside / "README.md").write_text(README.format(name=type(model).__name__), encoding="utf-8")
+        text = README.format(name=type(model).__name__, **(EMBED if family is gguf_bert else WRITE))
+        (beside / "README.md").write_text(text, encoding="utf-8")
         kinds = [matrix.kind.name for matrix in matrices.values()]
         contents = {
             "hf_compress": __version__,
@@ -78,27 +89,17 @@ def write(model: PreTrainedModel, folder: Path, *, tokenizer: PreTrainedTokenize
         (beside / RECORD).write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
 
 
-def write_file(model: PreTrainedModel, file: Path, shape: Shape, matrices: dict[str, Matrix],
+def write_file(model: PreTrainedModel, file: Path, family: ModuleType, shape: object, matrices: dict[str, Matrix],
                tokenizer: PreTrainedTokenizerBase) -> None:  # fmt: skip
-    config, writer = model.config, gguf.GGUFWriter(file, shape.arch)
+    writer = gguf.GGUFWriter(file, shape.arch)
     writer.add_type("model")
-    writer.add_name(Path(model.name_or_path or type(model).__name__).name)
-    writer.add_block_count(len(shape.heads))
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_context_length(config.max_position_embeddings)
-    for add, numbers in (
-        (writer.add_feed_forward_length, shape.neurons),
-        (writer.add_head_count, shape.heads),
-        (writer.add_head_count_kv, shape.key_value_heads),
-    ):
-        add(numbers if shape.is_uneven else numbers[0])
-    writer.add_key_length(shape.head_dim)
-    writer.add_value_length(shape.head_dim)
-    writer.add_rope_dimension_count(shape.head_dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    add_tokenizer(writer, tokenizer, config.vocab_size)
+    writer.add_name(type(model).__name__)
+    writer.add_block_count(model.config.num_hidden_layers)
+    writer.add_vocab_size(model.config.vocab_size)
+    writer.add_embedding_length(model.config.hidden_size)
+    writer.add_context_length(model.config.max_position_embeddings)
+    family.add_shape(writer, model, shape)
+    family.add_tokenizer(writer, tokenizer, model)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for name, matrix in matrices.items():
         writer.add_tensor(name, matrix.data(), raw_dtype=matrix.kind)

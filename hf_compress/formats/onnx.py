@@ -125,18 +125,30 @@ class OnnxExport:
         finally:
             for value in watched.values():
                 program.graph.outputs.remove(value)
-        run_options = ort.SessionOptions()
-        run_options.add_session_config_entry(*WITHOUT_OVERFLOW)
-        loaded = ort.InferenceSession(serialized, run_options, providers=["CPUExecutionProvider"])
-        inputs = {
-            port.name: tuple(d if isinstance(d, int) else None for d in port.shape) for port in loaded.get_inputs()
-        }
-
-        def run(fed: Arrays) -> Arrays:
-            outputs = [port.name for port in loaded.get_outputs()]
-            return {names.get(name, name): value for name, value in zip(outputs, loaded.run(None, fed), strict=True)}
-
-        return Session(inputs, run)
+        loaded = session(serialized)
+        return Session(
+            loaded.inputs, lambda fed: {names.get(name, name): value for name, value in loaded.run(fed).items()}
+        )
 
     def fast_session(self) -> None:
         """None: the option that keeps products exact costs nothing where a processor does not need it."""
+
+
+def open_folder(folder: Path, *, threads: int | None = None) -> Session:
+    """What an export holds, ready to run."""
+    return session(str(folder / "model.onnx"), threads=threads)
+
+
+def session(model: bytes | str, *, threads: int | None = None) -> Session:
+    options = ort.SessionOptions()
+    options.add_session_config_entry(*WITHOUT_OVERFLOW)
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    loaded = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    shapes = {port.name: port.shape for port in loaded.get_inputs()}
+    outputs = [port.name for port in loaded.get_outputs()]
+
+    def run(fed: Arrays) -> Arrays:
+        return dict(zip(outputs, loaded.run(None, fed), strict=True))
+
+    return Session({n: tuple(d if isinstance(d, int) else None for d in s) for n, s in shapes.items()}, run)

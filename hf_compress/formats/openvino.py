@@ -170,7 +170,14 @@ class OpenVINOExport:
         return session(self.exported.program, RUN_OPTIONS) if self.has_ranges else None
 
 
-def session(program: ov.Model, options: dict[str, str]) -> Session:
+def open_folder(folder: Path, *, threads: int | None = None, exact: bool = False) -> Session:
+    """What an export holds, ready to run; `exact` where 8-bit products would overflow."""
+    options = WITHOUT_OVERFLOW if exact else RUN_OPTIONS
+    limit = {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
+    return session(ov.Core().read_model(folder / "openvino_model.xml"), {**options, **limit})
+
+
+def session(program: ov.Model, options: dict[str, str | int]) -> Session:
     compiled = ov.Core().compile_model(program, "CPU", options)
     request = compiled.create_infer_request()
     shapes = {port.get_any_name(): port.get_partial_shape() for port in compiled.inputs}

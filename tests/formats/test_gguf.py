@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from helpers import tiny_batch, tiny_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from runtime_models import tiny_tokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import hf_compress as hfc
@@ -169,6 +170,32 @@ def test_block_sparse_layers_leave_with_their_zeros(tmp_path):
     assert np.array_equal(read(tmp_path / "model")[0]["blk.0.ffn_down.weight"], expected)
 
 
+def test_an_embedder_is_filled_up_with_heads_and_neurons_of_zeros(tmp_path):
+    config = dict(hidden_size=64, num_attention_heads=4, intermediate_size=96, num_hidden_layers=2)
+    model = tiny_model("bert", **config).bert
+    hfc.prune_neurons(hfc.prune_heads(model, {0: [1, 3], 1: [0, 1, 2, 3]}), {1: list(range(50))})
+    hfc.quantize(model, bits=8, symmetric=True, group_size=-1, embedding_bits=8)
+    hfc.export(model, tmp_path / "model", format="gguf", tokenizer=tiny_tokenizer())
+    tensors, fields, _ = read(tmp_path / "model")
+    assert fields["general.architecture"] == "bert" and fields["bert.attention.head_count"] == 4
+    assert fields["bert.feed_forward_length"] == 96 and fields["bert.pooling_type"] == gguf.PoolingType.MEAN
+    layers = model.encoder.layer
+    query, output = tensors["blk.0.attn_q.weight"], tensors["blk.0.attn_output.weight"]
+    assert np.array_equal(query[:32], layers[0].attention.self.query.dequantize().numpy()) and not query[32:].any()
+    assert np.array_equal(output[:, :32], layers[0].attention.output.dense.dequantize().numpy())
+    assert not output[:, 32:].any() and not tensors["blk.0.attn_v.bias"][32:].any()
+    down = tensors["blk.1.ffn_down.weight"]
+    assert np.array_equal(down[:, :46], layers[1].output.dense.dequantize().numpy()) and not down[:, 46:].any()
+    assert np.array_equal(tensors["blk.1.ffn_up.bias"][:46], layers[1].intermediate.dense.bias.detach().numpy())
+    assert np.array_equal(tensors["token_embd.weight"], model.embeddings.word_embeddings.dequantize().numpy())
+    tokens = fields["tokenizer.ggml.tokens"]
+    assert tokens[:2] == ["[PAD]", "[UNK]"] and tokens[5] == "\u2581good"
+    cased = tiny_tokenizer()
+    cased.backend_tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False)
+    with pytest.raises(ValueError, match="in lower case"):
+        hfc.export(model, tmp_path / "cased", format="gguf", tokenizer=cased)
+
+
 REFUSED = {
     "8-bit-zeros": (dict(bits=8), "q_proj: GGUF has no 8-bit type with zero points"),
     "groups": (dict(bits=4, group_size=16), "q_proj: GGUF has blocks of 32 columns, which groups of 16"),
@@ -192,7 +219,7 @@ def test_models_and_settings_that_llama_does_not_compute_are_refused(tmp_path):
             hfc.export(model, tmp_path / "model", format="gguf", **{"tokenizer": byte_tokenizer(), **options})
 
     refused(tiny_model("gpt2"), "not GPT2LMHeadModel")
-    refused(tiny_model("bert"), "not BertForSequenceClassification")
+    refused(tiny_model("bert"), "a BertModel, not BertForSequenceClassification")
     refused(llama(hidden_act="gelu"), "SiLU")
     refused(tiny_model("llama", num_hidden_layers=1), "pass `tokenizer`", tokenizer=None)
     refused(llama(), "of a GGUF file the weights are compared", calibration=[{"input_ids": [1]}])

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_model
+from helpers import tiny_batch, tiny_model
 from runtime_models import ROWS, SMALL, every_scheme, run_readme, tiny_tokenizer, trained_ranges, with_spread
 
 import hf_compress as hfc
@@ -15,7 +15,8 @@ ort = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 ir = pytest.importorskip("onnx_ir")
 
-from hf_compress.formats.onnx import OPSET, WITHOUT_OVERFLOW  # noqa: E402
+from hf_compress.formats.onnx import OPSET, WITHOUT_OVERFLOW, open_folder  # noqa: E402
+from hf_compress.formats.runtimes.agreement import feed  # noqa: E402
 from hf_compress.formats.runtimes.onnx_nodes import MICROSOFT, Nodes, product, rounded_inputs, table_rows  # noqa: E402
 from hf_compress.layers.activations import round_per_token, round_to_range  # noqa: E402
 
@@ -127,6 +128,9 @@ def test_a_classifier_with_trained_ranges_leaves_whole(tmp_path, monkeypatch, ca
     for node in graph:  # what ONNX Runtime would fuse into a slow kernel
         if node.op_type == "LayerNormalization":
             assert node.inputs[0].producer().op_type == "Sum"
+    opened, batch = open_folder(folder, threads=1), tiny_batch(model)
+    found = torch.from_numpy(opened.run(feed(opened, batch))["logits"])
+    torch.testing.assert_close(found, model(**batch).logits, atol=0.02, rtol=0.02)
     run_readme(folder, monkeypatch)
     tokens = tiny_tokenizer()(["A fine film.", "Two hours that I shall never get back."], padding=True,
                               return_tensors="pt")  # fmt: skip

@@ -12,8 +12,9 @@ import hf_compress as hfc
 
 ov = pytest.importorskip("openvino")
 
-from hf_compress.formats.openvino import WITHOUT_OVERFLOW, dynamic_group, fake_quantize  # noqa: E402
+from hf_compress.formats.openvino import WITHOUT_OVERFLOW, dynamic_group, fake_quantize, open_folder  # noqa: E402
 from hf_compress.formats.packed_weight import packed_weights  # noqa: E402
+from hf_compress.formats.runtimes.agreement import feed  # noqa: E402
 from hf_compress.layers.activations import round_to_range  # noqa: E402
 
 
@@ -72,6 +73,13 @@ def test_transformers_opens_the_folder(folder, classifier):
     batch = {**tiny_batch(classifier), "token_type_ids": torch.zeros(3, 10, dtype=torch.long)}
     logits = ExportedModel.from_pretrained(folder, device="cpu", config=WITHOUT_OVERFLOW)(**batch)
     torch.testing.assert_close(logits.logits, classifier(**batch).logits, atol=0.02, rtol=0.02)
+
+
+def test_the_folder_opens_with_as_many_threads_as_are_asked_for(folder, classifier):
+    batch = tiny_batch(classifier)
+    opened = open_folder(folder, threads=1, exact=True)
+    logits = torch.from_numpy(opened.run(feed(opened, batch))["logits"])
+    torch.testing.assert_close(logits, classifier(**batch).logits, atol=0.02, rtol=0.02)
 
 
 def test_every_scheme_leaves_exactly(tmp_path, monkeypatch):

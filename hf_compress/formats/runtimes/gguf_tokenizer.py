@@ -6,7 +6,7 @@ import tempfile
 
 import gguf
 from gguf import TokenType
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +56,13 @@ def pre_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> str:
     return found
 
 
-def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    pre_tokenizer(tokenizer, model.config.vocab_size)
+
+
+def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
     """Tokens, merges, special tokens and chat template; rows of the embedding without a token get a name."""
+    vocabulary = model.config.vocab_size
     pre = pre_tokenizer(tokenizer, vocabulary)
     names, added = {i: token for token, i in tokenizer.get_vocab().items()}, tokenizer.added_tokens_decoder
 
