@@ -49,7 +49,7 @@ _HOMES = {  # public name -> module that defines it
     "TheseusTrainer": "hf_compress.distillation.methods.theseus",
     "CachedTeacher": "hf_compress.distillation.teachers.cached_teacher",
     "cache_teacher": "hf_compress.distillation.teachers.cache",
-    "DistillationConfig": "hf_compress.distillation.trainer",
+    "DistillationConfig": "hf_compress.distillation.config",
     "DistillationTrainer": "hf_compress.distillation.trainer",
     "BertEmdConfig": "hf_compress.distillation.methods.bert_emd",
     "BertEmdTrainer": "hf_compress.distillation.methods.bert_emd",

@@ -20,9 +20,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from distillation.data import rows  # noqa: E402
 from helpers import tiny_model  # noqa: E402
 
+from hf_compress.distillation.config import DistillationConfig
 from hf_compress.distillation.methods.tinybert import TinyBertConfig, TinyBertTrainer  # noqa: E402
 from hf_compress.distillation.students import make_student  # noqa: E402
-from hf_compress.distillation.trainer import DistillationConfig, DistillationTrainer  # noqa: E402
+from hf_compress.distillation.trainer import DistillationTrainer  # noqa: E402
 
 METHODS = {
     "soft-targets": (DistillationConfig, DistillationTrainer, {"hints": "1:2,2:4", "teacher_noise": 0.1}),

@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
+from hf_compress.distillation.config import DistillationConfig
 from hf_compress.distillation.losses.sums import Loss
-from hf_compress.distillation.trainer import DistillationConfig, DistillationTrainer, Run
+from hf_compress.distillation.runs import Run
+from hf_compress.distillation.trainer import DistillationTrainer
 
 
 @dataclass
@@ -75,6 +77,14 @@ class TwoPhaseTrainer(DistillationTrainer):
     def needs_labels(self) -> bool:
         """The losses of the first phase need none, so plain text is evaluated by them as well."""
         return not self.is_intermediate and super().needs_labels
+
+    @property
+    def needs_logits(self) -> bool:
+        return self.args.intermediate_share < 1 and super().needs_logits
+
+    @property
+    def reads_logits(self) -> bool:
+        return not self.is_intermediate and super().reads_logits
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         """Linear warm-up and decay, once for each phase; another `lr_scheduler_type` spans both phases as usual."""

@@ -15,7 +15,9 @@ AUTO_CLASSES = {  # mapping of class names -> the Auto class that loads them
     "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": "AutoModelForCausalLM",
     "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES": "AutoModelForSeq2SeqLM",
     "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES": "AutoModelForImageClassification",
+    "MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES": "AutoModelForMultipleChoice",
     "MODEL_MAPPING_NAMES": "AutoModel",
+    "MODEL_FOR_PRETRAINING_MAPPING_NAMES": "AutoModelForPreTraining",  # last: most of these have a task as well
 }
 PER_TOKEN = ("AutoModelForTokenClassification", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM", "AutoModelForCausalLM")
 LANGUAGE_MODELS = PER_TOKEN[1:]
@@ -95,25 +97,30 @@ class Task:
             return logits
         return (logits[:, : counted.shape[1]] if self.is_shifted else logits)[counted]
 
+    def labels(self, inputs: dict) -> Tensor:
+        """The labels of the tokens that count, (items,), in the order of `logits`."""
+        counted = self.counted(inputs)
+        return inputs["labels"][:, -counted.shape[1] :][counted]
+
     def count(self, inputs: dict) -> dict[str, Tensor]:
         """How many items of each unit of `losses.Unit` there are in a batch, as float tensors."""
         first = next(v for v in inputs.values() if isinstance(v, Tensor))
-        examples = torch.tensor(float(len(first)), device=first.device)
-        mask, counted = inputs.get("attention_mask"), self.counted(inputs)
-        tokens = (
-            examples
-            if "input_ids" not in inputs
-            else torch.tensor(float(inputs["input_ids"].numel()), device=first.device)
-        )
-        return {
-            "example": examples,
-            "token": tokens if mask is None else mask.sum().float(),
-            "label": examples if counted is None else counted.sum().float(),
+        ids, mask, counted = inputs.get("input_ids"), inputs.get("attention_mask"), self.counted(inputs)
+        rows = len(first) if ids is None else ids.flatten(0, -2).shape[0]  # several choices are rows of their own
+        predictions = len(first) if counted is None else counted.sum()
+        counts = {
+            "example": rows,
+            "token": mask.sum() if mask is not None else rows if ids is None else ids.numel(),
+            "label": self._count_labels(inputs, predictions),
+            "prediction": predictions,
         }
+        return {unit: torch.as_tensor(count, device=first.device).float() for unit, count in counts.items()}
 
-
-class WithoutLogits(Task):
-    """The task of a trainer whose losses never read the logits of a forward, which may lack them."""
-
-    def logits(self, outputs, inputs: dict) -> Tensor:
-        return torch.empty(0)
+    def _count_labels(self, inputs: dict, predictions: Tensor | int) -> Tensor | int:
+        if self.kind == "spans" and "start_positions" in inputs and "input_ids" in inputs:
+            T = inputs["input_ids"].shape[1]
+            return sum((inputs[f"{side}_positions"] < T).sum() for side in ("start", "end")) / 2
+        labels = inputs.get("labels")
+        if self.kind == "sequence" and labels is not None and labels.ndim == 1 and not labels.is_floating_point():
+            return (labels != -100).sum()
+        return predictions

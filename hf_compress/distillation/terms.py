@@ -6,7 +6,7 @@ from transformers import Trainer
 
 from hf_compress.distillation.losses.sums import Loss
 
-UNITS = ("example", "token", "label")
+UNITS = ("example", "token", "label", "prediction")
 
 
 class LoggedTermsMixin(Trainer):

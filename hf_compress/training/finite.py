@@ -11,6 +11,15 @@ def is_finite(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or bool(tensor.isfinite().all())
 
 
+def has_no_label(inputs: Mapping[str, Tensor]) -> bool:
+    """Whether a batch has columns for labels, but none is one: -100 everywhere, or all answers beyond the text."""
+    labels, tokens = inputs.get("labels"), inputs.get("input_ids")
+    if isinstance(labels, Tensor):
+        return not labels.is_floating_point() and bool((labels == -100).all())
+    positions = [inputs[name] for name in ("start_positions", "end_positions") if name in inputs]
+    return tokens is not None and any(bool((at >= tokens.shape[1]).all()) for at in positions)
+
+
 def find_not_finite(model: nn.Module, inputs: Mapping[str, Tensor]) -> str:
     """The first place, in the order of computation, that holds NaN or infinity: the batch, a weight, or an output.
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 
 from hf_compress.files.whole import replace_folder
 from hf_compress.training.finish import finish
-from hf_compress.training.finite import find_not_finite, is_finite
+from hf_compress.training.finite import find_not_finite, has_no_label, is_finite
 from hf_compress.training.pieces import Piece, check_pieces, forms_of, pieces_of
 from hf_compress.training.resume import find_fault, last_complete_checkpoint, remove_leftovers, start_writing
 
@@ -185,9 +185,12 @@ class TrainingStateMixin(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         """As in `Trainer`, which passes over a loss that is NaN and goes on: here it ends the training, and is named.
 
-        Except in fp16, where an infinite loss is part of the search for a loss scale.
+        Except in fp16, where an infinite loss is part of the search for a loss scale. A batch without any label has no
+        mean over its labels; it counts as a loss of 0, whose gradient it has.
         """
         loss = super().training_step(model, inputs, num_items_in_batch)
+        if loss.isnan() and has_no_label(inputs):
+            return torch.zeros_like(loss)
         if not self.args.fp16 and not is_finite(loss):
             terms = getattr(self, "_train_terms", {})
             names = [name for name, value in terms.items() if not is_finite(torch.as_tensor(value))]

@@ -16,6 +16,7 @@ from transformers import default_data_collator
 
 from distillation.data import rows
 from distillation.test_trainer import TASKS as ALL_TASKS
+from hf_compress.distillation.config import DistillationConfig
 from hf_compress.distillation.losses.sums import soft_loss
 from hf_compress.distillation.methods.distilbert import DistilBertTrainer
 from hf_compress.distillation.methods.pkd import PKDTrainer
@@ -26,7 +27,7 @@ from hf_compress.distillation.teachers.cache import cache_teacher
 from hf_compress.distillation.teachers.cache_files import MANIFEST
 from hf_compress.distillation.teachers.cached_teacher import CachedTeacher, complete
 from hf_compress.distillation.teachers.example_keys import example_keys
-from hf_compress.distillation.trainer import DistillationConfig, DistillationTrainer
+from hf_compress.distillation.trainer import DistillationTrainer
 
 
 def config(folder, kind=DistillationConfig, **options):

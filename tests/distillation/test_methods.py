@@ -12,8 +12,9 @@ import hf_compress as hfc
 from distillation.data import rows
 from distillation.training import trainer_of
 from hf_compress.distillation import METHODS
+from hf_compress.distillation.config import DistillationConfig
 from hf_compress.distillation.students import make_student
-from hf_compress.distillation.trainer import DistillationConfig, DistillationTrainer
+from hf_compress.distillation.trainer import DistillationTrainer
 
 
 @pytest.mark.parametrize("name", METHODS)

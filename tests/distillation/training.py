@@ -5,8 +5,9 @@ from helpers import tiny_model
 from torch import nn
 
 from distillation.data import rows
+from hf_compress.distillation.config import DistillationConfig
 from hf_compress.distillation.students import make_student
-from hf_compress.distillation.trainer import DistillationConfig, DistillationTrainer
+from hf_compress.distillation.trainer import DistillationTrainer
 
 
 def config(folder, kind=DistillationConfig, **options):

@@ -12,14 +12,15 @@ from torch import Tensor
 
 from hf_compress.engines.ops import kl_from_logits
 
-Unit = Literal["example", "token", "label"]
+Unit = Literal["example", "token", "label", "prediction"]
 
 
 class Loss(NamedTuple):
     """A weighted loss, summed over its items, and what an item is.
 
-    example: one row of the batch.   token: a real token of the input.   label: a position that is predicted
-    (`labels != -100`, shifted for causal language models; the example itself where it has one label).
+    example: one row of the batch.   token: a real token of the input.
+    prediction: what has logits that count: an example, or a position (with labels: where they are not -100).
+    label: a prediction that has a label (not -100, and within the text for spans).
     """
 
     sum: Tensor
@@ -43,6 +44,25 @@ def binary_soft_loss(student_logits: Tensor, teacher_logits: Tensor, temperature
     yes = p * (F.logsigmoid(teacher) - F.logsigmoid(student))
     no = (1 - p) * (F.logsigmoid(-teacher) - F.logsigmoid(-student))
     return temperature**2 * (yes + no).sum() / student.shape[-1]
+
+
+def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of logits (items, C) to the labels (items,), summed."""
+    return F.cross_entropy(exact(logits), labels, reduction="sum")
+
+
+def span_loss(start_logits: Tensor, end_logits: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
+    """Cross-entropy of logits (B, T) to the first and last token of each answer, halved and summed over the examples.
+
+    As in Transformers, positions beyond the text are passed over, and negative ones are the first token.
+    """
+    T = start_logits.shape[1]
+    pairs = (start_logits, starts), (end_logits, ends)
+    sums = [
+        F.cross_entropy(exact(z), at.flatten().clamp(0, T).to(z.device), ignore_index=T, reduction="sum")
+        for z, at in pairs
+    ]
+    return (sums[0] + sums[1]) / 2
 
 
 def logit_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:

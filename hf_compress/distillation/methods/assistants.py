@@ -12,8 +12,9 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_compress.distillation.config import DistillationConfig
 from hf_compress.distillation.students import make_student
-from hf_compress.distillation.trainer import DistillationConfig, DistillationTrainer
+from hf_compress.distillation.trainer import DistillationTrainer
 from hf_compress.training.resume import last_complete_checkpoint
 
 logger = logging.getLogger(__name__)

@@ -22,10 +22,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
+from hf_compress.distillation.config import DistillationConfig
 from hf_compress.distillation.layer_map import check_one_stack
 from hf_compress.distillation.losses.sums import Loss, attention_loss, hidden_state_loss
 from hf_compress.distillation.losses.transport import optimal_flow
-from hf_compress.distillation.trainer import DistillationConfig, DistillationTrainer, Run, projection
+from hf_compress.distillation.runs import Run, projection
+from hf_compress.distillation.trainer import DistillationTrainer
 from hf_compress.model.anatomy import anatomy
 from hf_compress.training.state import TrainingState
 

@@ -18,9 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_compress.distillation.config import DistillationConfig
 from hf_compress.distillation.layer_map import num_hidden_states
 from hf_compress.distillation.losses.sums import Loss, exact
-from hf_compress.distillation.trainer import DistillationConfig, DistillationTrainer, Run, projection
+from hf_compress.distillation.runs import Run, projection
+from hf_compress.distillation.trainer import DistillationTrainer
 from hf_compress.training.state import TrainingState
 
 

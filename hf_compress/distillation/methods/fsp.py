@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_compress.distillation.config import DistillationConfig
 from hf_compress.distillation.layer_map import check_one_stack, check_range, num_layers, uniform
 from hf_compress.distillation.losses.sums import Loss, exact
-from hf_compress.distillation.trainer import DistillationConfig, DistillationTrainer, Run, projection
+from hf_compress.distillation.runs import Run, projection
+from hf_compress.distillation.trainer import DistillationTrainer
 from hf_compress.training.state import TrainingState
 
 Flow = tuple[int, int]  # from one hidden state of a model to another

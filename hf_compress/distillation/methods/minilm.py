@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from hf_compress.distillation.layer_map import check_one_stack
 from hf_compress.distillation.losses.sums import Loss, exact
 from hf_compress.distillation.phases import TwoPhaseConfig, TwoPhaseTrainer
-from hf_compress.distillation.trainer import Run
+from hf_compress.distillation.runs import Run
 from hf_compress.model.anatomy import Attention, anatomy
 from hf_compress.model.capture import AttentionSignals
 

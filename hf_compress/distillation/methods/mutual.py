@@ -17,12 +17,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_compress.distillation.config import DistillationConfig
 from hf_compress.distillation.losses.sums import Loss
+from hf_compress.distillation.runs import Run, accepted
 from hf_compress.distillation.tasks import plain_model
 from hf_compress.distillation.teachers.adapter_teacher import AdapterTeacher
 from hf_compress.distillation.teachers.cached_teacher import CachedTeacher
 from hf_compress.distillation.teachers.several_teachers import teachers_of
-from hf_compress.distillation.trainer import DistillationConfig, DistillationTrainer, Run, accepted
+from hf_compress.distillation.trainer import DistillationTrainer
 from hf_compress.training.state import TrainingState
 
 
@@ -101,5 +103,5 @@ class MutualTrainer(DistillationTrainer):
             if alpha > 0:
                 others = [other.logits.detach() for other in runs if other is not run]
                 sums = torch.stack([self.soft_loss(run.logits, logits) for logits in others])
-                losses[f"{name}soft_loss"] = Loss(sums.mean(), "label", alpha)
+                losses[f"{name}soft_loss"] = Loss(sums.mean(), "prediction", alpha)
         return losses

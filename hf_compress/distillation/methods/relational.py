@@ -19,9 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_compress.distillation.config import DistillationConfig
 from hf_compress.distillation.layer_map import num_hidden_states, parse_pairs
 from hf_compress.distillation.losses.sums import Loss, exact
-from hf_compress.distillation.trainer import DistillationConfig, DistillationTrainer, Run
+from hf_compress.distillation.runs import Run
+from hf_compress.distillation.trainer import DistillationTrainer
 
 
 @dataclass

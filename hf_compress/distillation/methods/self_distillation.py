@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
+from hf_compress.distillation.config import DistillationConfig
 from hf_compress.distillation.layer_map import check_one_stack, num_layers
 from hf_compress.distillation.losses.sums import Loss, hidden_state_loss
+from hf_compress.distillation.runs import Run
 from hf_compress.distillation.tasks import plain_model
-from hf_compress.distillation.trainer import DistillationConfig, DistillationTrainer, Run
+from hf_compress.distillation.trainer import DistillationTrainer
 from hf_compress.model.anatomy import anatomy
 from hf_compress.surgery.layers import prune_layers
 from hf_compress.training.state import TrainingState
@@ -54,7 +56,7 @@ class SelfDistillationTrainer(DistillationTrainer):
     """
 
     config_class = SelfDistillationConfig
-    needs_labels = True
+    needs_labels = needs_logits = True
 
     def __init__(self, model=None, args=None, **kwargs):
         super().__init__(model, args, teacher_model=_Itself(), **kwargs)

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from hf_compress.distillation.layer_map import check_one_stack, uniform
 from hf_compress.distillation.losses.sums import Loss
 from hf_compress.distillation.phases import TwoPhaseConfig, TwoPhaseTrainer
+from hf_compress.distillation.runs import Run
 from hf_compress.distillation.tasks import plain_model
 from hf_compress.distillation.teachers.cached_teacher import CachedTeacher
 from hf_compress.distillation.teachers.several_teachers import SeveralTeachers
 from hf_compress.distillation.teachers.teacher import frozen
-from hf_compress.distillation.trainer import Run
 from hf_compress.model.anatomy import anatomy
 
 
@@ -85,6 +85,7 @@ class TheseusTrainer(TwoPhaseTrainer):
 
     config_class = TheseusConfig
     needs_labels = True
+    needs_logits = False  # its layers run inside the student
 
     def prepare_teacher(self, teacher: nn.Module) -> nn.Module:
         """Whole on each process, under FSDP2 too: its layers run without the model around them."""
@@ -129,9 +130,6 @@ class TheseusTrainer(TwoPhaseTrainer):
 
     def run_teacher(self, inputs: dict) -> Run:
         return Run({}, torch.empty(0), {}, {})  # its layers run inside the student
-
-    def teacher_logits(self, outputs, student_logits: Tensor, inputs: dict) -> Tensor:
-        return torch.empty(0)
 
     def distillation_losses(self, student: Run, teacher: Run, inputs: dict) -> dict[str, Loss]:
         return {"task_loss": Loss(self.task_loss(student, inputs), "label")}

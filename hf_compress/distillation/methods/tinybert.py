@@ -19,8 +19,7 @@ from transformers import PreTrainedModel
 from hf_compress.distillation.layer_map import check_one_stack, make_layer_map
 from hf_compress.distillation.losses.sums import Loss, attention_loss, hidden_state_loss
 from hf_compress.distillation.phases import TwoPhaseConfig, TwoPhaseTrainer
-from hf_compress.distillation.tasks import WithoutLogits
-from hf_compress.distillation.trainer import Run, projection
+from hf_compress.distillation.runs import Run, projection
 from hf_compress.model.anatomy import anatomy
 from hf_compress.training.state import TrainingState
 
@@ -46,7 +45,6 @@ class TinyBertTrainer(TwoPhaseTrainer):
     def check_layers(self) -> None:
         super().check_layers()
         if self.args.intermediate_share == 1:  # on plain text: neither labels nor logits are read, in evaluation too
-            self.task = WithoutLogits(self.task.kind, self.task.is_shifted)
             self.label_names, self.can_return_loss = [], True
         check_one_stack(self.model, self.teacher, type(self).__name__)
         student, teacher = anatomy(self.model), anatomy(self.teacher)

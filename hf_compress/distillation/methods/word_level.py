@@ -13,13 +13,16 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from hf_compress.distillation.config import DistillationConfig
 from hf_compress.distillation.heads import head_only_on, output_head
 from hf_compress.distillation.losses.chunked_head import head_losses
 from hf_compress.distillation.losses.divergences import forward_kl, jensen_shannon, reverse_kl
 from hf_compress.distillation.losses.sums import Loss
-from hf_compress.distillation.tasks import LANGUAGE_MODELS, WithoutLogits, auto_class_name, plain_model
+from hf_compress.distillation.prompts import changes_positions, prompt_length
+from hf_compress.distillation.runs import Run
+from hf_compress.distillation.tasks import LANGUAGE_MODELS, auto_class_name, plain_model
 from hf_compress.distillation.teachers.cached_teacher import CachedTeacher
-from hf_compress.distillation.trainer import DistillationConfig, DistillationTrainer, Run
+from hf_compress.distillation.trainer import DistillationTrainer
 
 TOP_K = "top_logits", "top_indices", "rest"
 DIVERGENCES = {"forward": forward_kl, "reverse": reverse_kl, "jensen-shannon": jensen_shannon}
@@ -72,6 +75,7 @@ class WordLevelTrainer(DistillationTrainer):
     config_class = WordLevelConfig
     _keeps_logits = False  # while predictions are collected
     _is_checked = False  # the heads make the logits alone
+    needs_logits = False  # of whole batches
 
     def check_layers(self) -> None:
         super().check_layers()
@@ -94,7 +98,6 @@ class WordLevelTrainer(DistillationTrainer):
                 f"{type(self).__name__} differentiates the student's head by hand and needs an nn.Linear, got "
                 f"{type(head).__name__}. Leave the head out of adapters and quantization, or use DistillationTrainer."
             )
-        self.task = WithoutLogits(self.task.kind, self.task.is_shifted)
         beta = self.args.jensen_shannon_beta
         is_mixture = self.args.divergence == "jensen-shannon"
         self.divergence = partial(jensen_shannon, beta=beta) if is_mixture else DIVERGENCES[self.args.divergence]
@@ -138,6 +141,8 @@ class WordLevelTrainer(DistillationTrainer):
                 _check_logits(model, seen[0], run.outputs["logits"])
             self._is_checked = True
         counted = self.task.counted(inputs)  # (B, T), or one shorter
+        mine = [states[:, _prompt(self.model) :] for states in mine]
+        theirs = [states[:, _prompt(self.teacher) :] for states in theirs]
         theirs = theirs or [teacher.outputs[name] for name in ("logits", *TOP_K) if name in teacher.outputs]
         states, *of_teacher = (own[:, : counted.shape[1]][counted] for own in (*mine, *theirs))  # (M, ...)
         labels = None
@@ -147,7 +152,7 @@ class WordLevelTrainer(DistillationTrainer):
                     f"alpha={args.alpha} mixes in the task loss, but the batch has no labels: its columns are "
                     f"{sorted(inputs)}. Add labels, or set alpha=1 to learn from the teacher alone."
                 )
-            labels = inputs["labels"][:, -counted.shape[1] :][counted]
+            labels = self.task.labels(inputs)
         total, task, soft = head_losses(
             states,
             output_head(self.model),
@@ -165,15 +170,17 @@ class WordLevelTrainer(DistillationTrainer):
         losses["soft_loss"] = Loss(soft + (total - total.detach()) / args.alpha, "label", args.alpha)
         return {**losses, **self.hint_losses(student, teacher, inputs)}
 
-    def teacher_logits(self, outputs, student_logits: Tensor, inputs: dict) -> Tensor:
-        return student_logits  # none: `distillation_losses` makes them in chunks
-
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         self._keeps_logits = not prediction_loss_only
         try:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         finally:
             self._keeps_logits = False
+
+
+def _prompt(model: nn.Module) -> int:
+    """Virtual tokens before those that the head reads."""
+    return prompt_length(model) if changes_positions(model) else 0
 
 
 def _first(states: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.utils import find_labels
 
 from hf_compress.distillation.layer_map import num_hidden_states
+from hf_compress.distillation.prompts import without_prompt
 from hf_compress.distillation.tasks import Task, plain_model
 from hf_compress.distillation.teachers.example_keys import MASKS, Side, example_keys, real_tokens
 from hf_compress.model.anatomy import anatomy
@@ -96,7 +97,8 @@ class Outputs:
         if getattr(getattr(plain_model(self.teacher), "config", None), "use_cache", False):
             inputs["use_cache"] = False
         with capture(self.teacher, hidden_states=self.hidden_states) as signals:
-            return self.teacher(**inputs), signals.hidden_states
+            outputs = without_prompt(self.teacher, self.task, self.teacher(**inputs), signals)
+        return outputs, signals.hidden_states
 
     def of(self, batch: dict[str, Tensor], keys: Tensor) -> dict[str, Tensor]:
         """The tensors of a shard for one batch."""

@@ -78,6 +78,41 @@ def check_match(student: nn.Module, teacher: nn.Module, processing_class=None) -
     _check_lengths(mine, theirs, processing_class)
 
 
+def agree_on_problem(student: nn.Module, teacher: nn.Module) -> None:
+    """Changes the student's config: its labels are of the kind (`problem_type`) that the teacher's config names.
+
+    Raises ValueError where both name one, and not the same.
+    """
+    for one in teachers_of(teacher):
+        mine, theirs = (getattr(plain_model(model), "config", None) for model in (student, one))
+        wanted = getattr(theirs, "problem_type", None)
+        if wanted is None or not isinstance(mine, PretrainedConfig) or auto_class_name(student) in LANGUAGE_MODELS:
+            continue
+        own = mine.problem_type or wanted
+        if own != wanted:
+            raise ValueError(
+                f"Student and teacher must predict labels of one kind: the student has problem_type={own!r}, the "
+                f"teacher {wanted!r}. Load the student with problem_type={wanted!r}."
+            )
+        mine.problem_type = own
+
+
+def check_heads(student: nn.Module, teacher: nn.Module, *, needs_logits: bool) -> None:
+    """Raise ValueError for models whose outputs have no one set of logits that could be compared."""
+    for who, model in (("student", student), *(("teacher", one) for one in teachers_of(teacher))):
+        auto_class, name = auto_class_name(model), type(plain_model(model)).__name__
+        if auto_class == "AutoModelForPreTraining":
+            raise ValueError(
+                f"The {who} is a {name}, which predicts for the tasks of its pre-training at once. Load it with the "
+                "head of one task, such as AutoModelForMaskedLM."
+            )
+        if auto_class == "AutoModel" and needs_logits:
+            raise ValueError(
+                f"The {who} is a {name}, a model without a head: it has no logits. Load it with the head of a task, or "
+                "learn from inner layers alone: hints with alpha=0, or a method with intermediate_share=1."
+            )
+
+
 def _shares_parameters(student: nn.Module, teacher: nn.Module) -> bool:
     own = {p.data_ptr() for p in student.parameters() if p.requires_grad and p.numel() and not p.is_meta}
     return any(p.data_ptr() in own for p in teacher.parameters() if p.numel() and not p.is_meta)
