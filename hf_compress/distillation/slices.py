@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_compress.model.anatomy import Anatomy, Attention, FeedForward, Stack, in_features, module_names
-from hf_compress.model.weights import matrix
+from hf_compress.model.weights import as_matrix
 
 Axes = tuple[Tensor | None, ...]  # the indices taken of each axis of a weight (N, K); None for all of them
 NORM_OF_HEADS = re.compile(r"\b(q|k|query|key)_(layer_?)?norm\b")
@@ -43,7 +43,7 @@ def hidden_norms(weights: Iterable[Tensor], hidden_size: int) -> Tensor:
 
 def _energy(module: nn.Module) -> Tensor:
     """(K,) the squared norm of each column of a linear map."""
-    return matrix(module, module.weight.detach()).float().cpu().square().sum(dim=0)
+    return as_matrix(module, module.weight.detach()).float().cpu().square().sum(dim=0)
 
 
 def _attention_slices(names: dict, old: Stack, new: Stack, numbers: list[int], place: int) -> dict[str, Axes]:

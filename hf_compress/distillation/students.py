@@ -12,7 +12,7 @@ from hf_compress.distillation.layer_map import uniform
 from hf_compress.distillation.slices import Axes, hidden_norms, largest, layer_slices
 from hf_compress.distillation.student_config import check_shape, student_config
 from hf_compress.model.anatomy import Anatomy, anatomy
-from hf_compress.model.weights import float_weights, matrix, without_foreign_quantization
+from hf_compress.model.weights import float_weights, as_matrix, without_foreign_quantization
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ def _copy_weights(teacher: nn.Module, student: nn.Module, kept: list[list[int]],
     constant = {name for name, p in student.named_parameters() if not p.requires_grad}  # sines
     for name, tensor in saved.items():
         module = student.get_submodule(name.rpartition(".")[0])
-        tensor, old = matrix(module, tensor), tensors.get(names[name])
+        tensor, old = as_matrix(module, tensor), tensors.get(names[name])
         if old is not None and old.shape != tensor.shape and slices:
             old = _cut(old, chosen.get(names[name], ()), hidden, source.hidden_size, tensor.shape)
         if old is not None and old.shape == tensor.shape and old.is_floating_point() == tensor.is_floating_point():

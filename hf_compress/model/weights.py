@@ -10,7 +10,7 @@ from hf_compress.model.anatomy import Anatomy, is_projection
 from hf_compress.model.record import QUANT_METHOD
 
 
-def matrix(module: nn.Module, tensor: Tensor) -> Tensor:
+def as_matrix(module: nn.Module, tensor: Tensor) -> Tensor:
     """A tensor of `module`: a weight as (N, K), also where `Conv1D` holds it the other way round."""
     return tensor.T if isinstance(module, Conv1D) and tensor.dim() == 2 else tensor
 
@@ -27,7 +27,7 @@ def float_weights(model: nn.Module) -> dict[str, Tensor]:
             own = {"weight": module.weight, "bias": own.get("bias")}
         for name, tensor in own.items():
             if tensor is not None:
-                found[f"{prefix}.{name}".lstrip(".")] = matrix(module, tensor.detach())
+                found[f"{prefix}.{name}".lstrip(".")] = as_matrix(module, tensor.detach())
     return found
 
 

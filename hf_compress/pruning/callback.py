@@ -155,13 +155,13 @@ class Pruning(PieceCallback):
         with torch.no_grad():
             if self._schedule.begin < step <= self._schedule.end:
                 self.shrink(optimizer.param_groups[0]["lr"])
-            self._apply()
+            self._apply(optimizer)
             if step == self._regrow_at:
                 for i in range(len(self._matrices)):
                     self._kept("mask", i).fill_(True)
                 self._masked = []
             elif self._schedule.updates_at(step):
-                self._update(step)
+                self._update(step, optimizer)
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         self._find_masked()  # the best checkpoint may have been loaded, and its masks with it
@@ -174,7 +174,7 @@ class Pruning(PieceCallback):
 
     # Inside
 
-    def _update(self, step: int) -> None:
+    def _update(self, step: int, optimizer: torch.optim.Optimizer | None = None) -> None:
         numbers, level = range(len(self._matrices)), self._schedule.level(step)
         scores = [self.score.scores(i, self._matrices[i], self._kept("score", i)) for i in numbers]
         if isinstance(self._schedule, TwoSlopes):
@@ -188,7 +188,7 @@ class Pruning(PieceCallback):
             if self.score.forgets:
                 self._kept("score", i).zero_()
         self._find_masked()
-        self._apply()
+        self._apply(optimizer)
         logger.info("%s: %.4f of the weights masked after step %d", type(self).__name__, self.current_sparsity, step)
 
     def _quantile(self, number: int) -> Tensor:
@@ -202,12 +202,12 @@ class Pruning(PieceCallback):
     def _find_masked(self) -> None:
         self._masked = [i for i in range(len(self._matrices)) if not bool(self._kept("mask", i).all())]
 
-    def _apply(self) -> None:
+    def _apply(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         for i in self._masked:
             if self._regrow_at is None:
-                self._matrices[i].silence_(self._kept("mask", i))
+                self._matrices[i].silence_(self._kept("mask", i), optimizer)
             else:  # with zeros on both sides nothing could grow again
-                self._matrices[i].scale_(self._kept("mask", i))
+                self._matrices[i].scale_(self._kept("mask", i), optimizer)
 
     def _state_of_stock_trainer(self, model: nn.Module, state: TrainerState) -> TrainingState:
         own = TrainingState()

@@ -23,7 +23,8 @@ from hf_compress.model.anatomy import (
     out_features,
 )
 from hf_compress.model.record import read_part
-from hf_compress.model.weights import check_writable
+from hf_compress.model.weights import as_matrix, check_writable
+from hf_compress.training.optimizers import versions
 
 
 class Source(NamedTuple):
@@ -70,26 +71,32 @@ class Blocks:
         return matrix if self.shape == (1, 1) else self.cut(matrix).sum(dim=(1, 3))
 
     @torch.no_grad()
-    def scale_(self, factors: Tensor) -> None:
-        """Multiply each block of the weight by its factor, in place; a mask works as well."""
-        if self.shape == (1, 1):  # the product with bytes is twice as fast as that with booleans
-            self.weight.mul_(factors.view(torch.uint8) if factors.dtype == torch.bool else factors)
-        else:
-            self.cut(self.weight).mul_(factors[:, None, :, None])
+    def scale_(self, factors: Tensor, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Multiply each block of the weight by its factor, in place; a mask works as well.
+
+        So are other versions of the weight that `optimizer` keeps and may put in its place.
+        """
+        for version in versions(self.module.weight, optimizer):
+            weight = as_matrix(self.module, version)
+            if self.shape == (1, 1):  # the product with bytes is twice as fast as that with booleans
+                weight.mul_(factors.view(torch.uint8) if factors.dtype == torch.bool else factors)
+            else:
+                self.cut(weight).mul_(factors[:, None, :, None])
 
     @torch.no_grad()
-    def silence_(self, mask: Tensor) -> None:
+    def silence_(self, mask: Tensor, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Set the masked columns (1, K / c) to zero, and what makes their inputs: nobody hears of them any more.
 
         An input whose column is zero would still widen the range that a quantizer sees.
         """
-        self.scale_(mask)
+        self.scale_(mask, optimizer)
         for module, first, size in self.sources:
             keep = mask[0].repeat_interleave(size)
             rows = slice(first, first + len(keep))
-            matrix(module).detach()[rows].mul_(keep[:, None])
-            if module.bias is not None:
-                module.bias.detach()[rows].mul_(keep)
+            for weight in versions(module.weight, optimizer):
+                as_matrix(module, weight)[rows].mul_(keep[:, None])
+            for bias in [] if module.bias is None else versions(module.bias, optimizer):
+                bias[rows].mul_(keep)
 
     def is_alive(self) -> Tensor:
         """True for blocks that are not all zeros."""

@@ -7,7 +7,7 @@ is no part of the model's state dict, so no save of the model holds it; each che
 import inspect
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from hf_compress.files.whole import replace_folder
 from hf_compress.training.finish import finish
 from hf_compress.training.finite import find_not_finite, has_no_label, is_finite
+from hf_compress.training.optimizers import add_missing
 from hf_compress.training.pieces import Piece, check_pieces, forms_of, pieces_of
 from hf_compress.training.resume import find_fault, last_complete_checkpoint, remove_leftovers, start_writing
 
@@ -180,6 +181,8 @@ class TrainingStateMixin(Trainer):
 
     def _inner_training_loop(self, *args, **kwargs):
         with attached(self.training_state, self.model):
+            if self.optimizer is not None:
+                add_missing(self.optimizer, self.training_state, may_add=not self.is_deepspeed_enabled)
             return super()._inner_training_loop(*args, **kwargs)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -267,6 +270,17 @@ class TrainingStateMixin(Trainer):
         file = Path(self.state.best_model_checkpoint) / STATE_FILE
         if file.exists():  # masks belong to the weights they were saved with
             _load_whole(self.training_state, load_file(file))
+
+    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+        """As in `Trainer`, also before `train()`: what is learned beside the model is among the parameters."""
+        with nullcontext() if hasattr(self.model, STATE_NAME) else attached(self.training_state, self.model):
+            return super().create_optimizer(*args, **kwargs)
+
+    def create_scheduler(self, *args, **kwargs):
+        """As in `Trainer`, when the optimizer is there: one that a subclass made gets what it does not know."""
+        if not (self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2)):
+            add_missing(self.optimizer, self.training_state, may_add=True)
+        return super().create_scheduler(*args, **kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and len(self.training_state):
