@@ -40,7 +40,8 @@ def make_student(
 
     The weights of a packed, block-sparse or factorised teacher are those that it computes with; the student's are
     ordinary. Raises ValueError for layers that are not there, for widths that do not fit together or that the family
-    cannot have, and with `copy` for weights that the teacher has none for; TypeError for a teacher with adapters.
+    cannot have, and with `copy` for weights that the teacher has none for; TypeError for a teacher with adapters. A part
+    that the teacher was made without (the pooler of a BERT inside a masked language model) is drawn anew, and logged.
     """
     if weights not in ("copy", "fresh"):
         raise ValueError(f"weights must be `copy` or `fresh`, got {weights!r}.")
@@ -59,7 +60,9 @@ def make_student(
     plain = without_foreign_quantization(teacher)
     student.to(device=plain.device, dtype=plain.dtype)
     fresh = _copy_weights(plain, student, kept, slices=weights == "copy")
-    if fresh and weights == "copy":
+    absent = [name for name in fresh if _is_absent(plain, name)]
+    if len(fresh) > len(absent) and weights == "copy":
+        fresh = [name for name in fresh if name not in absent]
         raise ValueError(
             f"The teacher has nothing of the shape asked for to copy into {_listed(fresh)}. Ask for no more than each "
             "of its layers has (no more neurons or heads, and none larger), or set weights='fresh' to draw these anew."
@@ -69,6 +72,16 @@ def make_student(
     if getattr(teacher, "generation_config", None) is not None:
         student.generation_config = copy.deepcopy(teacher.generation_config)
     return student.eval()
+
+
+def _is_absent(teacher: nn.Module, name: str) -> bool:
+    """Whether the teacher was made without the part that holds this tensor, such as the pooler inside a BERT's MLM."""
+    module = teacher
+    for part in name.split(".")[:-1]:
+        module = getattr(module, part, None)
+        if module is None:
+            return True
+    return False
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -262,6 +262,11 @@ def test_what_cannot_be_copied_is_named(caplog):
         make_student(teacher_of("bert"), hidden_size=16, num_attention_heads=1)
 
 
+def test_a_part_that_the_teacher_was_made_without_is_drawn_anew_and_named(caplog):
+    student = make_student(tiny_model("bert", "mlm").bert, num_hidden_layers=2)
+    assert student.pooler is not None and "but for pooler.dense.weight, pooler.dense.bias, which" in caplog.text
+
+
 def test_widths_that_a_family_cannot_have_are_refused():
     with pytest.raises(ValueError, match="Bloom.* cannot be given intermediate_size=24: its config builds 128"):
         make_student(teacher_of("bloom"), intermediate_size=24)
