@@ -12,7 +12,7 @@ from hf_compress.distillation.layer_map import uniform
 from hf_compress.distillation.slices import Axes, hidden_norms, largest, layer_slices
 from hf_compress.distillation.student_config import check_shape, student_config
 from hf_compress.model.anatomy import Anatomy, anatomy
-from hf_compress.model.weights import float_weights, as_matrix, without_foreign_quantization
+from hf_compress.model.weights import as_matrix, float_weights, without_foreign_quantization
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +40,8 @@ def make_student(
 
     The weights of a packed, block-sparse or factorised teacher are those that it computes with; the student's are
     ordinary. Raises ValueError for layers that are not there, for widths that do not fit together or that the family
-    cannot have, and with `copy` for weights that the teacher has none for; TypeError for a teacher with adapters. A part
-    that the teacher was made without (the pooler of a BERT inside a masked language model) is drawn anew, and logged.
+    cannot have, and with `copy` for weights that the teacher has none for; TypeError for a teacher with adapters. What
+    the teacher was made without (the pooler of a BERT inside a masked language model) is drawn anew, and logged.
     """
     if weights not in ("copy", "fresh"):
         raise ValueError(f"weights must be `copy` or `fresh`, got {weights!r}.")
