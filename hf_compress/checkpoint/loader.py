@@ -140,6 +140,8 @@ class HfCompressQuantizer(HfQuantizer):
         super().remove_quantization_config(model)
         for part in PARTS:
             write_part(model.config, part, rest.get(part) or {})
+        if rest.get("sparsity"):  # blocks of packed modules went with their packing
+            import_module("hf_compress.checkpoint.sparsity").settle_sparsity(model)
 
     def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
         """What Transformers asks of a tensor that does not fit: a sentinel does not have to."""

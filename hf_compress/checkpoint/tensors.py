@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hf_compress.layers.packed_module import PackedModule
 from hf_compress.layers.sentinel import Sentinel
 
-EXACT = ("qweight", "qzeros", "zeros")  # words whose width is part of their meaning
+EXACT = ("qweight", "qblocks", "qzeros", "zeros")  # words whose width is part of their meaning
 INDEX_DTYPES = ("I32", "I64")
 DTYPES = {torch.int32: "I32", torch.uint8: "U8"}
 

@@ -12,6 +12,7 @@ from hf_compress.layers.packed_linear import PackedLinear
 from hf_compress.model.calibration_data import calibration_batches
 from hf_compress.quantization.block_by_block import GPTQOptions, quantize_block_by_block
 from hf_compress.quantization.codebooks import CODEBOOKS, install_codebook
+from hf_compress.quantization.from_blocks import dense_blocks
 from hf_compress.quantization.modules import choose_modules, install, matrix, scheme_for
 from hf_compress.quantization.offloaded import bring_in, finish_offloaded
 from hf_compress.quantization.round_to_nearest import round_to_nearest
@@ -60,6 +61,7 @@ def quantize(
         tokenizer: the model's own, where `calibration` holds texts.
         gptq_options: the fields of `GPTQOptions`.
 
+    Block-sparse maps keep their blocks: only those are saved, in few bits.
     Raises ValueError for a model that is quantized already or holds adapters, for unknown modules and bits, and for
     groups that do not divide.
     """
@@ -79,25 +81,32 @@ def quantize(
         raise ValueError("The model is quantized already. Call `model.dequantize()` first, or load the original.")
     options = GPTQOptions(**gptq_options)
     stores_g_idx = method == "gptq" and options.stores_g_idx
-    schemes = {}
-    for name, width in choose_modules(model, bits, embedding_bits=embedding_bits, skip_modules=skip_modules).items():
-        schemes[name] = scheme_for(model.get_submodule(name), name, width, group_size=group_size, symmetric=symmetric,
-                                   desc_act=stores_g_idx, scale_dtype=scale_dtype,
-                                   activation_bits=activation_bits)  # fmt: skip
-    if method == "gptq":
-        linear = {n: s for n, s in schemes.items() if not isinstance(model.get_submodule(n), nn.Embedding)}
-        batches = calibration_batches(calibration, model, batch_size=options.batch_size, tokenizer=tokenizer)
-        quantize_block_by_block(model, linear, batches, options, range_method=range_method)
-    for name, scheme in schemes.items():
-        module = model.get_submodule(name)
-        if isinstance(module, PackedLinear):
-            continue
-        bring_in(module)
-        if grid != "uniform" and not isinstance(module, nn.Embedding):
-            install_codebook(model, name, scheme, grid)
-        else:
-            rounded = round_to_nearest(matrix(module), scheme, range_method=range_method, name=name)
-            install(model, name, rounded, scheme)
+    with dense_blocks(model) as blocks:
+        if blocks and (method != "rtn" or grid != "uniform"):
+            raise ValueError(
+                f"Blocks of zeros stay zeros on a uniform grid, and not with method={method!r} and grid={grid!r}. Use "
+                "method='rtn' and grid='uniform', or quantize in place of `to_block_sparse`."
+            )
+        schemes = {}
+        chosen = choose_modules(model, bits, embedding_bits=embedding_bits, skip_modules=skip_modules)
+        for name, width in chosen.items():
+            schemes[name] = scheme_for(model.get_submodule(name), name, width, group_size=group_size,
+                                       symmetric=symmetric, desc_act=stores_g_idx, scale_dtype=scale_dtype,
+                                       activation_bits=activation_bits)  # fmt: skip
+        if method == "gptq":
+            linear = {n: s for n, s in schemes.items() if not isinstance(model.get_submodule(n), nn.Embedding)}
+            batches = calibration_batches(calibration, model, batch_size=options.batch_size, tokenizer=tokenizer)
+            quantize_block_by_block(model, linear, batches, options, range_method=range_method)
+        for name, scheme in schemes.items():
+            module = model.get_submodule(name)
+            if isinstance(module, PackedLinear):
+                continue
+            bring_in(module)
+            if grid != "uniform" and not isinstance(module, nn.Embedding):
+                install_codebook(model, name, scheme, grid)
+            else:
+                rounded = round_to_nearest(matrix(module), scheme, range_method=range_method, name=name)
+                install(model, name, rounded, scheme)
     untie_packed(model)
     settle_bits(model)
     finish_offloaded(model)

@@ -15,9 +15,9 @@ from transformers.pytorch_utils import Conv1D
 
 import hf_compress as hfc
 from hf_compress.layers.block_sparse import BlockSparseLinear
+from hf_compress.layers.packed_blocks import stored_blocks
 from hf_compress.measuring.counting import num_parameters
 from hf_compress.model.anatomy import anatomy
-from hf_compress.training.stored import stored_blocks
 
 WIDE = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4)
 FAMILIES = {"bert": WIDE, "llama": dict(WIDE, head_dim=16, num_key_value_heads=2), "modernbert": WIDE,

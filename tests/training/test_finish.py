@@ -77,7 +77,7 @@ def train(family: str, pieces: tuple[str, ...], folder, *, kind: type[Trainer] |
 
 
 def kinds_of(model: nn.Module) -> set[str]:
-    return {type(module).__name__ for module in model.modules()}
+    return {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
 
 
 def assert_finished_exactly(family: str, pieces: tuple[str, ...], folder, monkeypatch) -> None:
@@ -94,6 +94,7 @@ def assert_finished_exactly(family: str, pieces: tuple[str, ...], folder, monkey
         assert sum(parameter.numel() for parameter in model.parameters()) < size
     if set(pieces) & set(QAT):
         assert "PackedLinear" in kinds_of(model) and "BlockSparseLinear" not in kinds_of(model)
+        assert ("PackedBlocksLinear" in kinds_of(model)) == ("blocks" in pieces)
     elif "blocks" in pieces:
         assert "BlockSparseLinear" in kinds_of(model)
     model.save_pretrained(folder / "finished")
