@@ -120,9 +120,9 @@ class HeadGates(PieceCallback):
             penalty = self.l0 * p * (1 - p) * self.gate_rate  # d penalty / d parameter
             parameter.grad = penalty if parameter.grad is None else parameter.grad + penalty
 
-    def on_optimizer_step(self, args, state, control, **kwargs) -> None:
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs) -> None:
         if self.is_done(state.global_step + 1):
-            self._silence()
+            self._silence(optimizer)
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         if not self.is_done(state.global_step):
@@ -141,10 +141,10 @@ class HeadGates(PieceCallback):
         self._handles = []
 
     @torch.no_grad()
-    def _silence(self) -> None:
+    def _silence(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         self._is_settled = True
         for matrix, gates in zip(self._matrices, self.gates(), strict=True):
-            matrix.silence_(gates[None].bool())
+            matrix.silence_(gates[None].bool(), optimizer)
 
     def _gate(self, number: int, *, is_noisy: bool) -> Tensor:
         log_alpha = self.log_alpha(number)
