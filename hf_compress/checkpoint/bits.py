@@ -41,8 +41,9 @@ def prepare(model: PreTrainedModel, bits: dict) -> None:
     A module that belongs to another task's head is passed over. Raises ValueError for a record that does not fit.
     """
     children = {name for name, _ in model.named_children()} | {name for name, _ in model.base_model.named_children()}
+    names = {name for name, _ in model.named_modules()}
     for stored, entry in bits.items():
-        name = find_name(model, stored)
+        name = find_name(model, stored, names)
         if name is None:
             if stored.partition(".")[0] in children:
                 raise ValueError(f"The record packs {stored}, which {type(model).__name__} lacks: it is damaged.")

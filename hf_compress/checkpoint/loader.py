@@ -23,7 +23,7 @@ import torch
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_compress.model.record import PARTS, QUANT_METHOD, VERSION, read_record, write_part
+from hf_compress.model.record import PARTS, QUANT_METHOD, VERSION, read_record, record_digest, write_part
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class HfCompressConfig(QuantizationConfigMixin):
     """The record as Transformers wants it. Raises ValueError if it is not one that this version can read."""
 
     def __init__(self, version: int = VERSION, structure: dict | None = None, bits: dict | None = None,
-                 sparsity: dict | None = None, **unknown: Any):  # fmt: skip
+                 sparsity: dict | None = None, digest: str | None = None, **unknown: Any):  # fmt: skip
         method = unknown.pop("quant_method", QUANT_METHOD)
         if method != QUANT_METHOD or unknown or version != VERSION:
             raise ValueError(
@@ -41,14 +41,14 @@ class HfCompressConfig(QuantizationConfigMixin):
                 f"hf_compress reads version {VERSION} with {', '.join(PARTS)}. Install a newer hf_compress."
             )
         self.quant_method = QUANT_METHOD
-        self.version = version
+        self.version, self.digest = version, digest  # checkpoints of earlier versions have no digest
         self.structure, self.bits, self.sparsity = structure or {}, bits or {}, sparsity or {}
         for part in PARTS:
             if not isinstance(getattr(self, part), dict):
                 raise ValueError(f"The record's {part} must be a mapping, got {type(getattr(self, part)).__name__}.")
 
     def to_dict(self) -> dict[str, Any]:
-        return {key: value for key, value in super().to_dict().items() if key not in PARTS or value}
+        return {key: value for key, value in super().to_dict().items() if key not in (*PARTS, "digest") or value}
 
 
 @register_quantizer(QUANT_METHOD)
@@ -78,6 +78,12 @@ class HfCompressQuantizer(HfQuantizer):
             if hasattr(module, "check_tensors"):
                 module.check_tensors(model, part, files)
         tensors.check_headers(model, self._stored, self._loading_sentinels)
+        record = self.quantization_config
+        if record.digest is not None and record.digest != record_digest(record.to_dict()):
+            raise ValueError(
+                "The record in config.json (quantization_config) was changed since it was written, so the weights may "
+                "not mean what it says. Take config.json as it was saved beside them."
+            )
         self._shapes = {n: p.shape for n, p in model.named_parameters() if n not in self._loading_sentinels}
         ignored = [re.escape(name) for name in self._loading_sentinels]
         if ignored:

@@ -71,8 +71,9 @@ def prepare(model: nn.Module, part: dict[str, Any]) -> None:
     A module that belongs to another task's head is passed over. Raises ValueError for one that is not there.
     """
     own = {name for name, _ in model.named_children()} | {name for name, _ in model.base_model.named_children()}
+    names = {name for name, _ in model.named_modules()}
     for stored, entry in part.items():
-        name = find_name(model, stored)
+        name = find_name(model, stored, names)
         if name is None:
             if stored.partition(".")[0] in own:
                 raise ValueError(

@@ -55,20 +55,22 @@ def prepare(model: nn.Module, part: dict[str, Any]) -> None:
     """
     if "layers" in part:
         place_layers(model, part["layers"])
+    names = {name for name, _ in model.named_modules()}
     layers = anatomy(model).layers if "shapes" in part else ()
+    of_layers = {module for layer in layers for module in layer.module.modules()}
     for stored, shape in _entries(part, "shapes"):
-        name = _find(model, stored)
+        name = _find(model, stored, names)
         if name is None:
             continue
         module = model.get_submodule(name)
-        if not (is_projection(module) and any(module in set(layer.module.modules()) for layer in layers)):
+        if not (is_projection(module) and module in of_layers):
             raise ValueError(f"structure: {stored!r} is no linear map of a layer, so its shape cannot be changed.")
         largest = [out_features(module), in_features(module)]
         if any(n > most for n, most in zip(shape, largest, strict=True)):
             raise ValueError(f"structure: {stored!r} has the shape {shape}, beyond the {largest} of the config.")
         resize(module, *shape)
     for stored, attributes in _entries(part, "attributes"):
-        name = _find(model, stored)
+        name = _find(model, stored, names)
         if name is None:
             continue
         module = model.get_submodule(name)
@@ -79,7 +81,7 @@ def prepare(model: nn.Module, part: dict[str, Any]) -> None:
     if "shapes" in part or "attributes" in part:
         check_fit(model)
     for stored, rank in _entries(part, "ranks"):
-        if (name := _find(model, stored)) is not None:
+        if (name := _find(model, stored, names)) is not None:
             prepare_low_rank(stored, model.get_submodule(name), rank)
     if "ranks" in part:
         retie_low_rank(model)
@@ -146,9 +148,9 @@ def sentinels(model: nn.Module, part: dict[str, Any]) -> list[str]:
 
 def check_tensors(model: nn.Module, part: dict[str, Any], files: list[str]) -> None:
     """Compare recorded shapes with the headers of the files. Raises ValueError where they contradict each other."""
-    modules = {
-        name: model.get_submodule(name) for stored in part.get("shapes", {}) if (name := find_name(model, stored))
-    }
+    names = {name for name, _ in model.named_modules()}
+    found = (find_name(model, stored, names) for stored in part.get("shapes", {}))
+    modules = {name: model.get_submodule(name) for name in found if name}
     # those that another part of the record stores in another form are checked there
     expected = {f"{name}.weight": list(m.weight.shape) for name, m in modules.items() if "weight" in m._parameters}
     for path in files:
@@ -162,9 +164,9 @@ def check_tensors(model: nn.Module, part: dict[str, Any], files: list[str]) -> N
                     )
 
 
-def _find(model: nn.Module, stored: str) -> str | None:
+def _find(model: nn.Module, stored: str, names: set[str]) -> str | None:
     """The name of a recorded module; None if it belongs to a part that this class of the family does not have."""
-    name = find_name(model, stored)
+    name = find_name(model, stored, names)
     architectures = getattr(model.config, "architectures", None) or [type(model).__name__]
     if name is None and type(model).__name__ in architectures:
         raise ValueError(f"structure: {type(model).__name__} has no module {stored!r}; the record is of another model.")

@@ -5,6 +5,7 @@ have. After: no tensor is left that no file filled, none holds NaN or infinity.
 """
 
 import inspect
+import re
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
@@ -12,13 +13,14 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from hf_compress.layers.packed_module import PackedModule
 from hf_compress.layers.sentinel import Sentinel
 
 EXACT = ("qweight", "qblocks", "qzeros", "zeros")  # words whose width is part of their meaning
 INDEX_DTYPES = ("I32", "I64")
-DTYPES = {torch.int32: "I32", torch.uint8: "U8"}
+DTYPES = {torch.int32: "I32", torch.uint8: "U8", torch.float16: "F16", torch.float32: "F32"}
 
 
 class Stored(NamedTuple):
@@ -58,7 +60,7 @@ def check_headers(model: nn.Module, stored: dict[str, Stored], sentinels: Collec
                 f"{name} has the shape {list(tensor.shape)} by config.json, and {found.shape} in {found.file}: "
                 "the two are of different models, or damaged."
             )
-        if is_own and part in EXACT:
+        if is_own and part in (*EXACT, getattr(module, "KEPT", None)):
             fits = found.dtype == DTYPES[tensor.dtype]
         elif is_own and not tensor.is_floating_point():
             fits = found.dtype in INDEX_DTYPES
@@ -66,6 +68,32 @@ def check_headers(model: nn.Module, stored: dict[str, Stored], sentinels: Collec
             fits = tensor.is_floating_point() == found.dtype.startswith(("F", "BF"))
         if not fits:
             raise ValueError(f"{name} must hold {tensor.dtype}, but is {found.dtype} in {found.file}: it is damaged.")
+    if left := unexplained(model, stored, sentinels):
+        raise ValueError(
+            f"{left[0]} in {stored[left[0]].file} is nothing that config.json speaks of ({len(left)} such tensors): "
+            "the two are of different models, or damaged."
+        )
+
+
+def unexplained(model: nn.Module, stored: dict[str, Stored], sentinels: Collection[str]) -> list[str]:
+    """Tensors of the files that `model` has no place for: all of them, but for another task's head."""
+    expected = {*model.state_dict(), *sentinels, *getattr(model, "all_tied_weights_keys", {})}
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    own = {name for name, module in model.named_modules() if isinstance(module, (PackedModule, Sentinel))}
+    is_whole = type(model).__name__ in (getattr(model.config, "architectures", None) or ())
+    is_renamed = bool(get_model_conversion_mapping(model, add_legacy=False))  # names in files may be others
+    children = {name for name, _ in model.base_model.named_children()}
+    left = []
+    for key in stored:
+        prefix = f"{model.base_model_prefix}."
+        names = (key, key.removeprefix(prefix), prefix + key)
+        if not expected.isdisjoint(names) or any(pattern.search(key) for pattern in ignored):
+            continue
+        is_of_ours = any(name.rpartition(".")[0] in own for name in names)
+        is_of_backbone = names[1].partition(".")[0] in children
+        if is_of_ours or (not is_renamed and (is_whole or is_of_backbone)):
+            left.append(key)
+    return left
 
 
 def check_loaded(model: nn.Module, stored: dict[str, Stored], sentinels: Collection[str]) -> None:

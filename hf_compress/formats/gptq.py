@@ -9,17 +9,18 @@ import json
 import logging
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 import hf_compress
 from hf_compress.checkpoint.bits import packed_modules, settle_bits
+from hf_compress.checkpoint.tensors import read_headers
 from hf_compress.engines.ops import pack_zeros
-from hf_compress.formats.foreign import find_folder, model_class
+from hf_compress.formats.foreign import find_folder, matches, model_class, telling
 from hf_compress.layers.packed_linear import PackedLinear
 from hf_compress.layers.scheme import BITS, WeightScheme
 from hf_compress.model.record import QUANT_METHOD, VERSION
@@ -38,17 +39,24 @@ def load_gptq(folder_or_id: str | Path, **kwargs) -> PreTrainedModel:
     Raises ValueError, naming the tensor, for shapes, bits or indices that do not fit together.
     """
     folder = find_folder(folder_or_id)
-    config = AutoConfig.from_pretrained(folder)
+    with telling(folder):
+        config = AutoConfig.from_pretrained(folder)
     settings = _settings(config, folder)
-    shapes = _tensor_shapes(folder)
+    stored = read_headers(sorted(folder.glob("*.safetensors")))
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
     names = sorted(name.removesuffix(".qweight") for name in shapes if name.endswith(".qweight"))
     if not names:
         raise ValueError(f"{folder} holds no `qweight` tensor: it is not a GPTQ checkpoint.")
     kind = model_class(config, folder)
     prefix = f"{kind.base_model_prefix}."
-    bits = {name.removeprefix(prefix): _scheme(name, shapes, settings).to_dict() for name in names}
+    bits = {}
+    for name in names:
+        scheme = _scheme(name, shapes, "F16" if stored[f"{name}.scales"].dtype == "F16" else "F32")
+        _check_said(name, scheme, shapes[f"{name}.g_idx"][0], settings)
+        bits[name.removeprefix(prefix)] = scheme.to_dict()
     config.quantization_config = {"quant_method": QUANT_METHOD, "version": VERSION, "bits": bits}
-    model = kind.from_pretrained(folder, config=config, **kwargs)
+    with telling(folder):
+        model = kind.from_pretrained(folder, config=config, **kwargs)
     offset = ZERO_OFFSETS[settings["format"]]
     for name, module in packed_modules(model):
         _settle(name, module, offset, settings)
@@ -67,22 +75,18 @@ def _settings(config, folder: Path) -> dict:
     method = settings.get("quant_method", "gptq")
     if method != "gptq":
         raise ValueError(f"{folder} was quantized by {method!r}; load_gptq reads 'gptq'.")
+    if not isinstance(settings.get("dynamic") or {}, dict) or not all(
+        isinstance(rule, str) and isinstance(changes, dict) for rule, changes in (settings.get("dynamic") or {}).items()
+    ):
+        raise ValueError(f"{folder}: `dynamic` must map patterns to settings, got {settings['dynamic']!r}.")
     found = settings.get("checkpoint_format") or settings.get("format") or "gptq"
-    if found not in ZERO_OFFSETS:
+    if not isinstance(found, str) or found not in ZERO_OFFSETS:
         raise ValueError(f"{folder} has the GPTQ format {found!r}; known are {sorted(ZERO_OFFSETS)}.")
     return {**settings, "format": found}
 
 
-def _tensor_shapes(folder: Path) -> dict[str, list[int]]:
-    shapes = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
-    return shapes
-
-
-def _scheme(name: str, shapes: dict[str, list[int]], settings: dict) -> WeightScheme:
-    """Bits and groups as the shapes say them, whatever `dynamic` rules made them."""
+def _scheme(name: str, shapes: dict[str, list[int]], scales: str) -> WeightScheme:
+    """Bits and groups as the shapes say them."""
     try:
         words, N = shapes[f"{name}.qweight"]
         (K,), (G, scales_N) = shapes[f"{name}.g_idx"], shapes[f"{name}.scales"]
@@ -96,7 +100,25 @@ def _scheme(name: str, shapes: dict[str, list[int]], settings: dict) -> WeightSc
             f"{name}: qweight {(words, N)}, qzeros {(zero_groups, zero_words)}, scales {(G, scales_N)} and g_idx "
             f"{(K,)} do not fit together at any of {BITS} bits with equal groups."
         )
-    return WeightScheme(bits, -1 if G == 1 else K // G, desc_act=True)
+    scale_dtype = "float16" if scales == "F16" else "float32"
+    return WeightScheme(bits, -1 if G == 1 else K // G, desc_act=True, scale_dtype=scale_dtype)
+
+
+def _check_said(name: str, scheme: WeightScheme, in_features: int, settings: dict) -> None:
+    """Raise ValueError where the config says of a module other bits or groups than its tensors have."""
+    said = dict(settings)
+    for rule, changes in (settings.get("dynamic") or {}).items():
+        if matches(rule.removeprefix("+:").removeprefix("-:"), name):
+            said |= {} if rule.startswith("-:") else changes
+    found = {"bits": scheme.bits, "group_size": in_features if scheme.group_size == -1 else scheme.group_size}
+    if said.get("group_size") in (-1, in_features):
+        said["group_size"] = in_features
+    for key, value in found.items():
+        if said.get(key, value) != value:
+            raise ValueError(
+                f"{name} has {key} {value} by its tensors, and {said[key]!r} by the config: they are of two models, or "
+                "one is damaged."
+            )
 
 
 def _settle(name: str, module: PackedLinear, offset: int, settings: dict) -> None:
@@ -117,7 +139,11 @@ def _settle(name: str, module: PackedLinear, offset: int, settings: dict) -> Non
                 offset = format_offset
     zeros = (stored + offset) & (2**bits - 1)
     is_ordered = torch.equal(module.g_idx.long(), torch.arange(K, device=g_idx.device) // (K // G))
-    module.scheme = WeightScheme(bits, module.scheme.group_size, bool((zeros == middle).all()), not is_ordered)
+    is_symmetric = bool((zeros == middle).all())
+    for key, is_said, is_so in (("sym", True, is_symmetric), ("desc_act", False, not is_ordered)):
+        if settings.get(key) is is_said and is_so is not is_said:
+            raise ValueError(f"{name} is not what the config says with {key}={is_said}: one of the two is damaged.")
+    module.scheme = replace(module.scheme, symmetric=is_symmetric, desc_act=not is_ordered)
     module.qzeros = None if module.scheme.symmetric else pack_zeros(zeros, bits)
     if is_ordered:
         module.g_idx = None

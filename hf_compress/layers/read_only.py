@@ -42,7 +42,11 @@ class ReadOnlyWeight(Tensor):
 
 def read_only(weight: Tensor) -> Tensor:
     """`weight` as a `ReadOnlyWeight`; as it is where a graph is traced, which could not follow the subclass."""
-    return weight if torch.compiler.is_compiling() else weight.as_subclass(ReadOnlyWeight)
+    if torch.compiler.is_compiling():
+        return weight
+    weight = weight.as_subclass(ReadOnlyWeight)
+    weight._is_hf_initialized = True  # Transformers asks by this name before it fills what no file holds
+    return weight
 
 
 def _is_in_place(name: str) -> bool:

@@ -38,12 +38,17 @@ class Worker:
                    "dtype": None if dtype is None else str(dtype).removeprefix("torch.")}  # fmt: skip
         self.source = source
         command = [sys.executable, "-c", f"from {__name__} import main; main()", json.dumps(request)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
+        # a session of its own: Ctrl-C is for the one who measures, who ends the others without their tracebacks
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", start_new_session=True
+        )
 
     def __enter__(self) -> "Worker":
         return self
 
     def __exit__(self, *error: object) -> None:
+        if error[0] is not None:  # nobody waits for its answer any more
+            self.process.kill()
         self.process.stdin.close()
         self.process.stdout.close()
         self.process.wait()

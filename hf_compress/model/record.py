@@ -1,6 +1,8 @@
 """The record of what compression changed: `config.json["quantization_config"]`, in up to three parts.
 
-    {"quant_method": "hf_compress", "version": 1, "structure": {...}, "bits": {...}, "sparsity": {...}}
+    {"quant_method": "hf_compress", "version": 1, "digest": "...", "structure": {...}, "bits": {...}, "sparsity": {...}}
+
+    digest     of the parts: a record that was changed by hand is refused, since tensors alone do not show every change
 
     structure  shapes and attributes that differ from what the config alone would build
     bits       module -> how its weight is packed
@@ -11,6 +13,9 @@ class of a family, and the bare backbone, finds them.
 """
 
 import copy
+import hashlib
+import json
+from collections.abc import Collection
 from typing import Any
 
 QUANT_METHOD = "hf_compress"
@@ -48,9 +53,16 @@ def write_part(config, part: str, value: dict[str, Any]) -> None:
     record = {"quant_method": QUANT_METHOD, "version": VERSION, **read_record(config), part: copy.deepcopy(value)}
     record = {key: record[key] for key in record if key not in PARTS or record[key]}
     if any(part in record for part in PARTS):
+        record["digest"] = record_digest(record)
         config.quantization_config = record
     elif hasattr(config, "quantization_config"):
         del config.quantization_config
+
+
+def record_digest(record: dict[str, Any]) -> str:
+    """What the parts of a record say, in 16 hexadecimal digits."""
+    parts = {part: record[part] for part in PARTS if record.get(part)}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def stored_name(model, name: str) -> str:
@@ -59,8 +71,11 @@ def stored_name(model, name: str) -> str:
     return name.removeprefix(f"{prefix}.") if prefix else name
 
 
-def find_name(model, stored: str) -> str | None:
-    """The name within `model` of the module that the record calls `stored`; None if `model` has no such module."""
+def find_name(model, stored: str, names: Collection[str] | None = None) -> str | None:
+    """The name within `model` of the module that the record calls `stored`; None if `model` has no such module.
+
+    `names` are those of all modules, for one who asks often.
+    """
     prefix = getattr(model, "base_model_prefix", "")
-    modules = dict(model.named_modules())
-    return next((name for name in (f"{prefix}.{stored}", stored) if name in modules), None)
+    names = dict(model.named_modules()) if names is None else names
+    return next((name for name in (f"{prefix}.{stored}", stored) if name in names), None)

@@ -7,9 +7,11 @@ from dataclasses import fields
 from pathlib import Path
 
 from accelerate.utils import align_module_device
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from hf_compress.files.whole import beside, write_whole
 from hf_compress.layers.scheme import WeightScheme
 from hf_compress.quantization.gptq import QuantizedWeight
 from hf_compress.quantization.modules import matrix
@@ -45,25 +47,30 @@ class FinishedLayers:
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / "run.json"
         if file.exists():
-            before = json.loads(file.read_text(encoding="utf-8"))
+            try:
+                before = dict(json.loads(file.read_text(encoding="utf-8")))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{file} cannot be read ({error}): choose an empty folder as resume_dir.") from error
             changed = [key for key in run if before.get(key) != run[key]]
             if changed:
                 raise ValueError(
                     f"resume_dir {folder} holds a run with other {', '.join(changed)}. "
                     "Repeat that run's settings, or choose an empty folder."
                 )
-        file.write_text(json.dumps(run, indent=1), encoding="utf-8")
+        write_whole(file, json.dumps(run, indent=1))
 
     def load(self, layer: str) -> dict[str, QuantizedWeight] | None:
         file = self.folder / f"{layer}.safetensors"
         if not file.exists():
             return None
-        tensors = load_file(file)
-        names = {key.rpartition(".")[0] for key in tensors}
-        return {name: QuantizedWeight(*(tensors[f"{name}.{part}"] for part in PARTS)) for name in names}
+        try:
+            tensors = load_file(file)
+            names = {key.rpartition(".")[0] for key in tensors}
+            return {name: QuantizedWeight(*(tensors[f"{name}.{part}"] for part in PARTS)) for name in names}
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(f"{file} is damaged ({error}): delete it, and its layer is quantized again.") from error
 
     def save(self, layer: str, results: Mapping[str, QuantizedWeight]) -> None:
         tensors = {f"{n}.{part}": getattr(result, part).contiguous() for n, result in results.items() for part in PARTS}
-        partial = self.folder / f"{layer}.partial"
-        save_file(tensors, partial)
-        partial.replace(self.folder / f"{layer}.safetensors")  # a file is there whole or not at all
+        with beside(self.folder / f"{layer}.safetensors") as partial:
+            save_file(tensors, partial)

@@ -45,8 +45,8 @@ def trade_off_png(report: Results) -> bytes:
     megabytes = [entry.measurement.stored_bytes / 1e6 for entry in report.entries]
     speeds = [entry.throughput_speed_up for entry in report.entries]
 
-    size.set(xlabel="size on disk, MB (\N{LEFTWARDS ARROW} smaller)", ylabel=f"{report.metric}{unit}")
-    speed.set(xlabel=f"throughput at batch 32 over that of {report.reference} (faster \N{RIGHTWARDS ARROW})")
+    size.set(xlabel="size on disk, MB (\N{LEFTWARDS ARROW} smaller)", ylabel=plain(f"{report.metric}{unit}"))
+    speed.set(xlabel=plain(f"throughput at batch 32 over that of {report.reference} (faster \N{RIGHTWARDS ARROW})"))
     _points(size, megabytes, qualities, spreads, [(0.0, 0.0)] * len(megabytes))
     _points(
         speed,
@@ -66,14 +66,19 @@ def trade_off_png(report: Results) -> bytes:
     high = max(quality + spread for quality, spread in zip(qualities, spreads, strict=True))
     margin = max(0.25 * (high - low), 0.005 * abs(high), 1e-6)
     size.set_ylim(low - margin, high + margin)
-    figure.supxlabel(conditions_short(report), fontsize=9, color="#555555")
+    figure.supxlabel(plain(conditions_short(report)), fontsize=9, color="#555555")
     canvas.draw()  # places the axes, which the labels are fitted into
     figure.set_layout_engine("none")
     for axes in (size, speed):
-        _label_points(axes, [entry.name for entry in report.entries])
+        _label_points(axes, [plain(entry.name) for entry in report.entries])
     png = io.BytesIO()
     figure.savefig(png, format="png")
     return png.getvalue()
+
+
+def plain(text: str) -> str:
+    """Text as it is: between two dollars matplotlib would read mathematics, and fail at what is none."""
+    return text.replace("$", r"\$")
 
 
 def _points(

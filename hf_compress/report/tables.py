@@ -65,7 +65,12 @@ def _csv_row(report: Results, entry: Entry) -> dict[str, object]:
     for name, interval in intervals.items():
         if interval is not None:
             row |= {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
-    return row
+    return {name: _cell(value) for name, value in row.items()}
+
+
+def _cell(value: object) -> object:
+    """A text that a spreadsheet would compute, such as =1+1, is marked as a text."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in tuple("=+-@\t\r") else value
 
 
 def verdicts(report: Results) -> list[str]:
@@ -207,7 +212,7 @@ def _cost_row(entry: Entry) -> list[str]:
 
 
 def _markdown_table(rows: list[list[str]]) -> str:
-    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    escaped = [[" ".join(cell.replace("|", "\\|").split()) for cell in row] for row in rows]
     lines = ["| " + " | ".join(row) + " |" for row in escaped]
     lines.insert(1, "|---|" + "---:|" * (len(rows[0]) - 1))
     return "\n".join(lines)

@@ -12,7 +12,7 @@ from silence import logits
 from transformers import Trainer, TrainingArguments
 
 import hf_compress  # noqa: F401  registers the loader
-from hf_compress.publishing.remote_code import add_remote_code
+from hf_compress.publishing.remote_code import remote_code
 from hf_compress.surgery import prune_heads, prune_neurons
 
 
@@ -72,7 +72,8 @@ def test_loading_without_hf_compress_fails_and_names_it(folder, tmp_path):
 
 def test_remote_code_loads_it_without_an_import(folder, tmp_path):
     model = TASKS["classification"].from_pretrained(folder)
-    add_remote_code(model, folder)
+    for name, content in remote_code(model, (folder / "config.json").read_text(encoding="utf-8")).items():
+        (folder / name).write_bytes(content)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert config["auto_map"] == {
         "AutoModel": "modeling_hf_compress.BertModel",

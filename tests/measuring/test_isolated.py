@@ -1,5 +1,8 @@
 """Processes of their own give the same figures as one process, in turns."""
 
+import os
+import signal
+
 import pytest
 from helpers import tiny_model
 
@@ -40,3 +43,15 @@ def test_a_process_that_fails_is_said(tmp_path, capfd):
     assert "holds no model" in capfd.readouterr().err
     with pytest.raises(ValueError, match="give folders or Hub names"):
         hfc.compare({"a": tiny_model("bert")}, isolate=True)
+
+
+def test_an_interruption_ends_the_processes_and_is_not_theirs(tmp_path, capfd):
+    tiny_model("bert", num_hidden_layers=2).save_pretrained(tmp_path)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        isolated.Worker(tmp_path, sequence_length=8, dtype=None, device=None) as worker,
+    ):
+        assert os.getsid(worker.process.pid) == worker.process.pid, "Ctrl-C does not reach it"
+        raise KeyboardInterrupt  # before it has answered
+    assert worker.process.returncode == -signal.SIGKILL
+    assert "Traceback" not in capfd.readouterr().err

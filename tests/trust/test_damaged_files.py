@@ -1,5 +1,6 @@
 """Files from strangers: what is damaged or hostile is refused by name, and nothing of it is run or believed."""
 
+import dataclasses
 import inspect
 import json
 from contextlib import nullcontext
@@ -12,11 +13,14 @@ from safetensors.torch import load_file, save_file
 from transformers import BertForMaskedLM, core_model_loading
 
 import hf_compress as hfc
+from hf_compress.checkpoint.bits import settle_bits
 from hf_compress.layers.packed_linear import PackedLinear
 from hf_compress.layers.scheme import WeightScheme
 
 pytest.importorskip("resource", reason="scripts/checks/fuzz.py bounds what it runs: not on Windows")
-from scripts.checks.fuzz import CHECKPOINTS, Bomb, bert, fuzz_apart  # noqa: E402
+from scripts.checks.checkpoints import CHECKPOINTS, bert  # noqa: E402
+from scripts.checks.damage import Bomb  # noqa: E402
+from scripts.checks.fuzz import fuzz_apart  # noqa: E402
 
 # Transformers 5.17 gives a head of other labels the file's shape, for any quantized model
 MAKES_NEW_HEADS = "param_needs_quantization(model, target_name)" in inspect.getsource(core_model_loading)
@@ -81,6 +85,93 @@ def test_a_size_is_believed_only_if_the_file_has_it(folder):
         load(folder)
 
 
+def edit(folder, change) -> None:
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    change(config["quantization_config"])
+    file.write_text(json.dumps(config), encoding="utf-8")
+
+
+ENTRY = QUERY.removeprefix("bert.")
+EDITS = {  # each of them gave another model, in silence
+    "symmetric": (dict(bits=4, group_size=16), lambda r: r["bits"][ENTRY].update(symmetric=True)),
+    "no-order": (dict(bits=4, desc_act=True), lambda r: r["bits"][ENTRY].pop("desc_act")),
+    "no-activation-bits": (dict(bits=8, activation_bits=8), lambda r: r["bits"][ENTRY].pop("activation_bits")),
+    "other-range": (
+        dict(bits=8, activation_range=(-2.0, 3.0)),
+        lambda r: r["bits"][ENTRY].update(activation_range=[-1, 3]),
+    ),
+    "not-packed": (dict(bits=4, group_size=16), lambda r: r["bits"].pop(ENTRY)),
+}
+
+
+@pytest.mark.parametrize("scheme, change", EDITS.values(), ids=EDITS)
+@pytest.mark.parametrize("is_signed", [True, False], ids=["with-digest", "of-an-earlier-version"])
+def test_an_edited_record_is_refused(scheme, change, is_signed, tmp_path):
+    model = hfc.quantize(bert(), {QUERY: scheme["bits"], "classifier": 8}, group_size=16)
+    layer = model.get_submodule(QUERY)
+    if scheme.get("desc_act"):
+        layer.g_idx = torch.arange(32, dtype=torch.int32) % 2
+    if "activation_range" in scheme:
+        scheme = {**scheme, "activation_bits": 8}
+    layer.scheme = dataclasses.replace(
+        layer.scheme, **{k: v for k, v in scheme.items() if k not in ("bits", "group_size")}
+    )
+    settle_bits(model)
+    model.save_pretrained(tmp_path)
+    load(tmp_path)
+    edit(tmp_path, change)
+    if not is_signed:
+        edit(tmp_path, lambda record: record.pop("digest"))
+        if "activation" in str(scheme):
+            return  # no tensor shows it: this is what the digest is for
+    with pytest.raises(
+        ValueError, match="nothing that config.json speaks of|was changed since it was written|by config.json"
+    ):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [[0, 1], [2, 0], [1]], ids=str)
+def test_other_layers_than_were_kept_are_refused(keep, tmp_path):
+    """Which layers have local attention goes by their number: another model, of the same tensors."""
+    model = CHECKPOINTS["layers"]()
+    model.save_pretrained(tmp_path)
+
+    def change(record):
+        (name,) = record["structure"]["layers"]["keep"]
+        record["structure"]["layers"]["keep"][name] = keep
+
+    edit(tmp_path, change)
+    with pytest.raises(ValueError):
+        type(model).from_pretrained(tmp_path)
+
+
+def test_scales_of_another_kind_of_number_than_the_record_says(folder):
+    rewrite(folder, instead(f"{QUERY}.scales", torch.Tensor.float))
+    with pytest.raises(ValueError, match="scales must hold torch.float16, but is F32"):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", [f"{QUERY}.qzeros2", "bert.encoder.layer.9.output.dense.weight", "extra", "bert.x"])
+def test_a_tensor_that_nothing_speaks_of_is_refused(name, folder):
+    rewrite(folder, lambda tensors: tensors.update({name: torch.ones(2)}))
+    with pytest.raises(ValueError, match=f"{name} in .* is nothing that config.json speaks of"):
+        load(folder)
+
+
+def test_a_hundred_thousand_entries_of_another_head_are_passed_over_at_once(folder, monkeypatch):
+    """It took a walk through the model for each."""
+    walks = []
+    walk = torch.nn.Module.named_modules
+    monkeypatch.setattr(torch.nn.Module, "named_modules", lambda self, *a, **k: walks.append(1) or walk(self, *a, **k))
+    load(folder)
+    usual = len(walks)
+    edit(folder, lambda r: (r.pop("digest"), r["bits"].update({f"other_head.{i}": {"bits": 4} for i in range(1000)})))
+    walks.clear()
+    load(folder)
+    assert len(walks) <= usual + 5
+
+
 def test_what_another_task_adds_may_be_new(folder):
     assert isinstance(BertForMaskedLM.from_pretrained(folder).get_submodule(QUERY), PackedLinear)
     with nullcontext() if MAKES_NEW_HEADS else pytest.raises(ValueError, match=r"classifier.*cannot make it anew"):
@@ -138,11 +229,12 @@ def test_a_huge_group_index_is_refused_without_counting_up_to_it(folder):
 
 
 @needs_proc
-def test_five_hundred_damaged_checkpoints_load_right_or_not_at_all():
-    ends, complaints = fuzz_apart(range(500), seed=1)
+@pytest.mark.parametrize("foreign", [False, True], ids=["ours", "of others"])
+def test_hundreds_of_damaged_checkpoints_load_right_or_not_at_all(foreign):
+    ends, complaints = fuzz_apart(range(240), seed=1, foreign=foreign)
     assert not complaints, "\n".join(f"{number}: {text}" for number, text in complaints.items())
-    assert sum(ends.values()) == 500
-    assert sum(count for end, count in ends.items() if end.endswith(" loads")) > 50
+    assert sum(ends.values()) == 240
+    assert sum(count for end, count in ends.items() if end.endswith(" loads")) > 25
 
 
 @needs_proc

@@ -5,9 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import hf_compress as hfc
-
-pytest.importorskip("resource", reason="scripts/checks/fuzz.py bounds what it runs: not on Windows")
-from scripts.checks.fuzz import CHECKPOINTS, bert  # noqa: E402
+from scripts.checks.checkpoints import CHECKPOINTS, bert
 
 MADE = {**CHECKPOINTS, "ternary": lambda: hfc.quantize(bert(), 2, grid="ternary", group_size=-1)}
 

@@ -34,6 +34,7 @@ from hf_compress.distillation.teachers.cache_files import (
 )
 from hf_compress.distillation.teachers.cached_teacher import CachedTeacher
 from hf_compress.distillation.teachers.example_keys import example_keys
+from hf_compress.files.whole import remove_leftovers
 from hf_compress.model.reading import PaddingCollator
 
 logger = logging.getLogger(__name__)
@@ -132,8 +133,9 @@ def _open(path: Path, manifest: dict, state: PartialState) -> dict[str, dict]:
     state.wait_for_everyone()
     if state.is_main_process:
         path.mkdir(parents=True, exist_ok=True)
-        for torn in [*path.glob(".shard-*"), *(path / name for name in faults)]:
-            torn.unlink(missing_ok=True)
+        remove_leftovers(path)
+        for name in faults:
+            (path / name).unlink(missing_ok=True)
         write_manifest(path, {**manifest, "is_complete": False, "shards": shards})
         remove_notes(path)
     state.wait_for_everyone()

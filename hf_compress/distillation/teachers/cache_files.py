@@ -21,6 +21,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from hf_compress.distillation.teachers.manifest import check_manifest, is_shard
+from hf_compress.files.whole import file_digest, write_whole
+
 logger = logging.getLogger(__name__)
 
 MANIFEST = "teacher_cache.json"
@@ -59,18 +62,20 @@ def read_manifest(folder: Path) -> dict:
         )
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        version = manifest.get("version")
+    except (ValueError, AttributeError) as error:
         raise ValueError(f"{file} cannot be read ({error}). Delete the folder and write the cache again.") from error
-    if manifest.get("version") != VERSION:
+    if version != VERSION:
         raise ValueError(
-            f"{file} has version {manifest.get('version')}, but this hf_compress reads version {VERSION}. Write the "
-            "cache again with hfc.cache_teacher."
+            f"{file} has version {version}, but this hf_compress reads version {VERSION}. Write the cache again with "
+            "hfc.cache_teacher."
         )
+    check_manifest(file, manifest)
     return manifest
 
 
 def write_manifest(folder: Path, manifest: dict) -> None:
-    _write(folder / MANIFEST, json.dumps({"version": VERSION, **manifest}, indent=2).encode())
+    write_whole(folder / MANIFEST, json.dumps({"version": VERSION, **manifest}, indent=2))
 
 
 def write_shard(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -79,28 +84,28 @@ def write_shard(folder: Path, tensors: dict[str, Tensor]) -> None:
     digest = hashlib.sha256(data).hexdigest()
     entry = {"size_bytes": len(data), "sha256": digest, "examples": len(tensors["keys"])}
     name = f"shard-{digest[:16]}.safetensors"
-    _write(folder / name, data)
-    _write(folder / f"{name}.json", json.dumps(entry).encode())
+    write_whole(folder / name, data)
+    write_whole(folder / f"{name}.json", json.dumps(entry))
 
 
 def read_notes(folder: Path) -> dict[str, dict]:
     """The shards that were written since the manifest: name -> entry."""
-    notes = sorted(folder.glob("shard-*.safetensors.json"))
-    return {note.name.removesuffix(".json"): json.loads(note.read_text(encoding="utf-8")) for note in notes}
+    found = {}
+    for note in sorted(folder.glob("shard-*.safetensors.json")):
+        try:
+            entry = json.loads(note.read_text(encoding="utf-8"))
+        except ValueError:
+            entry = None
+        if is_shard(note.name.removesuffix(".json"), entry):
+            found[note.name.removesuffix(".json")] = entry
+        else:
+            logger.warning("Passing over %s: it is no note of a shard.", note)
+    return found
 
 
 def remove_notes(folder: Path) -> None:
     for note in folder.glob("shard-*.safetensors.json"):
         note.unlink()
-
-
-def _write(file: Path, data: bytes) -> None:
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
-    with beside.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    beside.replace(file)
 
 
 def find_faults(folder: Path, shards: dict[str, dict]) -> dict[str, str]:
@@ -112,11 +117,7 @@ def find_faults(folder: Path, shards: dict[str, dict]) -> dict[str, str]:
             return "is missing"
         if (size := file.stat().st_size) != entry["size_bytes"]:
             return f"has {size} bytes where the manifest says {entry['size_bytes']}"
-        digest = hashlib.sha256()
-        with file.open("rb") as stream:
-            while part := stream.read(2**20):
-                digest.update(part)
-        if (found := digest.hexdigest()) != entry["sha256"]:
+        if (found := file_digest(file)) != entry["sha256"]:
             return f"was altered: its SHA-256 is {found[:16]}... where the manifest says {entry['sha256'][:16]}..."
         return None
 

@@ -6,11 +6,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from hf_compress.distillation.teachers.cache_files import (
@@ -21,6 +22,7 @@ from hf_compress.distillation.teachers.cache_files import (
     tokenizer_fingerprint,
 )
 from hf_compress.distillation.teachers.example_keys import MASKS, example_keys, real_tokens
+from hf_compress.distillation.teachers.manifest import check_shard
 
 
 class CachedTeacher(nn.Module):
@@ -48,8 +50,16 @@ class CachedTeacher(nn.Module):
                 f"{name} {fault}. Call hfc.cache_teacher again with the same arguments: it writes them anew."
             )
         self.architecture = _architecture(self.manifest["teacher"])
-        self._shards = [load_file(self.path / name) for name in self.manifest["shards"]]
+        self._shards = [self._open(name) for name in self.manifest["shards"]]
         self._index()
+
+    def _open(self, name: str) -> dict[str, Tensor]:
+        try:
+            shard = load_file(self.path / name)
+        except SafetensorError as error:
+            raise ValueError(f"{self.path / name} is no whole safetensors file: {error}.") from error
+        check_shard(self.path / name, shard, self.manifest["stored"])
+        return shard
 
     def _index(self) -> None:
         keys = torch.cat([shard["keys"] for shard in self._shards])
@@ -200,11 +210,15 @@ def complete(top_logits: Tensor, top_indices: Tensor, rest: Tensor, student_logi
 
 def _architecture(teacher: dict) -> nn.Module | None:
     kind = getattr(transformers, teacher["class"], None)
-    if kind is None or teacher["config"] is None or teacher["config"]["model_type"] not in CONFIG_MAPPING:
+    is_model = isinstance(kind, type) and issubclass(kind, PreTrainedModel)
+    if not is_model or teacher["config"] is None or teacher["config"].get("model_type") not in CONFIG_MAPPING:
         return None
-    config = CONFIG_MAPPING[teacher["config"]["model_type"]].from_dict(teacher["config"])
-    with torch.device("meta"):
-        return kind(config)
+    try:
+        config = CONFIG_MAPPING[teacher["config"]["model_type"]].from_dict(teacher["config"])
+        with torch.device("meta"):
+            return kind(config)
+    except Exception as error:  # of many kinds, for fields that no teacher had
+        raise ValueError(f"The cache's config of a {teacher['class']} makes none: {error}. It is damaged.") from error
 
 
 def _exact(values: Tensor) -> Tensor:

@@ -30,7 +30,9 @@ def convert_module(name: str, module: nn.Module, group: dict, state: dict[str, T
     """
     own = [key for key in state if key.rpartition(".")[0] == name and not key.endswith(".bias")]
     found = {key.rpartition(".")[2]: state.pop(key) for key in own}
-    needed = {"weight_packed", "weight_scale"} if group["format"] == PACKED else {"weight", "weight_scale"}
+    needed = (
+        {"weight_packed", "weight_scale", "weight_shape"} if group["format"] == PACKED else {"weight", "weight_scale"}
+    )
     if found.keys() - set(PARTS) or needed - found.keys():
         raise ValueError(f"{name}: {group['format']} needs {sorted(needed)} and knows {PARTS}, got {sorted(found)}.")
     weights, is_table = group["weights"], isinstance(module, nn.Embedding)
@@ -40,6 +42,9 @@ def convert_module(name: str, module: nn.Module, group: dict, state: dict[str, T
     words = _words(name, found, bits, N, K)
     zeros = _zero_points(name, found.get("weight_zero_point"), bits, N, G)
     is_symmetric = zeros is None or bool((zeros == 2 ** (bits - 1)).all())
+    said = weights.get("symmetric", is_symmetric)
+    if not isinstance(said, bool) or (said and not is_symmetric) or (not said and zeros is None):
+        raise ValueError(f"{name} has {'no' if zeros is None else 'other'} zero points than symmetric={said!r} says.")
     g_idx = _order(name, found.get("weight_g_idx"), K, G)
     if is_table and (g_idx is not None or group.get("input_activations")):
         raise ValueError(f"{name} is a {type(module).__name__}: act-order and quantized inputs are for linear layers.")

@@ -4,7 +4,6 @@ config.json says in `config_groups` which modules are stored how; `compressed_te
 Format and configuration: https://github.com/vllm-project/compressed-tensors
 """
 
-import re
 from pathlib import Path
 
 import torch
@@ -12,9 +11,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from hf_compress.checkpoint.tensors import read_headers
+from hf_compress.checkpoint.tensors import read_headers, unexplained
 from hf_compress.formats.compressed_tensors.modules import PACKED, UNPACKED, convert_module
-from hf_compress.formats.foreign import find_folder, model_class
+from hf_compress.formats.foreign import find_folder, matches, model_class, telling
 from hf_compress.layers.scheme import check_bits
 from hf_compress.model.record import QUANT_METHOD, VERSION, find_name, stored_name
 
@@ -33,10 +32,11 @@ def load_compressed_tensors(folder_or_id: str | Path, **kwargs) -> PreTrainedMod
     fit together.
     """
     folder = find_folder(folder_or_id)
-    config = AutoConfig.from_pretrained(folder)
+    with telling(folder):
+        config = AutoConfig.from_pretrained(folder)
     settings = _settings(config, folder)
     kind = model_class(config, folder)
-    with torch.device("meta"):
+    with telling(folder), torch.device("meta"):
         empty = kind(config)
     state = _tensors(folder)
     names = sorted({key.rpartition(".")[0] for key in state if key.endswith((".weight_packed", ".weight_scale"))})
@@ -53,7 +53,10 @@ def load_compressed_tensors(folder_or_id: str | Path, **kwargs) -> PreTrainedMod
         group = _group_of(own_name, module, settings)
         bits[stored_name(empty, name)] = convert_module(name, module, group, state).to_dict()
     config.quantization_config = {"quant_method": QUANT_METHOD, "version": VERSION, "bits": bits}
-    model = kind.from_pretrained(None, config=config, state_dict=state, **kwargs)
+    with telling(folder):
+        model = kind.from_pretrained(None, config=config, state_dict=state, **kwargs)
+    if left := unexplained(model, state, ()):
+        raise ValueError(f"{folder} holds {left[0]!r}, of which its config says nothing ({len(left)} such tensors).")
     model.config.name_or_path = str(folder_or_id)
     if model.can_generate() and (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -67,10 +70,10 @@ def _settings(config: PretrainedConfig, folder: Path) -> dict:
         raise ValueError(
             f"{folder} was quantized by {settings.get('quant_method')!r}; load_compressed_tensors reads {METHOD!r}."
         )
-    sparsity = (settings.get("sparsity_config") or {}).get("format", "dense")
+    sparsity = _mapping(settings, "sparsity_config").get("format", "dense")
     unread = {
         "kv_cache_scheme": settings.get("kv_cache_scheme"),
-        "transform_config": (settings.get("transform_config") or {}).get("config_groups"),
+        "transform_config": _mapping(settings, "transform_config").get("config_groups"),
         "sparsity_config": None if sparsity == "dense" else sparsity,
         "moe_sparsity_config": settings.get("moe_sparsity_config"),
     }
@@ -78,6 +81,14 @@ def _settings(config: PretrainedConfig, folder: Path) -> dict:
         if value:
             raise ValueError(f"{folder} has a {key}, which is not read: {value!r}. Load it with Transformers.")
     return settings
+
+
+def _mapping(settings: dict, name: str) -> dict:
+    """An entry that is a mapping or not there. Raises ValueError for anything else."""
+    value = settings.get(name)
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"{name} must be a mapping, got {value!r}.")
+    return value or {}
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
@@ -91,17 +102,22 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
 
 def _group_of(name: str, module: nn.Module, settings: dict) -> dict:
     """The entry of `config_groups` that says how `name` is stored: by exact name, else by pattern, else by class."""
-    groups = settings.get("config_groups") or {}
+    groups = _mapping(settings, "config_groups")
     if not all(isinstance(group, dict) for group in groups.values()):
         raise ValueError(f"config_groups must spell their schemes out, got {groups!r}.")
-    targets = {target: group for group in groups.values() for target in group["targets"]}
+    targets = {}
+    for group in groups.values():
+        if not isinstance(group.get("targets"), list) or not all(isinstance(t, str) for t in group["targets"]):
+            raise ValueError(f"config_groups must have targets, a list of names, got {group.get('targets')!r}.")
+        targets |= dict.fromkeys(group["targets"], group)
     patterns = sorted(target for target in targets if target.startswith("re:"))
-    found = [name] + [target for target in patterns if re.match(target.removeprefix("re:"), name)]
+    found = [name] + [target for target in patterns if matches(target.removeprefix("re:"), name)]
     found = [target for target in (*found, *(kind.__name__ for kind in type(module).__mro__)) if target in targets]
     if not found:
         raise ValueError(f"{name} is packed in the file, but none of the targets {sorted(targets)} means it.")
     group = targets[found[0]]
-    weights, layout = group.get("weights") or {}, group.get("format") or settings.get("format")
+    weights, layout = _mapping(group, "weights"), group.get("format") or settings.get("format")
+    _mapping(group, "input_activations")
     strategy, width = weights.get("strategy"), weights.get("num_bits")
     if layout not in (PACKED, *UNPACKED) or weights.get("type") != "int":
         raise ValueError(
