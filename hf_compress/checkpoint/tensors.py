@@ -7,6 +7,7 @@ have. After: no tensor is left that no file filled, none holds NaN or infinity.
 import inspect
 import re
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -33,7 +34,10 @@ class Stored(NamedTuple):
 
 def read_headers(files: list[str]) -> dict[str, Stored]:
     """Every tensor of the files by its name. Raises ValueError, naming the file, for one that is no safetensors."""
-    found = {}
+    found, folders = {}, {Path(path).parent for path in files}
+    for folder in folders:
+        if len(folders) > 1 or (folder.name == ".." and not (folder / "config.json").is_file()):
+            raise ValueError(f"The index of a checkpoint names files outside its folder: {', '.join(map(str, files))}.")
     for path in map(str, files):
         if not path.endswith(".safetensors"):
             raise ValueError(f"A compressed checkpoint is read from safetensors files only, got {path}.")

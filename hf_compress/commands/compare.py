@@ -7,10 +7,11 @@ from typing import Any
 
 from hf_compress.commands.parser import Parser, add_options
 from hf_compress.commands.run import add_shared, command_line, shared_arguments
+from hf_compress.files.output import Output
 from hf_compress.recipe.data import DataOptions, RecipeData
 from hf_compress.recipe.evaluate import EvaluateOptions, evaluate
 from hf_compress.recipe.options import RecipeError, build
-from hf_compress.recipe.recipe import Recipe, task_of
+from hf_compress.recipe.recipe import REPORT_FILES, Recipe, task_of
 
 
 def run(verb: str, arguments: list[str]) -> int:
@@ -22,6 +23,8 @@ def run(verb: str, arguments: list[str]) -> int:
     if not shared["data"].get("source"):
         raise RecipeError("--data must be given: the texts that models are compared on.")
     output = Path(given["output"])
+    with Output(output, shared=True) as place:
+        place.check(REPORT_FILES)  # before minutes are spent
     models = {}
     for written in given["models"]:
         name, sources = named(written)

@@ -27,16 +27,11 @@ class Output:
         self.folder, self.shared = Path(folder), shared
         self._lock = FileLock(self.folder / LOCK)
         self._ours: dict[str, list[str]] = {}
+        self._is_alone = not shared  # whether the folder is all ours; what a manifest says counts
 
     def __enter__(self) -> "Output":
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            found = sorted(path.name for path in self.folder.iterdir() if path.name != LOCK)
-            if found and MANIFEST not in found and not self.shared:
-                raise ValueError(
-                    f"{self.folder} holds {_listed(found)}, which hf_compress did not write there. Choose another "
-                    "output, a new or empty folder, so that nothing is lost."
-                )
             self._lock.acquire(timeout=0)
         except Timeout:
             raise ValueError(
@@ -47,8 +42,15 @@ class Output:
                 f"Nothing can be written to {self.folder}: {error.strerror}. Choose another output."
             ) from None
         try:
-            self._ours = self._read()
-            remove_leftovers(self.folder)
+            self._read()
+            found = sorted(path.name for path in self.folder.iterdir() if path.name not in (LOCK, MANIFEST))
+            if found and not self._is_alone and not self.shared:
+                raise ValueError(
+                    f"{self.folder} holds {_listed(found)}, which hf_compress did not write there. Choose another "
+                    "output, a new or empty folder, so that nothing is lost."
+                )
+            if self._is_alone:
+                remove_leftovers(self.folder)
             self._announce({})
         except BaseException:
             self._lock.release()
@@ -58,17 +60,19 @@ class Output:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._lock.release()
 
-    def _read(self) -> dict[str, list[str]]:
+    def _read(self) -> None:
         file = self.folder / MANIFEST
         if not file.is_file():
-            return {}
+            self._is_alone = not self.shared and all(path.name == LOCK for path in self.folder.iterdir())
+            return
         try:
-            ours = json.loads(file.read_text(encoding="utf-8"))["files"]
-            if all(isinstance(digests, list) for digests in ours.values()):
-                return ours
+            manifest = json.loads(file.read_text(encoding="utf-8"))
+            self._ours, self._is_alone = manifest["files"], manifest["is_alone"] is True
+            is_whole = all(isinstance(digests, list) for digests in self._ours.values())
         except (ValueError, KeyError, TypeError, AttributeError):
-            pass
-        raise ValueError(f"{file} cannot be read, so nothing here is known to be ours. Choose another output.")
+            is_whole = False
+        if not is_whole:
+            raise ValueError(f"{file} cannot be read, so nothing here is known to be ours. Choose another output.")
 
     def check(self, names: Iterable[str]) -> None:
         """Raise ValueError if a file, or one in a folder, of these names is not as we left it."""
@@ -92,13 +96,15 @@ class Output:
         return bool(digests) and path.is_file() and not path.is_symlink() and file_digest(path) in digests
 
     def _announce(self, digests: Mapping[str, str]) -> None:
-        """Before it is written: with the digest of what is there now, so that a kill leaves either known as ours."""
+        """Say what comes, with the digest of what is there now: a kill leaves either of them known as ours."""
         there = {name: old for name, old in self._ours.items() if (self.folder / name).is_file()}
         for name, digest in digests.items():
             old = [file_digest(self.folder / name)] if name in there else []
             there[name] = list(dict.fromkeys([*old, digest]))
         self._ours = there
-        write_whole(self.folder / MANIFEST, json.dumps({"version": 1, "files": there}, indent=1))
+        write_whole(
+            self.folder / MANIFEST, json.dumps({"version": 1, "is_alone": self._is_alone, "files": there}, indent=1)
+        )
 
     def write(self, files: Mapping[str, str | bytes | Path]) -> None:
         """Write texts (as UTF-8), bytes and copies of files, each whole or not at all.

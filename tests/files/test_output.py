@@ -77,7 +77,9 @@ def test_one_process_at_a_time(made):
         output.write({"report.md": "two"})
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"files": {"a": 3}}', '{"files": 3}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"files": {"a": 3}, "is_alone": true}', '{"files": 3, "is_alone": true}', "{}"]
+)
 def test_a_manifest_that_cannot_be_read_makes_nothing_ours(text, made):
     (made / MANIFEST).write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match="cannot be read"):
@@ -112,6 +114,19 @@ def test_a_shared_folder_takes_files_beside_those_of_others(tmp_path):
         with pytest.raises(ValueError, match="report.csv"):
             output.write({"report.md": "two", "report.csv": "two"})
     assert (tmp_path / "report.md").read_bytes() == b"one", "refused before anything is written"
+    (tmp_path / ".mine.writing").write_bytes(b"mine")
+    with pytest.raises(ValueError, match="holds .mine.writing, notes.txt, report.csv, report.md, which"):
+        Output(tmp_path).__enter__()
+    with Output(tmp_path, shared=True) as output:
+        output.write({"report.md": "two"})
+    assert (tmp_path / ".mine.writing").is_file()
+
+
+def test_a_report_among_the_results_of_a_run_leaves_them_ours(made):
+    with Output(made, shared=True) as output:
+        output.write({"report.csv": "one"})
+    with Output(made) as output:
+        output.write({"report.csv": "two", "report.md": "two"})
 
 
 def test_nothing_is_written_through_a_link(tmp_path):

@@ -10,6 +10,7 @@ import hf_compress as hfc
 from hf_compress.formats.foreign import matches
 from scripts.checks.checkpoints import bert
 
+ENDLESS = r"(.|\w)*(.|\w)*(.|\w)*(.|\w)*[0-9]$"  # a name of n letters can be cut in n^4 ways
 DENSE = "bert.encoder.layer.0.output.dense"
 
 
@@ -29,7 +30,7 @@ def settings_of(folder, **changes):
     ({"dynamic": {f"+:^{DENSE}": {"bits": 2}}}, "has bits 4 by its tensors, and 2"),
     ({"dynamic": [1]}, "`dynamic` must map"),
     ({"dynamic": {"+:((": {"bits": 4}}}, "is no pattern of module names"),
-    ({"dynamic": {"+:(.*)*(.*)*(.*)*x$": {}}}, "takes too long"),
+    ({"dynamic": {f"+:{ENDLESS}": {}}}, "takes too long"),
     ({"checkpoint_format": 3}, "has the GPTQ format 3"),
     ({"sym": True}, "is not what the config says with sym=True"),
 ], ids=str)  # fmt: skip
@@ -59,7 +60,7 @@ def group(**changes):
 
 
 @pytest.mark.parametrize("change, message", [
-    (group(targets=["re:((a|.)*)*$x"]), "takes too long"),
+    (group(targets=[f"re:{ENDLESS}"]), "takes too long"),
     (group(targets=["re:(("]), "is no pattern"),
     (group(targets="Linear"), "must have targets, a list"),
     (group(targets=[["Linear"]]), "must have targets, a list"),
@@ -87,10 +88,8 @@ def test_compressed_tensors_that_nothing_speaks_of(name, tmp_path):
         hfc.load_compressed_tensors(tmp_path)
 
 
-@pytest.mark.parametrize("pattern", [r"(a+)+$", r"((a|aa)+)+$", r"(.*a){20}$", r"^(\w+\s?)*$"], ids=str)
+@pytest.mark.parametrize("pattern", [ENDLESS, r"re:(.|.)*(.|.)*(.|.)*(.|.)*\d$", r"(\w|.|\w)*(\w|.)*(.|\w)*(.|.)*4$"])
 def test_a_pattern_that_never_ends_is_ended(pattern, monkeypatch):
     monkeypatch.setattr("hf_compress.formats.foreign.PATTERN_SECONDS", 0.05)
-    try:
-        assert isinstance(matches(pattern, "a" * 60 + "!"), bool)  # a clever engine sees through some
-    except ValueError as error:
-        assert "takes too long" in str(error)
+    with pytest.raises(ValueError, match="takes too long"):
+        matches(pattern.removeprefix("re:"), "a4" * 40 + "!")

@@ -85,6 +85,19 @@ def test_a_size_is_believed_only_if_the_file_has_it(folder):
         load(folder)
 
 
+def test_an_index_that_leads_out_of_the_folder_is_refused(tmp_path):
+    folder = tmp_path / "model"
+    hfc.quantize(bert(), {QUERY: 4}, group_size=16).save_pretrained(folder, max_shard_size="20KB")
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text(encoding="utf-8"))
+    first = sorted(set(content["weight_map"].values()))[0]
+    (folder / first).rename(tmp_path / first)
+    content["weight_map"] = {k: v.replace(first, f"../{first}") for k, v in content["weight_map"].items()}
+    index.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match="names files outside its folder"):
+        load(folder)
+
+
 def edit(folder, change) -> None:
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
