@@ -1,7 +1,6 @@
 """Processes of their own give the same figures as one process, in turns."""
 
 import os
-import signal
 
 import pytest
 from helpers import tiny_model
@@ -51,7 +50,8 @@ def test_an_interruption_ends_the_processes_and_is_not_theirs(tmp_path, capfd):
         pytest.raises(KeyboardInterrupt),
         isolated.Worker(tmp_path, sequence_length=8, dtype=None, device=None) as worker,
     ):
-        assert os.getsid(worker.process.pid) == worker.process.pid, "Ctrl-C does not reach it"
+        if hasattr(os, "getsid"):
+            assert os.getsid(worker.process.pid) == worker.process.pid, "Ctrl-C does not reach it"
         raise KeyboardInterrupt  # before it has answered
-    assert worker.process.returncode == -signal.SIGKILL
+    assert worker.process.returncode not in (None, 0)
     assert "Traceback" not in capfd.readouterr().err

@@ -26,7 +26,8 @@ def check_manifest(file: Path, manifest: Mapping[str, Any]) -> None:
         "is_complete": lambda v: isinstance(v, bool),
         "shards": lambda v: isinstance(v, dict) and all(is_shard(name, entry) for name, entry in v.items()),
         "teacher": lambda v: isinstance(v, dict) and is_text(v.get("fingerprint")) and is_text(v.get("class"))
-        and (v.get("config") is None or isinstance(v["config"], dict)),
+        and "config" in v
+        and (v["config"] is None or (isinstance(v["config"], dict) and is_text(v["config"].get("model_type")))),
         "tokenizer": lambda v: v is None or is_text(v),
         "inputs": lambda v: is_texts(v) and bool(v),
         "top_k": lambda v: v is None or _is_count(v),
@@ -52,7 +53,7 @@ def check_shard(file: Path, shard: Mapping[str, Tensor], stored: Mapping[str, st
     needed = {"keys", *stored, *(f"{side}_lengths" for side in ("input", "decoder") if side in stored.values())}
     if missing := sorted(needed - shard.keys()):
         raise ValueError(f"{file} lacks {', '.join(missing)}, which its manifest says it has: the cache is damaged.")
-    examples = len(shard["keys"])
+    examples = shard["keys"].numel()
     for name in needed:
         side = stored.get(name, "example")
         rows = examples if side == "example" else int(shard[f"{side}_lengths"].sum())
