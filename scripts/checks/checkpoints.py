@@ -25,6 +25,7 @@ from transformers import (
 
 import hf_compress as hfc
 from hf_compress.checkpoint.bits import settle_bits
+from hf_compress.layers.packed_linear import PackedLinear
 
 LAYER = "bert.encoder.layer.0"
 TOKENS = torch.arange(12).reshape(2, 6)
@@ -37,18 +38,25 @@ def bert(**changes):
     return BertForSequenceClassification(BertConfig(**sizes, **changes)).eval()
 
 
+def stored_as(model: PreTrainedModel, name: str, **changes) -> PreTrainedModel:
+    """Changes `model`: the integers of a packed layer under another scheme; with desc_act columns turn round."""
+    old = model.get_submodule(name)
+    new = PackedLinear.like(old, dataclasses.replace(old.scheme, **changes))
+    new.qweight, new.scales, new.qzeros = old.qweight, old.scales, old.qzeros
+    if new.scheme.desc_act:
+        new.g_idx = torch.arange(new.in_features, dtype=torch.int32).flip(0) // (new.in_features // len(new.scales))
+    model.set_submodule(name, new)
+    settle_bits(model)
+    return model
+
+
 def packed():
     """2, 3, 4 and 8 bit, act-order, calibrated inputs and an embedding."""
     bits = {f"{LAYER}.attention.self.query": 2, f"{LAYER}.attention.self.key": 3, f"{LAYER}.attention.self.value": 4,
             f"{LAYER}.output.dense": 8, "bert.embeddings.word_embeddings": 4}  # fmt: skip
     model = hfc.quantize(bert(), bits, group_size=16)
-    query = model.get_submodule(f"{LAYER}.attention.self.query")
-    query.scheme = dataclasses.replace(query.scheme, desc_act=True)
-    query.g_idx = torch.arange(32, dtype=torch.int32).flip(0) // 16
-    output = model.get_submodule(f"{LAYER}.output.dense")
-    output.scheme = dataclasses.replace(output.scheme, activation_bits=8, activation_range=(-2.0, 3.0))
-    settle_bits(model)
-    return model
+    stored_as(model, f"{LAYER}.attention.self.query", desc_act=True)
+    return stored_as(model, f"{LAYER}.output.dense", activation_bits=8, activation_range=(-2.0, 3.0))
 
 
 def cut():

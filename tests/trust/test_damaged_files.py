@@ -1,6 +1,5 @@
 """Files from strangers: what is damaged or hostile is refused by name, and nothing of it is run or believed."""
 
-import dataclasses
 import inspect
 import json
 from contextlib import nullcontext
@@ -13,12 +12,11 @@ from safetensors.torch import load_file, save_file
 from transformers import BertForMaskedLM, core_model_loading
 
 import hf_compress as hfc
-from hf_compress.checkpoint.bits import settle_bits
 from hf_compress.layers.packed_linear import PackedLinear
 from hf_compress.layers.scheme import WeightScheme
 
 pytest.importorskip("resource", reason="scripts/checks/fuzz.py bounds what it runs: not on Windows")
-from scripts.checks.checkpoints import CHECKPOINTS, bert  # noqa: E402
+from scripts.checks.checkpoints import CHECKPOINTS, bert, stored_as  # noqa: E402
 from scripts.checks.damage import Bomb  # noqa: E402
 from scripts.checks.fuzz import fuzz_apart  # noqa: E402
 
@@ -107,14 +105,14 @@ def edit(folder, change) -> None:
 
 ENTRY = QUERY.removeprefix("bert.")
 EDITS = {  # each of them gave another model, in silence
-    "symmetric": (dict(bits=4, group_size=16), lambda r: r["bits"][ENTRY].update(symmetric=True)),
+    "symmetric": (dict(bits=4), lambda r: r["bits"][ENTRY].update(symmetric=True)),
     "no-order": (dict(bits=4, desc_act=True), lambda r: r["bits"][ENTRY].pop("desc_act")),
     "no-activation-bits": (dict(bits=8, activation_bits=8), lambda r: r["bits"][ENTRY].pop("activation_bits")),
     "other-range": (
-        dict(bits=8, activation_range=(-2.0, 3.0)),
+        dict(bits=8, activation_bits=8, activation_range=(-2.0, 3.0)),
         lambda r: r["bits"][ENTRY].update(activation_range=[-1, 3]),
     ),
-    "not-packed": (dict(bits=4, group_size=16), lambda r: r["bits"].pop(ENTRY)),
+    "not-packed": (dict(bits=4), lambda r: r["bits"].pop(ENTRY)),
 }
 
 
@@ -122,15 +120,7 @@ EDITS = {  # each of them gave another model, in silence
 @pytest.mark.parametrize("is_signed", [True, False], ids=["with-digest", "of-an-earlier-version"])
 def test_an_edited_record_is_refused(scheme, change, is_signed, tmp_path):
     model = hfc.quantize(bert(), {QUERY: scheme["bits"], "classifier": 8}, group_size=16)
-    layer = model.get_submodule(QUERY)
-    if scheme.get("desc_act"):
-        layer.g_idx = torch.arange(32, dtype=torch.int32) % 2
-    if "activation_range" in scheme:
-        scheme = {**scheme, "activation_bits": 8}
-    layer.scheme = dataclasses.replace(
-        layer.scheme, **{k: v for k, v in scheme.items() if k not in ("bits", "group_size")}
-    )
-    settle_bits(model)
+    stored_as(model, QUERY, **{name: value for name, value in scheme.items() if name != "bits"})
     model.save_pretrained(tmp_path)
     load(tmp_path)
     edit(tmp_path, change)
