@@ -14,7 +14,9 @@ FOLDER=${FOLDER:-build/versions}
 mkdir -p "$FOLDER"
 
 find_python() {  # 3.10 -> an interpreter of it
-    command -v "python$1" 2>/dev/null || ls -d "$HOME"/.pyenv/versions/"$1"*/bin/python 2>/dev/null | tail -n 1
+    for found in $(command -v "python$1") "$HOME"/.pyenv/versions/"$1".*/bin/python; do
+        "$found" -c '' 2>/dev/null && echo "$found" && return
+    done
 }
 
 install() {  # folder, python, torch, transformers
@@ -23,9 +25,9 @@ install() {  # folder, python, torch, transformers
     interpreter=$(find_python "$2")
     [ -n "$interpreter" ] || { echo "no Python $2 here" >&2; return 1; }
     rm -rf "$1"
-    "$interpreter" -m venv "$1"
-    "$1/bin/python" -m pip install --quiet --no-cache-dir "torch==$3" "transformers==$4" --editable '.[test]'
-    touch "$1/.installed"
+    "$interpreter" -m venv "$1" &&
+        "$1/bin/python" -m pip install --quiet --no-cache-dir "torch==$3" "transformers==$4" --editable '.[test]' &&
+        touch "$1/.installed"
 }
 
 run() {  # folder: the last line of pytest, kept beside the environment

@@ -143,6 +143,15 @@ def test_cases_have_distinct_names_and_every_release_its_reviewed_numbers(gate):
     assert all(set(golden) == set(keys) for golden in GOLDEN.values())
 
 
+def test_the_triton_that_is_installed_is_one_that_a_pytorch_ships(gate):
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = dict(line.partition(";")[0].strip().split("==") for line in lines if "==" in line.partition(";")[0])
+    ships = {"2.11": "3.6", "2.13": "3.7", "2.14": "3.8"}
+    torch_release, triton_release = (".".join(pinned[name].split(".")[:2]) for name in ("torch", "triton"))
+    assert ships[torch_release] == triton_release
+    assert triton_release in gate.DIFFERENCES
+
+
 def test_cache_key_follows_the_configuration(gate, code):
     case = gate.all_cases()[0]
     assert code.fingerprint(case) == code.fingerprint(gate.all_cases()[0])

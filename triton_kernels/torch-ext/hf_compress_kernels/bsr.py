@@ -8,10 +8,10 @@ from torch import Tensor
 
 from ._ops import add_op_namespace_prefix
 from .blocks import BlockSparseWeight, bsr_to_dense, gather_blocks
-from .dispatch import INTERPRET, check_same_device, float_accumulator, on_device, require_triton
+from .dispatch import TRITON_DEVICES, check_same_device, float_accumulator, on_device, require_triton
 
 
-@torch.library.custom_op(add_op_namespace_prefix("bsr_linear"), mutates_args=(), device_types="cuda")
+@torch.library.custom_op(add_op_namespace_prefix("bsr_linear"), mutates_args=())
 def _bsr_linear(
     x: Tensor,
     bias: Optional[Tensor],
@@ -24,12 +24,17 @@ def _bsr_linear(
     out_features: int,
     in_features: int,
 ) -> Tensor:
+    weight = BlockSparseWeight(values, crow, col, crow_t, col_t, perm_t, out_features, in_features)
+    return _linear_reference(x, weight, bias)
+
+
+@_bsr_linear.register_kernel(TRITON_DEVICES)
+def _(x, bias, *sparse) -> Tensor:
     require_triton("bsr_linear")
     from .bsr_launch import launch_linear
 
-    weight = BlockSparseWeight(values, crow, col, crow_t, col_t, perm_t, out_features, in_features)
     with on_device(x):
-        return launch_linear(x, weight, bias)
+        return launch_linear(x, BlockSparseWeight(*sparse), bias)
 
 
 def _linear_reference(x: Tensor, weight: BlockSparseWeight, bias: Optional[Tensor]) -> Tensor:
@@ -38,22 +43,12 @@ def _linear_reference(x: Tensor, weight: BlockSparseWeight, bias: Optional[Tenso
     return F.linear(x.to(compute), bsr_to_dense(weight).to(compute), bias).to(x.dtype)
 
 
-@_bsr_linear.register_kernel("cpu")
-def _(x, bias, *sparse) -> Tensor:
-    weight = BlockSparseWeight(*sparse)
-    if INTERPRET:
-        from .bsr_launch import launch_linear
-
-        return launch_linear(x, weight, bias)
-    return _linear_reference(x, weight, bias)
-
-
 @_bsr_linear.register_fake
 def _(x, bias, *sparse) -> Tensor:
     return x.new_empty(x.shape[0], BlockSparseWeight(*sparse).out_features)
 
 
-@torch.library.custom_op(add_op_namespace_prefix("bsr_linear_dx"), mutates_args=(), device_types="cuda")
+@torch.library.custom_op(add_op_namespace_prefix("bsr_linear_dx"), mutates_args=())
 def _bsr_linear_dx(
     grad: Tensor,
     values: Tensor,
@@ -65,11 +60,16 @@ def _bsr_linear_dx(
     out_features: int,
     in_features: int,
 ) -> Tensor:
+    return _dx_reference(grad, BlockSparseWeight(values, crow, col, crow_t, col_t, perm_t, out_features, in_features))
+
+
+@_bsr_linear_dx.register_kernel(TRITON_DEVICES)
+def _(grad, *sparse) -> Tensor:
     require_triton("bsr_linear")
     from .bsr_launch import launch_dx
 
     with on_device(grad):
-        return launch_dx(grad, BlockSparseWeight(values, crow, col, crow_t, col_t, perm_t, out_features, in_features))
+        return launch_dx(grad, BlockSparseWeight(*sparse))
 
 
 def _dx_reference(grad: Tensor, weight: BlockSparseWeight) -> Tensor:
@@ -77,23 +77,18 @@ def _dx_reference(grad: Tensor, weight: BlockSparseWeight) -> Tensor:
     return (grad.to(compute) @ bsr_to_dense(weight).to(compute)).to(grad.dtype)
 
 
-@_bsr_linear_dx.register_kernel("cpu")
-def _(grad, *sparse) -> Tensor:
-    weight = BlockSparseWeight(*sparse)
-    if INTERPRET:
-        from .bsr_launch import launch_dx
-
-        return launch_dx(grad, weight)
-    return _dx_reference(grad, weight)
-
-
 @_bsr_linear_dx.register_fake
 def _(grad, *sparse) -> Tensor:
     return grad.new_empty(grad.shape[0], BlockSparseWeight(*sparse).in_features)
 
 
-@torch.library.custom_op(add_op_namespace_prefix("bsr_linear_dw"), mutates_args=(), device_types="cuda")
+@torch.library.custom_op(add_op_namespace_prefix("bsr_linear_dw"), mutates_args=())
 def _bsr_linear_dw(grad: Tensor, x: Tensor, values: Tensor, crow: Tensor, col: Tensor) -> Tensor:
+    return _dw_reference(grad, x, values, crow, col)
+
+
+@_bsr_linear_dw.register_kernel(TRITON_DEVICES)
+def _(grad, x, values, crow, col) -> Tensor:
     require_triton("bsr_linear")
     from .bsr_launch import launch_dw
 
@@ -105,15 +100,6 @@ def _dw_reference(grad, x, values, crow, col) -> Tensor:
     compute = float_accumulator(x.dtype)
     num_blocks, *block_size = values.shape
     return gather_blocks(grad.to(compute).t() @ x.to(compute), crow, col, num_blocks, block_size).to(values.dtype)
-
-
-@_bsr_linear_dw.register_kernel("cpu")
-def _(*args) -> Tensor:
-    if INTERPRET:
-        from .bsr_launch import launch_dw
-
-        return launch_dw(*args)
-    return _dw_reference(*args)
 
 
 @_bsr_linear_dw.register_fake

@@ -1,4 +1,7 @@
-"""Which body of an operator runs: Triton, or the plain PyTorch reference."""
+"""Which body of an operator runs: Triton on GPUs of CUDA and ROCm, elsewhere the PyTorch reference.
+
+The reference is what an operator is defined by, so any other device (MPS, XPU, one that is yet to come) runs it.
+"""
 
 import importlib.util
 import os
@@ -10,6 +13,7 @@ from torch import Tensor
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Triton decides at import whether its kernels run in the interpreter, so this is read once as well.
 INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
+TRITON_DEVICES = ("cuda", "cpu") if INTERPRET else ("cuda",)
 
 
 def require_triton(op_name: str) -> None:

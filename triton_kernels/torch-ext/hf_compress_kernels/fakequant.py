@@ -13,11 +13,16 @@ import torch
 from torch import Tensor
 
 from ._ops import add_op_namespace_prefix
-from .dispatch import INTERPRET, check_same_device, float_accumulator, on_device, require_triton
+from .dispatch import TRITON_DEVICES, check_same_device, float_accumulator, on_device, require_triton
 
 
-@torch.library.custom_op(add_op_namespace_prefix("fake_quant"), mutates_args=(), device_types="cuda")
+@torch.library.custom_op(add_op_namespace_prefix("fake_quant"), mutates_args=())
 def _fake_quant(x: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int, group_size: int) -> Tensor:
+    return _reference(x, scale, zero, qmin, qmax, group_size)
+
+
+@_fake_quant.register_kernel(TRITON_DEVICES)
+def _(x, scale, zero, qmin, qmax, group_size) -> Tensor:
     if x.dtype == torch.float64:
         return _reference(x, scale, zero, qmin, qmax, group_size)
     require_triton("fake_quant")
@@ -25,15 +30,6 @@ def _fake_quant(x: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int, gr
 
     with on_device(x):
         return launch_fake_quant(x, scale, zero, qmin, qmax, group_size)
-
-
-@_fake_quant.register_kernel("cpu")
-def _(x, scale, zero, qmin, qmax, group_size) -> Tensor:
-    if INTERPRET and x.dtype != torch.float64:
-        from .fakequant_launch import launch_fake_quant
-
-        return launch_fake_quant(x, scale, zero, qmin, qmax, group_size)
-    return _reference(x, scale, zero, qmin, qmax, group_size)
 
 
 def _reference(x: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int, group_size: int) -> Tensor:
@@ -47,10 +43,15 @@ def _(x, scale, zero, qmin, qmax, group_size) -> Tensor:
     return torch.empty_like(x)
 
 
-@torch.library.custom_op(add_op_namespace_prefix("fake_quant_grad"), mutates_args=(), device_types="cuda")
+@torch.library.custom_op(add_op_namespace_prefix("fake_quant_grad"), mutates_args=())
 def _fake_quant_grad(
     grad: Tensor, x: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int, group_size: int
 ) -> Tuple[Tensor, Tensor]:
+    return _grad_reference(grad, x, scale, zero, qmin, qmax, group_size)
+
+
+@_fake_quant_grad.register_kernel(TRITON_DEVICES)
+def _(grad, x, scale, zero, qmin, qmax, group_size) -> Tuple[Tensor, Tensor]:
     if x.dtype == torch.float64:
         return _grad_reference(grad, x, scale, zero, qmin, qmax, group_size)
     require_triton("fake_quant")
@@ -58,15 +59,6 @@ def _fake_quant_grad(
 
     with on_device(grad):
         return launch_grad(grad, x, scale, zero, qmin, qmax, group_size)
-
-
-@_fake_quant_grad.register_kernel("cpu")
-def _(grad, x, scale, zero, qmin, qmax, group_size) -> Tuple[Tensor, Tensor]:
-    if INTERPRET and x.dtype != torch.float64:
-        from .fakequant_launch import launch_grad
-
-        return launch_grad(grad, x, scale, zero, qmin, qmax, group_size)
-    return _grad_reference(grad, x, scale, zero, qmin, qmax, group_size)
 
 
 def _grad_reference(grad, x, scale, zero, qmin, qmax, group_size) -> Tuple[Tensor, Tensor]:

@@ -10,24 +10,11 @@ import torch
 from torch import Tensor
 
 from ._ops import add_op_namespace_prefix
-from .dispatch import INTERPRET, check_same_device, on_device, require_triton
+from .dispatch import TRITON_DEVICES, check_same_device, on_device, require_triton
 
 
-@torch.library.custom_op(add_op_namespace_prefix("gptq_quantize_block"), mutates_args=(), device_types="cuda")
+@torch.library.custom_op(add_op_namespace_prefix("gptq_quantize_block"), mutates_args=())
 def _gptq_quantize_block(weight: Tensor, hinv: Tensor, scale: Tensor, zero: Tensor, maxq: int) -> Tuple[Tensor, Tensor]:
-    require_triton("gptq_quantize_block")
-    from .gptq_launch import launch_quantize_block
-
-    with on_device(weight):
-        return launch_quantize_block(weight, hinv, scale, zero, maxq)
-
-
-@_gptq_quantize_block.register_kernel("cpu")
-def _(weight, hinv, scale, zero, maxq) -> Tuple[Tensor, Tensor]:
-    if INTERPRET:
-        from .gptq_launch import launch_quantize_block
-
-        return launch_quantize_block(weight, hinv, scale, zero, maxq)
     W = weight.clone()  # (N, B)
     B = W.shape[1]
     q = torch.empty_like(W, dtype=torch.uint8)
@@ -39,6 +26,15 @@ def _(weight, hinv, scale, zero, maxq) -> Tuple[Tensor, Tensor]:
         W[:, i:] -= err[:, i, None] * hinv[i, i:]
         q[:, i] = q_i.to(torch.uint8)
     return q, err
+
+
+@_gptq_quantize_block.register_kernel(TRITON_DEVICES)
+def _(weight, hinv, scale, zero, maxq) -> Tuple[Tensor, Tensor]:
+    require_triton("gptq_quantize_block")
+    from .gptq_launch import launch_quantize_block
+
+    with on_device(weight):
+        return launch_quantize_block(weight, hinv, scale, zero, maxq)
 
 
 @_gptq_quantize_block.register_fake

@@ -19,8 +19,13 @@ def quantize_tokens(x: Tensor) -> "tuple[Tensor, Tensor]":
     return torch.where(scale > 0, x / scale, torch.zeros_like(x)).round().to(torch.int8), scale
 
 
-@torch.library.custom_op(add_op_namespace_prefix("w8a8_linear"), mutates_args=(), device_types="cuda")
+@torch.library.custom_op(add_op_namespace_prefix("w8a8_linear"), mutates_args=())
 def _w8a8_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Optional[Tensor]) -> Tensor:
+    return reference.w8a8_linear(x, qweight, scale, bias)
+
+
+@_w8a8_linear.register_kernel("cuda")
+def _(x: Tensor, qweight: Tensor, scale: Tensor, bias: Optional[Tensor]) -> Tensor:
     q, x_scale = quantize_tokens(x)
     M, K = q.shape
     N = qweight.shape[0]
@@ -30,11 +35,6 @@ def _w8a8_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Optional[Tenso
     products = torch._int_mm(padded, F.pad(qweight, (0, -K % 8, 0, -N % 8)).t())[:M, :N]  # int32
     y = products.float() * x_scale * scale.float()
     return (y if bias is None else y + bias.float()).to(x.dtype)
-
-
-@_w8a8_linear.register_kernel("cpu")
-def _(x: Tensor, qweight: Tensor, scale: Tensor, bias: Optional[Tensor]) -> Tensor:
-    return reference.w8a8_linear(x, qweight, scale, bias)
 
 
 @_w8a8_linear.register_fake

@@ -6,16 +6,21 @@ import torch
 from torch import Tensor
 
 from ._ops import add_op_namespace_prefix
-from .dispatch import INTERPRET, check_same_device, float_accumulator, on_device, require_triton
+from .dispatch import TRITON_DEVICES, check_same_device, float_accumulator, on_device, require_triton
 
 LOGITS_BYTES = 256 * 2**20  # of one float32 chunk of logits in `fused_linear_kl`
 LOWEST = -1e30  # logits below count as this, so that differences of two of them stay finite
 
 
-@torch.library.custom_op(add_op_namespace_prefix("kl_from_logits"), mutates_args=(), device_types="cuda")
+@torch.library.custom_op(add_op_namespace_prefix("kl_from_logits"), mutates_args=())
 def _kl_from_logits(
     student: Tensor, teacher: Tensor, mask: Optional[Tensor], temperature: float
 ) -> Tuple[Tensor, Tensor, Tensor]:
+    return _kl_reference(student, teacher, mask, temperature)
+
+
+@_kl_from_logits.register_kernel(TRITON_DEVICES)
+def _(student, teacher, mask, temperature) -> Tuple[Tensor, Tensor, Tensor]:
     if student.dtype == torch.float64:
         return _kl_reference(student, teacher, mask, temperature)
     require_triton("kl_from_logits")
@@ -35,22 +40,13 @@ def _kl_reference(
     return _keep(loss * temperature**2, mask), lse_s, lse_t
 
 
-@_kl_from_logits.register_kernel("cpu")
-def _(student, teacher, mask, temperature) -> Tuple[Tensor, Tensor, Tensor]:
-    if INTERPRET and student.dtype != torch.float64:
-        from .kl_launch import launch_kl
-
-        return launch_kl(student, teacher, mask, temperature)
-    return _kl_reference(student, teacher, mask, temperature)
-
-
 @_kl_from_logits.register_fake
 def _(student, teacher, mask, temperature) -> Tuple[Tensor, Tensor, Tensor]:
     rows = student.new_empty(student.shape[0], dtype=float_accumulator(student.dtype))
     return rows, torch.empty_like(rows), torch.empty_like(rows)
 
 
-@torch.library.custom_op(add_op_namespace_prefix("kl_from_logits_grad"), mutates_args=(), device_types="cuda")
+@torch.library.custom_op(add_op_namespace_prefix("kl_from_logits_grad"), mutates_args=())
 def _kl_from_logits_grad(
     grad: Tensor,
     student: Tensor,
@@ -60,6 +56,11 @@ def _kl_from_logits_grad(
     mask: Optional[Tensor],
     temperature: float,
 ) -> Tensor:
+    return _grad_reference(grad, student, teacher, lse_s, lse_t, mask, temperature)
+
+
+@_kl_from_logits_grad.register_kernel(TRITON_DEVICES)
+def _(grad, student, teacher, lse_s, lse_t, mask, temperature) -> Tensor:
     if student.dtype == torch.float64:
         return _grad_reference(grad, student, teacher, lse_s, lse_t, mask, temperature)
     require_triton("kl_from_logits")
@@ -67,15 +68,6 @@ def _kl_from_logits_grad(
 
     with on_device(grad):
         return launch_grad(grad, student, teacher, lse_s, lse_t, mask, temperature)
-
-
-@_kl_from_logits_grad.register_kernel("cpu")
-def _(grad, student, teacher, lse_s, lse_t, mask, temperature) -> Tensor:
-    if INTERPRET and student.dtype != torch.float64:
-        from .kl_launch import launch_grad
-
-        return launch_grad(grad, student, teacher, lse_s, lse_t, mask, temperature)
-    return _grad_reference(grad, student, teacher, lse_s, lse_t, mask, temperature)
 
 
 def _grad_reference(grad, student, teacher, lse_s, lse_t, mask, temperature) -> Tensor:

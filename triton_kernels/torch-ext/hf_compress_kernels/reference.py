@@ -10,6 +10,7 @@ from .dispatch import float_accumulator
 from .packing import unpack_rows
 from .planes import TILE_N, PackedWeight, unpack_planes, unpack_sz
 
+EXACT_COLUMNS = 1024  # of 8-bit products that float32, the widest float of some devices, sums exactly: below 2^24
 ROWS_AT_ONCE = 1024  # output features dequantized together, to bound memory
 
 
@@ -48,7 +49,9 @@ def w8a8_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Optional[Tensor
     x = x.to(compute)
     x_scale = x.abs().amax(dim=1, keepdim=True) / 127  # (M, 1)
     q = torch.where(x_scale > 0, x / x_scale, torch.zeros_like(x)).round()
-    products = q.double() @ qweight.double().t()  # exact: below 2^53
+    columns = [slice(start, start + EXACT_COLUMNS) for start in range(0, x.shape[1], EXACT_COLUMNS)]
+    parts = [(q[:, part].float() @ qweight[:, part].float().t()).to(torch.int32) for part in columns]
+    products = torch.stack(parts).sum(0, dtype=torch.int32)
     y = products.to(compute) * x_scale * scale.to(compute)
     return (y if bias is None else y + bias.to(compute)).to(dtype)
 

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from . import reference
 from ._ops import add_op_namespace_prefix
-from .dispatch import INTERPRET, check_same_device, is_half, on_device, require_triton
+from .dispatch import TRITON_DEVICES, check_same_device, is_half, on_device, require_triton
 from .packing import check_bits, unpack_gptq, unpack_zeros
 from .planes import PackedWeight, choose_tile_k, num_groups, pack_planes, pack_sz, unpack_planes, unpack_sz
 
 
-@torch.library.custom_op(add_op_namespace_prefix("wna16_dequant"), mutates_args=(), device_types="cuda")
+@torch.library.custom_op(add_op_namespace_prefix("wna16_dequant"), mutates_args=())
 def _wna16_dequant(
     qweight: Tensor,
     sz: Tensor,
@@ -25,23 +25,19 @@ def _wna16_dequant(
     dtype: torch.dtype,
 ) -> Tensor:
     weight = PackedWeight(qweight, sz, perm, bits, group_size, out_features, in_features, tile_k, dtype)
-    if not is_half(dtype):
+    return reference.wna16_dequant(weight)
+
+
+@_wna16_dequant.register_kernel(TRITON_DEVICES)
+def _(*args) -> Tensor:
+    weight = PackedWeight(*args)
+    if not is_half(weight.dtype):
         return reference.wna16_dequant(weight)
     require_triton("wna16_dequant")
     from .wna16_launch import launch_dequant
 
-    with on_device(qweight):
+    with on_device(weight.qweight):
         return launch_dequant(weight)
-
-
-@_wna16_dequant.register_kernel("cpu")
-def _(*args) -> Tensor:
-    weight = PackedWeight(*args)
-    if INTERPRET and is_half(weight.dtype):
-        from .wna16_launch import launch_dequant
-
-        return launch_dequant(weight)
-    return reference.wna16_dequant(weight)
 
 
 @_wna16_dequant.register_fake
@@ -50,7 +46,7 @@ def _(*args) -> Tensor:
     return weight.qweight.new_empty(weight.out_features, weight.in_features, dtype=weight.dtype)
 
 
-@torch.library.custom_op(add_op_namespace_prefix("wna16_linear"), mutates_args=(), device_types="cuda")
+@torch.library.custom_op(add_op_namespace_prefix("wna16_linear"), mutates_args=())
 def _wna16_linear(
     x: Tensor,
     bias: Optional[Tensor],
@@ -64,6 +60,12 @@ def _wna16_linear(
     tile_k: int,
 ) -> Tensor:
     weight = PackedWeight(qweight, sz, perm, bits, group_size, out_features, in_features, tile_k, x.dtype)
+    return reference.wna16_linear(x, weight, bias)
+
+
+@_wna16_linear.register_kernel(TRITON_DEVICES)
+def _(x, bias, *packed) -> Tensor:
+    weight = PackedWeight(*packed, x.dtype)
     if not is_half(x.dtype):
         return reference.wna16_linear(x, weight, bias)
     require_triton("wna16_linear")
@@ -71,16 +73,6 @@ def _wna16_linear(
 
     with on_device(x):
         return launch_linear(x, weight, bias)
-
-
-@_wna16_linear.register_kernel("cpu")
-def _(x, bias, *packed) -> Tensor:
-    weight = PackedWeight(*packed, x.dtype)
-    if INTERPRET and is_half(x.dtype):
-        from .wna16_launch import launch_linear
-
-        return launch_linear(x, weight, bias)
-    return reference.wna16_linear(x, weight, bias)
 
 
 @_wna16_linear.register_fake
