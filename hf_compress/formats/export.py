@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_compress.formats.compressed_tensors.write import compressed_tensors
 from hf_compress.formats.gemma import gemma_tensors
 from hf_compress.formats.gptq import gptq_tensors
+from hf_compress.training.pieces import forms_of, pieces_of
 
 RUNTIMES = ("gguf", "onnx", "openvino")
 FORMATS = ("compressed-tensors", "gemma", "gptq", "plain", *RUNTIMES)
@@ -43,6 +44,8 @@ def export(model: PreTrainedModel, folder: str | Path, *, format: str,
         raise ValueError(f"format must be one of {FORMATS}, got {format!r}.")
     if format not in RUNTIMES and (tokenizer is not None or calibration is not None):
         raise ValueError(f"tokenizer and calibration are for {RUNTIMES}, not for {format!r}.")
+    if pieces_of(model) or forms_of(model):
+        raise ValueError("This model is in its training form: call `hfc.finish(model)` before it leaves.")
     folder = Path(folder)
     if format in RUNTIMES:
         installed(format).write(model, folder, tokenizer=tokenizer, calibration=calibration)
