@@ -18,7 +18,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.exporters import ExportFormat, ExportQuantizer, OnnxConfig, OnnxExporter
 
-from hf_compress.formats.packed_weight import PackedWeight, packed_weights
+from hf_compress.formats.named_weight import NamedWeight, named_weights
 from hf_compress.formats.runtimes.agreement import Arrays, Session
 from hf_compress.formats.runtimes.folder import write_folder
 from hf_compress.formats.runtimes.onnx_nodes import MICROSOFT, Nodes, product, rounded_inputs, table_rows
@@ -40,7 +40,7 @@ class PackedWeights(ExportQuantizer):
     supported_formats = (ExportFormat.ONNX,)
     required_packages = ("onnx_ir",)
 
-    def __init__(self, weights: dict[str, PackedWeight], traced: Traced):
+    def __init__(self, weights: dict[str, NamedWeight], traced: Traced):
         super().__init__()
         self.weights, self.traced = weights, traced
         self.products: dict[str, ir.Value] = {}  # module -> what multiplying by it gives
@@ -79,7 +79,7 @@ class PackedWeights(ExportQuantizer):
         self.found.add(name)
         self.nodes.put_in_place(node, new)
 
-    def multiply(self, x: ir.Value, weight: PackedWeight) -> ir.Value:
+    def multiply(self, x: ir.Value, weight: NamedWeight) -> ir.Value:
         place = x, weight.scheme.activation_range, weight.scheme.bits == 8 and weight.num_groups == 1
         if place not in self.rounded:
             self.rounded[place] = rounded_inputs(self.nodes, x, weight)
@@ -104,7 +104,7 @@ class OnnxExport:
     tested = {"onnxruntime": "1.31.1", "onnx": "1.23.2", "onnxscript": "0.7.2", "transformers": "5.23.0"}
 
     def __init__(self, model: PreTrainedModel, inputs: list[str] | None):
-        weights = {weight.name: weight for weight in packed_weights(model)}
+        weights = {weight.name: weight for weight in named_weights(model)}
         trace = traced(model)
         quantizer = PackedWeights(weights, trace) if weights else None
         config = OnnxConfig(dynamic=True, opset_version=OPSET, quantizer=quantizer)

@@ -20,7 +20,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.exporters import ExportFormat, ExportQuantizer, OpenVINOConfig, OpenVINOExporter
 
-from hf_compress.formats.packed_weight import PackedWeight, packed_weights
+from hf_compress.formats.named_weight import NamedWeight, named_weights
 from hf_compress.formats.runtimes.agreement import Arrays, Session
 from hf_compress.formats.runtimes.folder import write_folder
 from hf_compress.formats.runtimes.traced import Traced, sample_inputs, traced
@@ -38,7 +38,7 @@ class PackedWeights(ExportQuantizer):
     supported_formats = (ExportFormat.OPENVINO,)
     required_packages = ("openvino",)
 
-    def __init__(self, weights: dict[str, PackedWeight], traced: Traced):
+    def __init__(self, weights: dict[str, NamedWeight], traced: Traced):
         super().__init__()
         self.weights, self.traced = weights, traced
         self.products: dict[str, str] = {}  # module -> name of the node that multiplies by it
@@ -74,7 +74,7 @@ class PackedWeights(ExportQuantizer):
             stored = op.transpose(stored, constant(np.array([1, 0])))
         reader.replace_source_output(stored.output(0))
 
-    def inputs(self, source: ov.Output, weight: PackedWeight) -> ov.Output:
+    def inputs(self, source: ov.Output, weight: NamedWeight) -> ov.Output:
         """The inputs of a product: on the grid of the trained range, in the order of the columns."""
         place = source.get_node().get_friendly_name(), source.get_index(), weight.scheme.activation_range
         if weight.scheme.activation_range is not None:
@@ -92,7 +92,7 @@ def constant(values: np.ndarray, kind: ov.Type | None = None) -> ov.Node:
     return op.constant(values, dtype=kind) if kind else op.constant(values)
 
 
-def weight_nodes(weight: PackedWeight) -> ov.Node:
+def weight_nodes(weight: NamedWeight) -> ov.Node:
     """Nodes that give W (N, K), float32, from the stored integers."""
     (N, K), G, is_wide = weight.q.shape, weight.num_groups, weight.scheme.bits == 8
     shape, of_groups = ((N, G, K // G), (N, G, 1)) if G > 1 else ((N, K), (N, 1))
@@ -116,14 +116,14 @@ def fake_quantize(source: ov.Output, low: float, high: float) -> ov.Node:
     return op.fake_quantize(source, low, high, low, high, LEVELS + 1)
 
 
-def dynamic_group(weights: dict[str, PackedWeight]) -> int:
+def dynamic_group(weights: dict[str, NamedWeight]) -> int:
     """`DYNAMIC_QUANTIZATION_GROUP_SIZE`: columns of an input that share a scale; 0 where no layer rounds as they come.
 
     A group wider than the weight's, or than K, would leave float32 products, at twice the time.
     """
     rounding = [w for w in weights.values() if not w.is_table and w.scheme.activation_range is None]
 
-    def fits(weight: PackedWeight, size: int) -> bool:
+    def fits(weight: NamedWeight, size: int) -> bool:
         return weight.group_size % size == 0 if weight.num_groups > 1 else size <= weight.q.shape[1]
 
     return next((size for size in DYNAMIC_GROUPS if rounding and all(fits(w, size) for w in rounding)), 0)
@@ -141,7 +141,7 @@ class OpenVINOExport:
     tested = {"openvino": "2026.4.1", "transformers": "5.23.0"}
 
     def __init__(self, model: PreTrainedModel, inputs: list[str] | None):
-        weights = {weight.name: weight for weight in packed_weights(model)}
+        weights = {weight.name: weight for weight in named_weights(model)}
         trace = traced(model)
         quantizer = PackedWeights(weights, trace) if weights else None
         config = OpenVINOConfig(dynamic=True, quantizer=quantizer)

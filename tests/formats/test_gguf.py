@@ -15,7 +15,7 @@ from hf_compress.commands.convert import run
 
 gguf = pytest.importorskip("gguf")
 
-from hf_compress.formats.packed_weight import packed_weights  # noqa: E402
+from hf_compress.formats.named_weight import named_weights  # noqa: E402
 from hf_compress.formats.runtimes.gguf_blocks import Matrix, Type, block_matrix  # noqa: E402
 from hf_compress.formats.runtimes.gguf_tokenizer import PRE_TOKENIZERS, pre_tokenizer  # noqa: E402
 
@@ -62,7 +62,7 @@ def test_transformers_reads_the_same_weights_and_logits(kind, tmp_path):
     model = hfc.quantize(llama(tie_word_embeddings=kind == "8-bit"), **options)
     hfc.export(model, tmp_path / "model", format="gguf", tokenizer=byte_tokenizer())
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", gguf_file="model.gguf", dtype=torch.float32)
-    for weight in packed_weights(model):
+    for weight in named_weights(model):
         found = loaded.get_submodule(weight.name).weight
         wanted = model.get_submodule(weight.name).dequantize(torch.float32)
         assert torch.equal(found, wanted), weight.name
@@ -261,7 +261,7 @@ def test_float32_scales_that_float16_holds_leave():
     for module in model.modules():
         if hasattr(module, "scales"):
             module.scales.copy_(module.scales.half())
-    assert {block_matrix(weight).kind for weight in packed_weights(model)} == {Type.Q4_0}
+    assert {block_matrix(weight).kind for weight in named_weights(model)} == {Type.Q4_0}
 
 
 def test_the_command_line_converts_a_folder_with_its_tokenizer(tmp_path, capsys):

@@ -9,7 +9,7 @@ from helpers import tiny_batch, tiny_model
 from runtime_models import ROWS, SMALL, every_scheme, run_readme, tiny_tokenizer, trained_ranges, with_spread
 
 import hf_compress as hfc
-from hf_compress.formats.packed_weight import packed_weights
+from hf_compress.formats.named_weight import named_weights
 
 ort = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -48,7 +48,7 @@ def packed(K: int = 64, **options):
     model = tiny_model("bert", num_hidden_layers=1, hidden_size=K, intermediate_size=24, num_attention_heads=2)
     with_spread(model)
     hfc.quantize(model, {"bert.encoder.layer.0.intermediate.dense": options.pop("bits")}, **options)
-    weight = next(packed_weights(model))
+    weight = next(named_weights(model))
     return weight, model.get_submodule(weight.name).dequantize(torch.float32)
 
 
@@ -97,7 +97,7 @@ def test_a_trained_range_is_kept(range_):
 
 def test_act_order_takes_the_inputs_in_its_order():
     model = every_scheme()
-    weights = [weight for weight in packed_weights(model) if weight.order is not None]
+    weights = [weight for weight in named_weights(model) if weight.order is not None]
     for weight in weights:
         x = torch.randn(2, 3, weight.q.shape[1], generator=torch.Generator().manual_seed(1))
         expected = (x @ model.get_submodule(weight.name).dequantize(torch.float32).T).numpy()
@@ -110,7 +110,7 @@ def test_act_order_takes_the_inputs_in_its_order():
 def test_rows_of_a_table_are_ours(options):
     model = hfc.quantize(tiny_model("bert", **SMALL), bits=8, **options)
     ids = np.array([[3, 0, 63], [7, 7, 1]])
-    for weight in packed_weights(model):
+    for weight in named_weights(model):
         if weight.is_table and len(weight.q) == 64:
             expected = model.get_submodule(weight.name).dequantize(torch.float32)[torch.from_numpy(ids)]
             np.testing.assert_allclose(run(weight, ids, lookup=True)[0], expected.numpy(), rtol=1e-6)

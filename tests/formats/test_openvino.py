@@ -12,8 +12,8 @@ import hf_compress as hfc
 
 ov = pytest.importorskip("openvino")
 
+from hf_compress.formats.named_weight import named_weights  # noqa: E402
 from hf_compress.formats.openvino import WITHOUT_OVERFLOW, dynamic_group, fake_quantize, open_folder  # noqa: E402
-from hf_compress.formats.packed_weight import packed_weights  # noqa: E402
 from hf_compress.formats.runtimes.agreement import feed  # noqa: E402
 from hf_compress.layers.activations import round_to_range  # noqa: E402
 
@@ -41,7 +41,7 @@ def test_the_folder_is_complete_and_agrees(folder, classifier):
     assert names >= {"openvino_model.xml", "openvino_model.bin", "tokenizer.json", "config.json", "README.md",
                      "export.json", "hf_compress.json"}  # fmt: skip
     contents = json.loads((folder / "hf_compress.json").read_text(encoding="utf-8"))
-    assert contents["packages"]["openvino"] and contents["packed_weights"]["8 bit"] > 0
+    assert contents["packages"]["openvino"] and contents["named_weights"]["8 bit"] > 0
     logits = contents["agreement"]["outputs"]["logits"]
     assert contents["agreement"]["texts"] == 64
     # both round to the same trained grids: only ties at a grid's middle may fall to the other side
@@ -148,7 +148,7 @@ def test_the_grid_of_a_range_is_ours():
 
 def test_the_group_of_inputs_fits_every_weight():
     def group(**options):
-        return dynamic_group({w.name: w for w in packed_weights(hfc.quantize(tiny_model("bert", **SMALL), **options))})
+        return dynamic_group({w.name: w for w in named_weights(hfc.quantize(tiny_model("bert", **SMALL), **options))})
 
     assert group(**ROWS) == 32  # of 32 columns; 64 would turn the rounding off
     assert group(bits=4, group_size=16) == 16
@@ -173,13 +173,13 @@ def test_a_wrong_weight_is_found_and_named(tmp_path, classifier, monkeypatch):
     import hf_compress.formats.openvino as module
 
     def damaged(model):
-        for weight in packed_weights(model):
+        for weight in named_weights(model):
             yield weight if weight.name != "bert.encoder.layer.1.output.dense" else zeroed(weight)
 
     def zeroed(weight):
         return weight.__class__(**{**vars(weight), "q": np.full_like(weight.q, 255)})
 
-    monkeypatch.setattr(module, "packed_weights", damaged)
+    monkeypatch.setattr(module, "named_weights", damaged)
     with pytest.raises(RuntimeError, match=r"first layer that differs is bert\.encoder\.layer\.1\.output\.dense"):
         hfc.export(classifier, tmp_path / "model", format="openvino", tokenizer=tiny_tokenizer())
     assert not list(tmp_path.iterdir())

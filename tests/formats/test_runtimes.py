@@ -16,7 +16,7 @@ from helpers import tiny_batch, tiny_model
 from runtime_models import ROWS, SMALL, every_scheme, tiny_tokenizer, with_spread
 
 import hf_compress as hfc
-from hf_compress.formats.packed_weight import packed_weights
+from hf_compress.formats.named_weight import named_weights
 from hf_compress.formats.runtimes import folder as runtimes
 from hf_compress.formats.runtimes.agreement import Session, check_batches, compare
 from hf_compress.formats.runtimes.folder import in_eval, write_folder
@@ -54,22 +54,22 @@ def echo(*, error: float = 0.0, fast_error: float = 0.0):
 def test_a_packed_weight_is_what_its_layer_multiplies_by():
     model = every_scheme()
     for embedded in (model, hfc.quantize(tiny_model("bert", **SMALL), bits=4, embedding_bits=4, group_size=16)):
-        for weight in packed_weights(embedded):
+        for weight in named_weights(embedded):
             scales = np.repeat(weight.scales.astype(np.float64), weight.group_size, axis=1)
             values = weight.signed() * scales
             if weight.order is not None:
                 values = values[:, np.argsort(weight.order)]
             expected = embedded.get_submodule(weight.name).dequantize(torch.float32).numpy()
             np.testing.assert_allclose(values, expected, rtol=1e-6, atol=0)  # one float32 product
-    assert sum(weight.order is not None for weight in packed_weights(model)) == 4
+    assert sum(weight.order is not None for weight in named_weights(model)) == 4
 
 
 def test_codebooks_and_act_order_are_refused_by_name():
     coded = hfc.quantize(tiny_model("bert", **SMALL), bits=4, grid="kmeans", group_size=-1)
     with pytest.raises(ValueError, match="attention.self.query has a codebook"):
-        list(packed_weights(coded))
+        list(named_weights(coded))
     with pytest.raises(ValueError, match=r"attention.self.query: groups must be neighbouring"):
-        list(packed_weights(every_scheme(), act_order=False))
+        list(named_weights(every_scheme(), act_order=False))
 
 
 def test_layers_with_the_same_weight_are_told_apart():
@@ -91,7 +91,7 @@ def test_what_is_traced_is_ordinary_and_the_model_stays(family):
     model = hfc.quantize(tiny_model(family), bits=4, embedding_bits=8, group_size=16)
     batch, before = tiny_batch(model, padding=False), model.config.to_dict()
     trace = traced(model)
-    names = {weight.name for weight in packed_weights(model)}
+    names = {weight.name for weight in named_weights(model)}
     assert {name for name, _ in trace.names.values()} == names
     for name in names:  # GPT-2's Conv1D stores (K, N)
         weight = trace.model.get_submodule(name).weight.detach().numpy()

@@ -15,7 +15,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
-from hf_compress.formats.packed_weight import PackedWeight
+from hf_compress.formats.named_weight import NamedWeight
 
 BLOCK = 32
 FLOATS = {torch.float32: Type.F32, torch.float16: Type.F16, torch.bfloat16: Type.BF16}
@@ -81,7 +81,7 @@ def dense_matrix(tensor: Tensor) -> Matrix:
     return Matrix(kind, tensor.detach().float().cpu().numpy())
 
 
-def block_matrix(weight: PackedWeight, *, fill: bool = False) -> Matrix:
+def block_matrix(weight: NamedWeight, *, fill: bool = False) -> Matrix:
     """The integers of `weight`; `fill` allows columns of zeros up to whole blocks.
 
     Raises ValueError, naming the module, for what ggml's blocks cannot hold exactly.

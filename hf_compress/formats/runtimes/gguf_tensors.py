@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_compress.formats.packed_weight import PackedWeight, packed_weights
+from hf_compress.formats.named_weight import NamedWeight, named_weights
 from hf_compress.formats.runtimes.gguf_blocks import Matrix, block_matrix, dense_matrix
 from hf_compress.layers.block_sparse import BlockSparseLinear
 from hf_compress.layers.low_rank import LowRank
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 def renamed(
     model: PreTrainedModel, arch: str, layers: int, *, without: str | None = None
-) -> Iterator[tuple[str, str, Tensor | PackedWeight]]:
+) -> Iterator[tuple[str, str, Tensor | NamedWeight]]:
     """Transformers' name, llama.cpp's name and content of each tensor; the module `without` is left out.
 
     Raises ValueError where there is no name.
@@ -36,9 +36,9 @@ def renamed(
         yield name, target, content
 
 
-def as_matrix(model: PreTrainedModel, content: Tensor | PackedWeight, *, fill: bool) -> Matrix:
+def as_matrix(model: PreTrainedModel, content: Tensor | NamedWeight, *, fill: bool) -> Matrix:
     """In ggml's types; `fill` allows columns of zeros up to whole blocks. Raises ValueError where it is not exact."""
-    if not isinstance(content, PackedWeight):
+    if not isinstance(content, NamedWeight):
         return dense_matrix(content)
     matrix = block_matrix(content, fill=fill)
     expected = model.get_submodule(content.name).dequantize(torch.float32).cpu().numpy()
@@ -47,9 +47,9 @@ def as_matrix(model: PreTrainedModel, content: Tensor | PackedWeight, *, fill: b
     return matrix
 
 
-def stored_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor | PackedWeight]]:
+def stored_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor | NamedWeight]]:
     """What there is to write, under Transformers' names; a head that shares the table is not written."""
-    packed = {weight.name: weight for weight in packed_weights(model, act_order=False)}
+    packed = {weight.name: weight for weight in named_weights(model, act_order=False)}
     tied = tied_head(model)
     for name, module in model.named_modules():
         if isinstance(module, LowRank):

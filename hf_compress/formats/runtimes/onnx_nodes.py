@@ -7,7 +7,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from hf_compress.formats.packed_weight import PackedWeight
+from hf_compress.formats.named_weight import NamedWeight
 from hf_compress.layers.activations import LARGEST_INT8, activation_grid
 
 MICROSOFT = "com.microsoft"
@@ -53,7 +53,7 @@ class Nodes:
         self.graph.remove(node, safe=True)
 
 
-def rounded_inputs(nodes: Nodes, x: ir.Value, weight: PackedWeight) -> list[ir.Value]:
+def rounded_inputs(nodes: Nodes, x: ir.Value, weight: NamedWeight) -> list[ir.Value]:
     """What all products of `x` by weights of this kind share: x itself, on the grid of its range, or u8 and scales."""
     is_rows = weight.scheme.bits == 8 and weight.num_groups == 1
     if weight.scheme.activation_range is not None:
@@ -69,7 +69,7 @@ def rounded_inputs(nodes: Nodes, x: ir.Value, weight: PackedWeight) -> list[ir.V
     return [nodes.add("QuantizeLinear", nodes.add("Div", x, scale), one, middle), scale]
 
 
-def product(nodes: Nodes, inputs: list[ir.Value], weight: PackedWeight) -> ir.Value:
+def product(nodes: Nodes, inputs: list[ir.Value], weight: NamedWeight) -> ir.Value:
     """x W^T from what `rounded_inputs` gave."""
     if weight.order is not None:
         order = nodes.constant(weight.order.astype(np.int64))
@@ -87,7 +87,7 @@ def product(nodes: Nodes, inputs: list[ir.Value], weight: PackedWeight) -> ir.Va
     return nodes.add("MatMul", inputs[0], dequantized(nodes, weight))
 
 
-def per_token(nodes: Nodes, x: ir.Value, scale: ir.Value, weight: PackedWeight) -> ir.Value:
+def per_token(nodes: Nodes, x: ir.Value, scale: ir.Value, weight: NamedWeight) -> ir.Value:
     """u8 tokens, each with its scale, times 8-bit rows."""
     scales = nodes.constant(weight.scales[:, 0].astype(np.float32))
     if weight.scheme.symmetric:
@@ -99,7 +99,7 @@ def per_token(nodes: Nodes, x: ir.Value, scale: ir.Value, weight: PackedWeight) 
     return nodes.add("Mul", nodes.add("Mul", sums, scales), scale)
 
 
-def block_of(weight: PackedWeight) -> int | None:
+def block_of(weight: NamedWeight) -> int | None:
     """The widest block of MatMulNBits in which one scale and zero point hold; a whole row may end in a part of one."""
     K = weight.q.shape[1]
     if weight.num_groups == 1:
@@ -107,7 +107,7 @@ def block_of(weight: PackedWeight) -> int | None:
     return next((block for block in BLOCKS if weight.group_size % block == 0), None)
 
 
-def blocks(nodes: Nodes, x: ir.Value, weight: PackedWeight, block: int) -> ir.Value:
+def blocks(nodes: Nodes, x: ir.Value, weight: NamedWeight, block: int) -> ir.Value:
     """MatMulNBits: integers (N, blocks, bytes of a block), scales and zero points a block."""
     (N, K), bits = weight.q.shape, 8 if weight.scheme.bits == 8 else 4
     number = -(-K // block)
@@ -129,7 +129,7 @@ def halves(values: np.ndarray) -> np.ndarray:
     return values[:, 0::2] | (values[:, 1::2] << 4)
 
 
-def dequantized(nodes: Nodes, weight: PackedWeight) -> ir.Value:
+def dequantized(nodes: Nodes, weight: NamedWeight) -> ir.Value:
     """W^T (K, N) of groups of any size."""
     kind = ir.DataType.UINT8 if weight.scheme.bits == 8 else ir.DataType.UINT4
     q, zeros = (nodes.constant(integers(part.T, kind)) for part in (weight.q, weight.zeros))  # (K, N), (G, N)
@@ -143,7 +143,7 @@ def integers(array: np.ndarray, kind: ir.DataType) -> ir.TensorProtocol:
     return ir.Tensor(np.ascontiguousarray(array).astype(kind.numpy()), dtype=kind)
 
 
-def table_rows(nodes: Nodes, table: PackedWeight, ids: ir.Value) -> ir.Value:
+def table_rows(nodes: Nodes, table: NamedWeight, ids: ir.Value) -> ir.Value:
     """Rows of a packed embedding, scaled."""
     (V, D), G = table.q.shape, table.num_groups
     block = table.group_size if G > 1 else max(16, 1 << (D - 1).bit_length())  # one block a row may reach beyond it

@@ -1,4 +1,4 @@
-"""What a packed layer holds, as arrays: the one description from which files for other runtimes are written."""
+"""A packed weight under its name, as arrays: what files for other runtimes are written from."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from hf_compress.layers.scheme import WeightScheme
 
 
 @dataclass(frozen=True)
-class PackedWeight:
+class NamedWeight:
     """w[n, k] = scales[n, g] * (q[n, k] - zeros[n, g]), g = k // (K / G): groups are neighbouring columns here.
 
     q       (N, K) uint8, (V, D) of an embedding table
@@ -49,7 +49,7 @@ class PackedWeight:
         return self.q.astype(np.int16) - np.repeat(self.zeros.astype(np.int16), self.group_size, axis=1)
 
 
-def packed_weights(model: nn.Module, *, act_order: bool = True) -> Iterator[PackedWeight]:
+def named_weights(model: nn.Module, *, act_order: bool = True) -> Iterator[NamedWeight]:
     """Those of `model`, one at a time. Raises ValueError, naming the module, for codebooks and unequal groups."""
     for name, module in packed_modules(model):
         if isinstance(module, CodebookLinear):
@@ -59,19 +59,17 @@ def packed_weights(model: nn.Module, *, act_order: bool = True) -> Iterator[Pack
                 f"{name}: groups must be neighbouring columns in this format. Quantize with desc_act=False, or export "
                 "as 'plain'."
             )
-        yield packed_weight(name, module)
+        yield named_weight(name, module)
 
 
-def packed_weight(name: str, module: PackedLinear | PackedEmbedding) -> PackedWeight:
-    if isinstance(module, PackedEmbedding):
-        q, scales, zeros = (part.cpu().numpy() for part in module.integers())
-        return PackedWeight(name, q, scales, zeros.astype(np.uint8), None, module.scheme, True)
-    q, zeros, groups = (part.cpu().numpy() for part in module.integers())
-    scales, order = module.scales.cpu().numpy().T, None
-    if module.scheme.desc_act:
-        sizes = np.bincount(groups, minlength=len(module.scales))
+def named_weight(name: str, module: PackedLinear | PackedEmbedding) -> NamedWeight:
+    weight, order = module.packed_weight(), None
+    q, scales, zeros = (part.cpu().numpy() for part in (weight.q, weight.scales, weight.zeros))
+    if weight.g_idx is not None:
+        groups = weight.groups.cpu().numpy()
+        sizes = np.bincount(groups, minlength=scales.shape[1])
         if (sizes != sizes[0]).any():
             raise ValueError(f"{name}: act-order groups must be of one size, got {sorted(set(sizes.tolist()))}.")
         order = np.argsort(groups, kind="stable")
         q = q[:, order]
-    return PackedWeight(name, q, scales, zeros.T, order, module.scheme, False)
+    return NamedWeight(name, q, scales, zeros, order, module.scheme, isinstance(module, PackedEmbedding))
