@@ -51,7 +51,9 @@ def load_gptq(folder_or_id: str | Path, **kwargs) -> PreTrainedModel:
     prefix = f"{kind.base_model_prefix}."
     bits = {}
     for name in names:
-        scheme = _scheme(name, shapes, "F16" if stored[f"{name}.scales"].dtype == "F16" else "F32")
+        scheme = _scheme(name, shapes)
+        if stored[f"{name}.scales"].dtype != "F16":
+            scheme = replace(scheme, scale_dtype="float32")
         _check_said(name, scheme, shapes[f"{name}.g_idx"][0], settings)
         bits[name.removeprefix(prefix)] = scheme.to_dict()
     config.quantization_config = {"quant_method": QUANT_METHOD, "version": VERSION, "bits": bits}
@@ -85,7 +87,7 @@ def _settings(config, folder: Path) -> dict:
     return {**settings, "format": found}
 
 
-def _scheme(name: str, shapes: dict[str, list[int]], scales: str) -> WeightScheme:
+def _scheme(name: str, shapes: dict[str, list[int]]) -> WeightScheme:
     """Bits and groups as the shapes say them."""
     try:
         words, N = shapes[f"{name}.qweight"]
@@ -100,8 +102,7 @@ def _scheme(name: str, shapes: dict[str, list[int]], scales: str) -> WeightSchem
             f"{name}: qweight {(words, N)}, qzeros {(zero_groups, zero_words)}, scales {(G, scales_N)} and g_idx "
             f"{(K,)} do not fit together at any of {BITS} bits with equal groups."
         )
-    scale_dtype = "float16" if scales == "F16" else "float32"
-    return WeightScheme(bits, -1 if G == 1 else K // G, desc_act=True, scale_dtype=scale_dtype)
+    return WeightScheme(bits, -1 if G == 1 else K // G, desc_act=True)
 
 
 def _check_said(name: str, scheme: WeightScheme, in_features: int, settings: dict) -> None:

@@ -41,6 +41,16 @@ def test_gptq_settings_that_contradict_the_tensors(changes, message, tmp_path):
         hfc.load_gptq(tmp_path)
 
 
+@pytest.mark.parametrize("part", ["qweight", "qzeros", "scales", "g_idx"])
+def test_gptq_without_one_of_its_tensors(part, tmp_path):
+    hfc.export(hfc.quantize(bert(), 4, group_size=16), tmp_path, format="gptq")
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors[f"{DENSE}.{part}"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"{DENSE}|nothing that config.json speaks of"):
+        hfc.load_gptq(tmp_path)
+
+
 def test_gptq_columns_out_of_order_that_the_config_denies(tmp_path):
     hfc.export(hfc.quantize(bert(), 4, group_size=16), tmp_path, format="gptq")
     tensors = load_file(tmp_path / "model.safetensors")
