@@ -113,7 +113,7 @@ class Bench(ClassifierBench):
             set_seed(seed)
             config = self.config(
                 hfc.DistillationConfig, epochs=self.args.block_epochs, seed=seed, learning_rate=3e-4, alpha=0.7,
-                temperature=2.0, hints="2:2,4:4,6:6",
+                temperature=2.0, hints="2:2,4:4,6:6", finish_at_end=False,  # the pruned matrices are looked at first
             )  # fmt: skip
             pruning = hfc.BlockPruning(
                 sparsity, block_size=block_size, method=self.args.block_method, begin=0.02, end=0.35, num_updates=40

@@ -15,6 +15,7 @@ from hf_compress.recipe.evaluate import EvaluateOptions
 from hf_compress.recipe.options import RecipeError, build, split_options, unknown
 from hf_compress.recipe.publish import PublishOptions
 from hf_compress.recipe.qat import QATOptions
+from hf_compress.training.arguments import CompressionArguments
 
 ALIASES = {"distill": "distil", "finetune": "fine-tune"}
 DEFAULT_METHODS = {"distil": "soft-targets", "prune": "structure", "quantize": "rtn"}
@@ -210,7 +211,7 @@ def _read_together(given: Any, where: str) -> Stage:
         )
     if len([kind for kind in kinds if kind in ("fine-tune", "distil")]) != 1:
         raise RecipeError(f"{where} needs one fine-tune or distil stage, whose training the others join; got {kinds}.")
-    arguments = {f.name for f in fields(TrainingArguments)}
+    arguments = {f.name for f in fields(CompressionArguments)}
     for part in parts:
         if part.kind == "prune" and not hasattr(part.own, "callback"):
             raise RecipeError(f"{where}: {part.name} does not prune while training; make it a stage of its own.")
