@@ -13,7 +13,8 @@ def round_to_range(x: Tensor, low: float, high: float) -> Tensor:
 
 def grid_of_range(low: float, high: float) -> tuple[float, float]:
     """Scale and zero point as plain numbers: nothing is copied to a device in a forward pass."""
-    cpu = {"device": "cpu"}  # also where a model is built on the meta device
+    # also where a model is built on the meta device, and in another dtype than that of its training
+    cpu = {"device": "cpu", "dtype": torch.float32}
     scale, zero_point = activation_grid(torch.tensor(low, **cpu), torch.tensor(high, **cpu))
     return scale.item(), zero_point.item()
 

@@ -128,6 +128,20 @@ def test_a_training_ends_in_the_packed_model(tmp_path):
         trainer.train()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_calibrated_range_is_the_same_in_whatever_dtype_a_model_is_loaded(dtype, tmp_path):
+    """Transformers builds a model under its dtype, and a scale of bfloat16 has three digits."""
+    model = prepare_qat(tiny_model("bert", num_hidden_layers=1), 8).train()
+    model(**tiny_batch(model))
+    pack_qat(model).save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, dtype=dtype)
+    x = torch.randn(4, 32)
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear) and module.in_features == 32:
+            found = loaded.get_submodule(name).rounded(x)
+            assert torch.equal(found, module.rounded(x)), name
+
+
 def test_mixed_bits_keep_their_budget(tmp_path):
     model = tiny_model("bert")
     trainer = QBertTrainer(model, arguments(tmp_path, average_bits=2.5), train_dataset=dataset(model))
