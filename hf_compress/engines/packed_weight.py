@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_compress.engines.ops import unpack_gptq, unpack_rows, unpack_zeros
+from hf_compress.engines.ops import unpack_rows, unpack_zeros
 
 
 @dataclass(frozen=True)
@@ -80,15 +80,18 @@ class Stored(NamedTuple):
     def is_8_bit_rows(self) -> bool:
         return self.bits == 8 and self.num_groups == 1
 
+    def turned(self) -> "Stored":
+        """The same weight as a table stores it, over the same words: its rows are quicker to come by."""
+        if self.by_rows:
+            return self
+        zeros = None if self.zeros is None else unpack_zeros(self.zeros, self.bits, self.out_features).t()
+        return self._replace(words=self.words.t(), scales=self.scales.t(), zeros=zeros, by_rows=True)
+
     def weight(self, rows: slice = slice(None)) -> PackedWeight:
         """The numbers of some rows (outputs), by default all of them."""
-        bits, K = self.bits, self.in_features
-        if self.by_rows:
-            q, scales = unpack_rows(self.words[rows], bits, K), self.scales[rows]
-            zeros = None if self.zeros is None else self.zeros[rows]
-        else:
-            q, scales = unpack_gptq(self.words[:, rows], bits, K), self.scales[:, rows].t()
-            zeros = None if self.zeros is None else unpack_zeros(self.zeros, bits, self.out_features)[:, rows].t()
-        if zeros is None:
-            zeros = torch.full_like(scales, 2 ** (bits - 1), dtype=torch.uint8)
-        return PackedWeight(q, scales, zeros, self.g_idx, bits)
+        turned, bits = self.turned(), self.bits
+        scales = turned.scales[rows]
+        zeros = (
+            torch.full_like(scales, 2 ** (bits - 1), dtype=torch.uint8) if self.zeros is None else turned.zeros[rows]
+        )
+        return PackedWeight(unpack_rows(turned.words[rows], bits, self.in_features), scales, zeros, self.g_idx, bits)

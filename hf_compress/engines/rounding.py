@@ -2,6 +2,7 @@
 
 import threading
 import weakref
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -24,35 +25,54 @@ class Rounded(NamedTuple):
     zero: int
 
 
-def round_to_bytes(x: Tensor, activation_range: tuple[float, float] | None = None) -> Rounded:
-    """x (M, K) on the 8-bit grid of a calibrated range, or each row on the symmetric grid of its own largest value.
+Range = tuple[float, float] | None  # a calibrated range; None: each row has the symmetric grid of its largest value
 
-    Query, key and value read one tensor in a row, so the last result of a thread is kept with a weak reference to its
-    input. A change in place of an inference tensor leaves no trace: those are rounded each time.
+
+def round_to_bytes(x: Tensor, activation_range: Range = None) -> Rounded:
+    """x (M, K) on its 8-bit grid, as integers."""
+    return _once(_bytes, x, activation_range)
+
+
+def rounded_rows(x: Tensor, activation_range: Range = None) -> Tensor:
+    """x (M, K) on its 8-bit grid, in its dtype."""
+    return _once(_floats, x, activation_range)
+
+
+def _once(make: Callable, x: Tensor, activation_range: Range):
+    """`make(x, activation_range)`, or what it gave for the same tensor just before in this thread.
+
+    Query, key and value read one tensor in a row, so the last result is kept with a weak reference to its input. A
+    change in place of an inference tensor leaves no trace: those are rounded each time.
     """
     if x.is_inference():
-        return _round(x, activation_range)
+        return make(x, activation_range)
     base = x if x._base is None else x._base
-    key = (base._version, x.data_ptr(), x.shape, x.stride(), activation_range)
+    key = (make, base._version, x.data_ptr(), x.shape, x.stride(), activation_range)
     found = getattr(_last, "entry", None)
     if found is not None and found[0]() is base and found[1] == key:
         return found[2]
-    rounded = _round(x, activation_range)
-    _last.entry = weakref.ref(base), key, rounded
-    return rounded
+    made = make(x, activation_range)
+    _last.entry = weakref.ref(base), key, made
+    return made
 
 
-def _round(x: Tensor, activation_range: tuple[float, float] | None) -> Rounded:
+def _bytes(x: Tensor, activation_range: Range) -> Rounded:
+    steps, scale, zero = _steps(x, activation_range)
+    return Rounded(steps.add_(TO_INTEGER + zero).view(torch.int32).to(torch.uint8), scale, zero)
+
+
+def _floats(x: Tensor, activation_range: Range) -> Tensor:
+    steps, scale, _ = _steps(x, activation_range)
+    return steps.add_(TO_INTEGER).sub_(TO_INTEGER).mul_(scale).to(x.dtype)
+
+
+def _steps(x: Tensor, activation_range: Range) -> tuple[Tensor, Tensor, int]:
+    """x / scale, within the grid; the scale (M, 1) or (1, 1); the zero point."""
     if activation_range is None:
-        scale = x.abs().amax(1, keepdim=True).float().div_(LARGEST_INT8).clamp_(min=TINY)  # (M, 1)
-        return Rounded(_low_bytes((x / scale).add_(TO_INTEGER + MIDDLE)), scale, MIDDLE)
+        scale = x.abs().amax(1, keepdim=True).float().div_(LARGEST_INT8).clamp_(min=TINY)
+        return x / scale, scale, MIDDLE
     scale, zero = activation_grid(*torch.tensor(activation_range, dtype=torch.float32))
-    steps = (x.float() / scale).add_(zero).clamp_(0, LEVELS).add_(TO_INTEGER)
-    return Rounded(_low_bytes(steps), scale.view(1, 1), int(zero))
-
-
-def _low_bytes(shifted: Tensor) -> Tensor:
-    return shifted.view(torch.int32).to(torch.uint8)
+    return (x.float() / scale).clamp_(-zero, LEVELS - zero), scale.view(1, 1), int(zero)
 
 
 def activation_grid(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:

@@ -35,17 +35,18 @@ def choose(
     rounds            the layer's record asks for activations of 8 bits,
     activation_range  and for this range of theirs
     """
-    many = choose_dense(stored.out_features * stored.in_features)
-    if many is None or processor.mode() == "exact":
+    dense = choose_dense(stored.out_features * stored.in_features)
+    if dense is None or processor.mode() == "exact":
+        return dense
+    integers = stored.is_8_bit_rows and processor.has_int8()
+    many = partial(Int8Rows, activation_range=activation_range) if integers else dense
+    if not decodes or (integers and rounds):
         return many
-    if stored.is_8_bit_rows and processor.has_int8():
-        many = partial(Int8Rows, activation_range=activation_range)
-        if rounds:
-            return many
-    elif decodes:
-        many = partial(PerCall, dtype=processor.fast_dtype())
-    few = next((kind for kind in (Int4, Int8Weights, Int8Halves) if kind.takes(stored)), None)
-    return partial(FewAndMany, few, many) if decodes and few is not None else many
+    kernels = (Int4, Int8Weights, Int8Halves) if processor.has_avx512() else (Int4, Int8Weights)
+    few = next((kind for kind in kernels if kind.takes(stored)), None)
+    if few is None:
+        return many
+    return partial(FewAndMany, few, many if integers else partial(PerCall, dtype=processor.fast_dtype()))
 
 
 def choose_dense(weights: int, *, decodes: bool = False) -> Callable[..., Run] | None:
@@ -68,6 +69,8 @@ class Float32:
         self.weight = stored.weight().dequantize(torch.float32)
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if x.dtype is torch.float32 and (bias is None or bias.dtype is torch.float32):
+            return F.linear(x, self.weight, bias)
         return F.linear(x.float(), self.weight, None if bias is None else bias.float()).to(x.dtype)
 
 
@@ -127,7 +130,7 @@ class PerCall:
     traceable, rounds = False, False
 
     def __init__(self, stored: Stored, dtype: torch.dtype):
-        self.stored, self.dtype, self.name = stored, dtype, f"{dtype} per call".removeprefix("torch.")
+        self.stored, self.dtype, self.name = stored.turned(), dtype, f"{dtype} per call".removeprefix("torch.")
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         N, rows = self.stored.out_features, x.to(self.dtype)

@@ -7,7 +7,8 @@ from transformers.pytorch_utils import Conv1D
 from hf_compress.engines import gpu
 from hf_compress.engines.ops import pack_gptq, pack_zeros, words_per_row
 from hf_compress.engines.packed_weight import Stored
-from hf_compress.layers.activations import grid_of_range, round_per_token, round_to_grid
+from hf_compress.engines.rounding import rounded_rows
+from hf_compress.layers.activations import grid_of_range, needs_gradient, round_per_token, round_to_grid
 from hf_compress.layers.packed_module import Multiplies
 from hf_compress.layers.scheme import SCALE_DTYPES, WeightScheme
 
@@ -40,6 +41,7 @@ class PackedLinear(Multiplies, nn.Linear):
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
         self.is_conv1d = is_conv1d  # what it was, for `dequantize`
         self.grid = None if scheme.activation_range is None else grid_of_range(*scheme.activation_range)
+        self.rounds = scheme.activation_bits is not None
         self.compute_dtype = dtype or torch.get_default_dtype()
         groups = scheme.num_groups(in_features)
         words = words_per_row(in_features, scheme.bits)
@@ -113,12 +115,14 @@ class PackedLinear(Multiplies, nn.Linear):
         return is_rows and scheme.activation_bits is not None and scheme.activation_range is None
 
     def rounded(self, x: Tensor) -> Tensor:
-        if self.grid is not None:
-            return round_to_grid(x, *self.grid)
-        return x if self.scheme.activation_bits is None else round_per_token(x)
+        if not self.rounds:
+            return x
+        if x.is_cpu and not torch.compiler.is_compiling() and not needs_gradient(x):
+            return rounded_rows(x, self.scheme.activation_range)
+        return round_per_token(x) if self.grid is None else round_to_grid(x, *self.grid)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.multiply(x, self.bias)
+        return self.multiply(x, self._parameters.get("bias"))
 
     def check(self, name: str) -> None:
         """Raise ValueError, naming `name`, for loaded tensors that would read outside their groups or make NaN."""

@@ -1,7 +1,5 @@
 """What packed layers share: the tensors that are stored, and the one callable that multiplies by them."""
 
-from collections.abc import Mapping
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,7 +7,6 @@ from torch import Tensor, nn
 from hf_compress.engines.opaque import opaque_product, register
 from hf_compress.engines.packed_weight import PackedWeight, Stored
 from hf_compress.engines.routes import FewAndMany, choose
-from hf_compress.layers.activations import needs_gradient
 from hf_compress.layers.read_only import read_only
 from hf_compress.layers.scheme import WeightScheme
 
@@ -53,6 +50,7 @@ class Multiplies(PackedModule):
     decodes = False  # True in models that generate: no second copy of the weight
     route = None  # makes the run; None: the weight is dequantized in each call
     run = None  # made by the first call in need of it: what is only saved never pays
+    rounds = False  # whether the record asks for inputs of 8 bits
     _made_of = ()  # the stored tensors that it was made of, each with its version
 
     def stored(self) -> Stored:
@@ -77,22 +75,22 @@ class Multiplies(PackedModule):
             register(self, stored.words)
 
     def _choose(self, stored: Stored):
-        rounds = self.scheme.activation_bits is not None
-        return choose(stored, decodes=self.decodes, rounds=rounds, activation_range=self.scheme.activation_range)
+        return choose(stored, decodes=self.decodes, rounds=self.rounds, activation_range=self.scheme.activation_range)
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x (..., K) times the weight: (..., N), differentiable in x and bias."""
+        is_compiling = torch.compiler.is_compiling()
         x = as_autocast(x)
         rows = x if x.ndim == 2 else x.reshape(-1, self.in_columns)
-        if self.route is None or x.dtype not in DTYPES or not len(rows):
+        if self.route is None or x.dtype not in DTYPES or not rows.shape[0]:
             y = F.linear(self.rounded(rows), self.dequantize(x.dtype), None if bias is None else bias.to(x.dtype))
-        elif needs_gradient(x) or (bias is not None and needs_gradient(bias)):
+        elif torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
             y = self._differentiable(self.rounded(rows), bias)
-        elif torch.compiler.is_compiling():
+        elif is_compiling:
             y = self._traced(rows, bias)
         else:
             y = self.infer(rows, bias)
-        return y if x.ndim == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
+        return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
     def rounded(self, x: Tensor) -> Tensor:
         """The inputs as the record wants them, straight-through in gradients."""
@@ -101,7 +99,7 @@ class Multiplies(PackedModule):
     def infer(self, rows: Tensor, bias: Tensor | None) -> Tensor:
         """rows (M, K) -> (M, N), outside of autograd and compilation."""
         run = self._current()
-        return run(rows if run.rounds else self.rounded(rows), bias)
+        return run(rows if run.rounds or not self.rounds else self.rounded(rows), bias)
 
     def _differentiable(self, rows: Tensor, bias: Tensor | None) -> Tensor:
         if torch.compiler.is_compiling():  # the plain path, which the compiler differentiates
@@ -111,9 +109,8 @@ class Multiplies(PackedModule):
     def _traced(self, rows: Tensor, bias: Tensor | None) -> Tensor:
         self._is_made()
         run = self.run.pick(rows.shape[0]) if isinstance(self.run, FewAndMany) else self.run
-        rows = rows if run.rounds else self.rounded(rows)
         if run.traceable:
-            return run(rows, bias)
+            return run(rows if run.rounds else self.rounded(rows), bias)
         stored = self.stored()
         return opaque_product(rows, bias, stored.words, stored.out_features)
 
@@ -124,8 +121,13 @@ class Multiplies(PackedModule):
     _is_made._dynamo_marked_constant = True
 
     def _current(self):
-        if self.run is not None and all(_is_as_it_was(*was, self._buffers) for was in self._made_of):
-            return self.run
+        if self.run is not None:
+            buffers = self._buffers
+            for name, tensor, version in self._made_of:
+                if buffers[name] is not tensor or (version >= 0 and tensor._version != version):
+                    break
+            else:
+                return self.run
         with torch.inference_mode(False), torch.no_grad():
             run = self.route(self.stored())
         self._made_of = tuple(
@@ -144,10 +146,6 @@ class Multiplies(PackedModule):
 
 def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
-
-
-def _is_as_it_was(name: str, tensor: Tensor, version: int, buffers: Mapping[str, Tensor | None]) -> bool:
-    return buffers[name] is tensor and _version(tensor) == version
 
 
 def as_autocast(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hf_compress.engines import low_bit, processor, routes
 from hf_compress.engines.packed_weight import Stored
-from hf_compress.engines.rounding import round_to_bytes
+from hf_compress.engines.rounding import round_to_bytes, rounded_rows
 from hf_compress.layers.activations import round_per_token, round_to_range
 from hf_compress.layers.packed_embedding import PackedEmbedding, TiedHead
 from hf_compress.layers.packed_linear import PackedLinear
@@ -115,6 +115,7 @@ def rule(monkeypatch, scheme: str, *, int8: bool, bfloat16: bool, **said) -> str
     """The name of what would run, on a processor with such abilities."""
     monkeypatch.setattr(processor, "has_int8", lambda: int8)
     monkeypatch.setattr(processor, "has_bfloat16", lambda: bfloat16)
+    monkeypatch.setattr(processor, "has_avx512", lambda: int8)
     route = routes.choose(packed_layer(SCHEMES[scheme]).stored(), **said)
     parts = [route] if not hasattr(route, "args") else [route.func, *route.args]
     return " ".join(getattr(part, "__name__", None) or part.func.__name__ for part in parts)
@@ -128,7 +129,7 @@ def rule(monkeypatch, scheme: str, *, int8: bool, bfloat16: bool, **said) -> str
          "FewAndMany Int8Weights Int8Rows", "FewAndMany Int8Weights Int8Rows"),
         ("8-bit-rows", dict(decodes=True, rounds=True), "FewAndMany Int8Weights PerCall", "Int8Rows", "Int8Rows"),
         ("8-bit-groups", dict(decodes=False), "Float32", "Float32", "BFloat16"),
-        ("8-bit-groups", dict(decodes=True), *["FewAndMany Int8Halves PerCall"] * 3),
+        ("8-bit-groups", dict(decodes=True), "Float32", *["FewAndMany Int8Halves PerCall"] * 2),
         ("4-bit", dict(decodes=False), "Float32", "Float32", "BFloat16"),
         ("3-bit", dict(decodes=True), *["FewAndMany Int4 PerCall"] * 3),
     ],
@@ -204,14 +205,15 @@ def test_bytes_are_the_rounding_of_the_record(dtype):
         q, scale, zero = round_to_bytes(x, activation_range)
         expected = round_per_token(x.float()) if activation_range is None else round_to_range(x.float(), -0.8, 1.9)
         torch.testing.assert_close((q.float() - zero) * scale, expected, rtol=1e-6, atol=1e-7)
+        assert torch.equal(rounded_rows(x, activation_range), ((q.float() - zero) * scale).to(dtype))
     assert round_to_bytes(x).q[1, :3].tolist() == [128, 130, 255]
 
 
 def test_query_key_and_value_round_their_input_once(monkeypatch):
     from hf_compress.engines import rounding
 
-    calls, plain = [], rounding._round
-    monkeypatch.setattr(rounding, "_round", lambda *args: calls.append(args) or plain(*args))
+    calls, plain = [], rounding._steps
+    monkeypatch.setattr(rounding, "_steps", lambda *args: calls.append(args) or plain(*args))
     x = torch.randn(2, 3, 64)
     first = round_to_bytes(x.view(-1, 64))
     assert round_to_bytes(x.view(-1, 64)).q is first.q and len(calls) == 1

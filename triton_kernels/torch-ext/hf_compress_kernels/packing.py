@@ -74,17 +74,12 @@ def unpack_rows(words: Tensor, bits: int, length: int) -> Tensor:
         octets = words.contiguous().view(torch.uint8)
         parts = [(octets >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits)] if bits < 8 else [octets]
         return torch.stack(parts, dim=-1).flatten(-2)[..., :length].contiguous()
-    stream = torch.nn.functional.pad(words, (0, -expected % bits)).unflatten(-1, (-1, bits))  # (..., U, bits)
-    values = torch.empty(*stream.shape[:-1], WORD, dtype=torch.uint8, device=words.device)  # (..., U, 32)
-    mask = (1 << bits) - 1
-    for i in range(WORD):
-        word, shift = divmod(i * bits, WORD)
-        value = stream[..., word] >> shift  # arithmetic: the copies of the sign bit are masked or overwritten below
-        if shift + bits > WORD:
-            low = WORD - shift
-            value = (value & ((1 << low) - 1)) | (stream[..., word + 1] << low)
-        values[..., i] = value & mask
-    return values.flatten(-2)[..., :length].contiguous()
+    # 3 bit: three bytes hold eight values
+    octets = torch.nn.functional.pad(words, (0, -expected % bits)).contiguous().view(torch.uint8)
+    first, second, third = octets.view(*octets.shape[:-1], -1, 3).int().unbind(-1)  # (..., U * 4) each
+    stream = first | second << 8 | third << 16
+    parts = [((stream >> shift) & 7).to(torch.uint8) for shift in range(0, 24, 3)]
+    return torch.stack(parts, dim=-1).flatten(-2)[..., :length].contiguous()
 
 
 def pack_gptq(ints: Tensor, bits: int) -> Tensor:
