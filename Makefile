@@ -28,11 +28,12 @@ test-long: $(INSTALLED)  ## everything that needs no GPU
 	$(BIN)/python -m pytest -n 2 -m 'not gpu' $(ARGS)
 	$(BIN)/python scripts/checks/static_gate.py
 
-check: $(INSTALLED)  ## lint, format, import direction, compiled kernels
+check: $(INSTALLED)  ## lint, format, import direction, compiled kernels, the products on this CPU
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest tests/test_project.py
 	$(BIN)/python scripts/checks/static_gate.py --short
+	$(BIN)/python scripts/checks/engines.py --short
 
 style: $(INSTALLED)  ## format and fix
 	$(BIN)/ruff check --fix .

@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,6 +15,8 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
+from hf_compress.engines import processor
+from hf_compress.layers.packed_module import routes_of
 from hf_compress.measuring.counting import multiply_adds, num_parameters, sparsity
 from hf_compress.measuring.identity import model_identity, read_header, weight_files
 from hf_compress.measuring.timing import Spread, peak_allocated_bytes, synchronize, time_interleaved
@@ -44,6 +46,8 @@ class Measurement:
     device: str
     threads: int
     versions: dict[str, str]
+    cpu_mode: str = "auto"  # what HF_COMPRESS_CPU asked of compressed layers
+    routes: dict[str, int] = field(default_factory=dict)  # how many packed layers each way of multiplying ran
     identity: str | None = None  # of the stored files, see `model_identity`: which model this is
 
 
@@ -124,6 +128,8 @@ def measure_together(
                 dtype=str(model.dtype).removeprefix("torch."),
                 device=device_name(model.device),
                 threads=torch.get_num_threads(),
+                cpu_mode=processor.mode(),
+                routes=routes_of(model),
                 versions=versions(),
                 identity=identity,
             )

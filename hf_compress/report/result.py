@@ -114,6 +114,12 @@ class Results:
                     f"{entry.name}: quality is the mean of {len(entry.seed_qualities)} seeds, ± their standard "
                     "deviation; size and speed are of the first."
                 )
+        for entry in self.entries:
+            if ran := entry.measurement.routes:
+                told = ", ".join(f"{number} by {name}" for name, number in sorted(ran.items()))
+                mode = entry.measurement.cpu_mode
+                asked = "" if mode == "auto" else f" (HF_COMPRESS_CPU={mode})"
+                notes.append(f"{entry.name}: packed layers ran {told}{asked}.")
         counts = {entry.name: (entry.unknown_tokens, entry.num_tokens) for entry in self.entries if entry.num_tokens}
         if any(unknown or counts.get(self.reference) != (unknown, tokens) for unknown, tokens in counts.values()):
             told = [

@@ -132,11 +132,11 @@ def in_turns(calls: list[Callable[[], object]], *, short: bool) -> list[float]:
         call()
     for _ in range(TURNS[short]):
         for call, times in zip(calls, samples, strict=True):
-            count, begin = 0, time.thread_time()
-            while time.thread_time() - begin < SECONDS[short]:
+            count, begin, spent = 0, time.thread_time(), 0.0
+            while spent < SECONDS[short]:
                 call()
-                count += 1
-            times.append((time.thread_time() - begin) / count)
+                count, spent = count + 1, time.thread_time() - begin
+            times.append(spent / count)
     return [statistics.median(times) for times in samples]
 
 
@@ -214,8 +214,11 @@ def main() -> None:
     parser.add_argument("--caps", nargs="+", choices=CAPS, help="Only these; by default all that the processor has.")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.here:
-        return run_here(args)
+    run = run_here if args.here else check_caps
+    run(args)
+
+
+def check_caps(args: argparse.Namespace) -> None:
     print(f"{device_name(torch.device('cpu'))}, one thread, torch {torch.__version__}")
     wrong = [line for cap in args.caps or possible_caps() for line in report(cap, run_capped(cap, args))]
     if wrong:
