@@ -32,6 +32,13 @@ def test_product_equals_the_dense_twin(block_size, dtype):
     assert relative_error(bsr_linear(x, weight, bias), expected) < BOUNDS[dtype]
 
 
+def test_a_strided_bias_is_read_where_it_lies():
+    weight, dense, _ = sparse_layer((16, 16))
+    x, bias = torch.randn(3, 200), torch.randn(160, 3)[:, 1]
+    expected = x.double() @ dense.double().T + bias.double()
+    assert relative_error(bsr_linear(x, weight, bias), expected) < BOUNDS[torch.float32]
+
+
 @SIZES
 @pytest.mark.parametrize("density", [0.0, 0.4, 1.0], ids="density={}".format)
 def test_gradients_equal_the_dense_twin(block_size, density):

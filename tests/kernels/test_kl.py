@@ -63,6 +63,19 @@ def test_masked_rows_count_nothing_whatever_they_hold():
     assert relative_error(loss[mask].detach(), slow_kl(student.detach()[mask], teacher[mask], 2.0)) < 1e-6
 
 
+def test_a_strided_mask_keeps_its_own_rows():
+    student, teacher = logits(6, 40, seed=1), logits(6, 40, seed=2)
+    mask = torch.tensor([[True, False], [False, True], [True, False], [True, False], [False, True], [True, True]])[:, 0]
+    grads = []
+    for one in (mask, mask.contiguous()):
+        leaf = student.clone().requires_grad_()
+        loss = kl_from_logits(leaf, teacher, one)
+        loss.sum().backward()
+        assert torch.equal(loss != 0, mask) and torch.equal(leaf.grad.abs().sum(1) > 0, mask)
+        grads.append(leaf.grad)
+    assert torch.equal(*grads)
+
+
 def test_large_and_missing_logits_stay_finite():
     student = torch.tensor([[9e4, -9e4, 0.0, float("-inf")]], requires_grad=True)
     teacher = torch.tensor([[9e4, 8e4, 0.0, float("-inf")]])

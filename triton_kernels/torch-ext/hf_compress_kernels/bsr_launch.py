@@ -59,7 +59,7 @@ def _launch(
         crow,
         col,
         col if perm is None else perm,
-        y if bias is None else bias,
+        y if bias is None else bias.contiguous(),
         y,
         M,
         K,

@@ -25,7 +25,7 @@ def launch_kl(
     kl_kernel[(M,)](
         student,
         teacher,
-        loss if mask is None else mask.view(torch.uint8),
+        loss if mask is None else _bytes(mask),
         loss,
         lse_s,
         lse_t,
@@ -64,7 +64,7 @@ def launch_grad(
         teacher,
         lse_s,
         lse_t,
-        grad if mask is None else mask.view(torch.uint8),
+        grad if mask is None else _bytes(mask),
         out,
         V,
         student.stride(0),
@@ -77,6 +77,10 @@ def launch_grad(
         num_warps=NUM_WARPS,
     )
     return out.to(dtype)
+
+
+def _bytes(mask: Tensor) -> Tensor:
+    return mask.contiguous().view(torch.uint8)  # the kernels read one row's byte after the other
 
 
 def _rows(logits: Tensor) -> Tensor:

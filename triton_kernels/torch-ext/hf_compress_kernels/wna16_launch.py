@@ -90,7 +90,7 @@ def _launch(x: Tensor, weight: PackedWeight, bias: Optional[Tensor], config: Til
         weight.qweight,
         weight.sz,
         weight.qweight if perm is None else perm,
-        y if bias is None else bias,
+        y if bias is None else bias.contiguous(),
         y,
         partial,
         ticket,
