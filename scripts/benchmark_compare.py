@@ -27,7 +27,8 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 import hf_compress as hfc
 from hf_compress.measuring.measure import load_model
-from hf_compress.measuring.quality import accuracy, example_scores, padding_collator, usable_rows
+from hf_compress.measuring.metrics import accuracy
+from hf_compress.measuring.quality import example_scores, padding_collator, usable_rows
 from hf_compress.measuring.significance import mcnemar_p_value
 from hf_compress.recipe.texts import load_texts, tokenize
 

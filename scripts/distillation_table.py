@@ -9,7 +9,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from hf_compress.report.compare import paired_difference
+from hf_compress.report.differences import paired_difference
 from hf_compress.report.result import Difference
 
 INK, POINT, BETTER, WORSE, GUIDE = "#222222", "#666666", "#009E73", "#D55E00", "#BBBBBB"

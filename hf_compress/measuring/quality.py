@@ -8,50 +8,48 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.data.data_collator import default_data_collator
 
 from hf_compress.measuring.measure import Source, evaluating, local_folder
+from hf_compress.measuring.metrics import Metric, metric_for, metric_of_each
 from hf_compress.model.inputs import forward_arguments, forward_names
 from hf_compress.model.reading import LABEL_COLUMNS, PaddingCollator, open_tokenizer
-
-Metric = Callable[[object, Mapping[str, Tensor]], Tensor]
-
-
-def accuracy(outputs: object, batch: Mapping[str, Tensor]) -> Tensor:
-    """1 where the highest logit (B, C) is the label (B,), else 0."""
-    logits, labels = outputs.logits, batch["labels"]
-    if logits.dim() != 2 or labels.dim() != 1 or labels.is_floating_point():
-        raise ValueError(
-            f"accuracy needs logits (B, C) and one whole number as label, got logits {tuple(logits.shape)} and "
-            f"{labels.dtype} labels {tuple(labels.shape)}. Give a `metric` that scores each example."
-        )
-    return logits.argmax(-1) == labels
-
-
-def token_log_likelihood(outputs: object, batch: Mapping[str, Tensor]) -> Tensor:
-    """Mean log-probability of each text's tokens given those before, (B,); its negative is the log of perplexity."""
-    tokens, logits = batch["input_ids"][:, 1:], outputs.logits[:, :-1].float()
-    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
-    real = (mask[:, 1:] * mask[:, :-1]).double()  # (B, T - 1): nothing is told from padding, on either side
-    chosen = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]  # (B, T - 1)
-    return (chosen * real).sum(1) / real.sum(1).clamp(min=1)
 
 
 @torch.inference_mode()
 def example_scores(
-    model: PreTrainedModel, rows: Sequence[Mapping], collator: Callable, *, metric: Metric, batch_size: int
+    model: PreTrainedModel, rows: Sequence[Mapping], collator: Callable, *, metric: Metric | Callable, batch_size: int
 ) -> Tensor:
-    """`metric` of each row, (n,) float64. Rows of like length share a batch, so that little is padding."""
+    """What `metric` keeps of each row, (n, S) float64; of a function that scores each example, (n,).
+
+    Rows of like length share a batch, so that little is padding.
+    """
+    if not isinstance(metric, Metric):
+        kept = example_scores(model, rows, collator, metric=metric_of_each(metric), batch_size=batch_size)
+        return kept[:, 0]
     order = sorted(range(len(rows)), key=lambda i: _length(rows[i], model.main_input_name))
-    scores = torch.empty(len(rows), dtype=torch.double)
+    kept: Tensor | None = None
     with evaluating([model]):
         for start in range(0, len(rows), batch_size):
             chosen = order[start : start + batch_size]
-            batch = {key: value.to(model.device) for key, value in collator([rows[i] for i in chosen]).items()}
-            values = metric(model(**forward_arguments(model, batch)), batch)
-            if values.shape != (len(chosen),):
-                raise ValueError(
-                    f"a metric returns one score for each example, ({len(chosen)},) here, got {tuple(values.shape)}."
-                )
-            scores[chosen] = values.double().cpu()
-    return scores
+            own = [rows[i] for i in chosen]
+            taken = [{name: value for name, value in row.items() if _is_read(name, model)} for row in own]
+            batch = {key: value.to(model.device) for key, value in collator(taken).items()}
+            values = metric.keep(model(**_arguments(model, batch)), batch, own).double().cpu()
+            if kept is None:
+                kept = torch.empty(len(rows), values.shape[1], dtype=torch.double)
+            kept[chosen] = values
+    return kept
+
+
+def _is_read(column: str, model: PreTrainedModel) -> bool:
+    return column in LABEL_COLUMNS or column in forward_names(model)
+
+
+def _arguments(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What forward takes. A model that writes reads what it should have written so far."""
+    arguments = forward_arguments(model, batch)
+    writes = hasattr(model, "prepare_decoder_input_ids_from_labels") and "decoder_input_ids" not in arguments
+    if writes and "labels" in batch and batch["labels"].dim() == 2:
+        arguments["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+    return arguments
 
 
 def _length(row: Mapping, column: str) -> int:
@@ -75,17 +73,32 @@ def check_labels(models: Mapping[str, PreTrainedModel], reference: str, *, any_o
             )
 
 
-def usable_rows(eval_dataset: Sequence[Mapping], model: PreTrainedModel, metric: Metric) -> list[dict]:
-    """The columns that a model or the metric can use: what forward takes, and the labels."""
+def usable_rows(
+    eval_dataset: Sequence[Mapping], model: PreTrainedModel, metric: Metric | Callable | None = None
+) -> list[dict]:
+    """The columns that a model or the metric can use: what forward takes, the labels, and what the metric needs.
+
+    Without a metric, the columns that the usual one of the model needs. Raises ValueError where one of them is missing.
+    """
     if len(eval_dataset) == 0:
         raise ValueError("eval_dataset is empty: give at least one example, or None to compare cost alone.")
     columns = sorted(eval_dataset[0])
     if model.main_input_name not in columns:
         raise ValueError(f"eval_dataset has no column {model.main_input_name!r}, only {columns}. Tokenize it first.")
-    if metric is accuracy and not set(LABEL_COLUMNS) & set(columns):
-        raise ValueError(f"accuracy needs labels: a column named one of {LABEL_COLUMNS}, got only {columns}.")
-    wanted = [column for column in columns if column in {*forward_names(model), *LABEL_COLUMNS}]
+    metric = as_metric(metric, model, ())
+    if "labels" in metric.needs and not set(LABEL_COLUMNS) & set(columns):
+        raise ValueError(f"{metric.name} needs labels: a column named one of {LABEL_COLUMNS}, got only {columns}.")
+    if missing := sorted(set(metric.needs) - {"labels", *columns}):
+        raise ValueError(f"{metric.name} needs the columns {list(metric.needs)}: {missing} are not in {columns}.")
+    wanted = [column for column in columns if _is_read(column, model) or column in metric.needs]
     return [{column: row[column] for column in wanted} for row in (eval_dataset[i] for i in range(len(eval_dataset)))]
+
+
+def as_metric(metric: Metric | Callable | None, model: PreTrainedModel, rows: Sequence[Mapping]) -> Metric:
+    """A metric, that of a function which scores each example, or without either the usual one of the model."""
+    if metric is None:
+        return metric_for(model, rows)
+    return metric if isinstance(metric, Metric) else metric_of_each(metric)
 
 
 def unknown_tokens(rows: Sequence[Mapping], tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, int] | None:

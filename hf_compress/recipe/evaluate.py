@@ -9,8 +9,7 @@ import torch
 from transformers import AutoConfig
 
 from hf_compress.measuring.measure import load_model
-from hf_compress.measuring.quality import accuracy, token_log_likelihood
-from hf_compress.recipe.data import CLASSIFICATION, RecipeData
+from hf_compress.recipe.data import RecipeData
 from hf_compress.recipe.options import RecipeError, unknown
 from hf_compress.report.compare import compare
 from hf_compress.report.harness import harness_scores
@@ -80,7 +79,6 @@ def evaluate(options: EvaluateOptions, models: Mapping[str, Sources], data: Reci
         models,
         eval_dataset=rows,
         data_collator=collators,
-        metric=accuracy if data.task == CLASSIFICATION else token_log_likelihood,
         dataset_name=f"{data.name}, {options.split}",
         batch_size=options.batch_size,
         sequence_length=options.sequence_length or data.max_length,

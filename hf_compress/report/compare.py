@@ -16,9 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.measuring.isolated import measure_isolated
 from hf_compress.measuring.measure import Source, load_model, local_folder, measure_together
+from hf_compress.measuring.metrics import Metric, accuracy
 from hf_compress.measuring.quality import (
-    Metric,
-    accuracy,
+    as_metric,
     check_labels,
     example_scores,
     padding_collator,
@@ -26,13 +26,14 @@ from hf_compress.measuring.quality import (
     unknown_tokens,
     usable_rows,
 )
-from hf_compress.measuring.significance import bootstrap_interval, mcnemar_p_value, median_interval, permutation_p_value
+from hf_compress.measuring.significance import median_interval
 from hf_compress.measuring.timing import Spread
 from hf_compress.model.anatomy import anatomy
+from hf_compress.report.differences import difference_of
 from hf_compress.report.layers import layer_facts
 from hf_compress.report.privacy import public_command
 from hf_compress.report.report import Report
-from hf_compress.report.result import Difference, Entry, Interval
+from hf_compress.report.result import Entry, Interval
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def compare(
     eval_dataset: Sequence[Mapping] | Mapping[str, Sequence[Mapping]] | None = None,
     processing_class: PreTrainedTokenizerBase | None = None,
     data_collator: Callable | Mapping[str, Callable] | None = None,
-    metric: Metric = accuracy,
+    metric: Metric | Callable | None = None,
     metric_name: str | None = None,
     dataset_name: str | None = None,
     reference: str | None = None,
@@ -67,7 +68,8 @@ def compare(
                       tokenizers differ, name -> rows: the same examples in the same order, as each model reads them
     processing_class  the tokenizer that pads; the reference's own, where that is a folder or Hub name
     data_collator     makes a batch of rows, or name -> such; pads with the tokenizer, under a mask, by default
-    metric            metric(outputs, batch) -> (B,): a score for each example, higher is better; `batch` holds "labels"
+    metric            metric(outputs, batch) -> (B,): a score for each example, higher is better; `batch` holds
+                      "labels". Or a `Metric`; by default the usual one of the reference's task
     reference         name of the model that the others are held against; the first by default
     batch_size        of the evaluation; speed is always measured at 1 and 32
     dtype, device     for models that are loaded here, as in `measure`, as are the length and the rounds
@@ -85,14 +87,16 @@ def compare(
     if isolate and any(isinstance(source, PreTrainedModel) for sources in entries.values() for source in sources[:1]):
         raise ValueError("isolate=True loads each model in a process of its own: give folders or Hub names.")
     firsts = {name: load_model(sources[0], dtype=dtype, device=device) for name, sources in entries.items()}
-    scores: dict[str, Tensor] = {}  # name -> (seeds, examples)
+    scores: dict[str, Tensor] = {}  # name -> what the metric keeps, (seeds, examples, S)
+    metrics: dict[str, Metric] = {}
     read: dict[str, tuple[int, int] | None] = {}  # name -> tokens that its tokenizer does not know, and all tokens
     if eval_dataset is not None:
-        if metric is accuracy:
+        if metric in (None, accuracy):
             check_labels(firsts, reference, any_order=isinstance(eval_dataset, Mapping))
         own_rows = _rows_by_name(eval_dataset, entries)
         for name, sources in entries.items():
             rows = usable_rows(own_rows[name], firsts[name], metric)
+            metrics[name] = as_metric(metric, firsts[name], rows)
             pads_by = name if isinstance(eval_dataset, Mapping) else reference
             own_collator = data_collator[name] if isinstance(data_collator, Mapping) else data_collator
             collator = own_collator or padding_collator(
@@ -103,7 +107,7 @@ def compare(
             read[name] = unknown_tokens(rows, processing_class or tokenizer_beside(entries[pads_by][0]))
             scores[name] = torch.stack(
                 [
-                    example_scores(model, rows, collator, metric=metric, batch_size=batch_size)
+                    example_scores(model, rows, collator, metric=metrics[name], batch_size=batch_size)
                     for model in _one_by_one(firsts[name], others)
                 ]
             )
@@ -114,6 +118,7 @@ def compare(
         folders = [local_folder(sources[0]) for sources in entries.values()]
         measurements = measure_together(list(firsts.values()), folders=folders, clock=clock, **how)
     base = measurements[list(entries).index(reference)]
+    total = metrics[reference].total if scores else None
     results = []
     for (name, model), cost in zip(firsts.items(), measurements, strict=True):
         results.append(
@@ -122,8 +127,11 @@ def compare(
                 architecture=type(model).__name__,
                 needs_plugin=_quant_method(model) == "hf_compress",
                 structure=structure(model),
-                seed_qualities=tuple(scores[name].mean(1).tolist()) if scores else (),
-                difference=paired_difference(scores[reference], scores[name]) if scores and name != reference else None,
+                seed_qualities=tuple(total(scores[name]).tolist()) if scores else (),
+                difference=None
+                if not scores or name == reference
+                else difference_of(scores[reference], scores[name], total),
+                scores=metrics[name].further(scores[name]) if scores else {},
                 measurement=cost,
                 parameter_rate=base.parameters / cost.parameters,
                 byte_rate=base.stored_bytes / cost.stored_bytes,
@@ -137,7 +145,7 @@ def compare(
     return Report(
         reference=reference,
         entries=tuple(results),
-        metric=metric_name or getattr(metric, "__name__", "quality"),
+        metric=metric_name or (metrics[reference].name if scores else "quality"),
         dataset=dataset_name,
         num_examples=0 if eval_dataset is None else len(own_rows[reference]),
         command=public_command(["python", *sys.argv]) if command is None else command,
@@ -183,18 +191,6 @@ def _one_by_one(first: PreTrainedModel, others: Iterable[PreTrainedModel]) -> It
     """`others` are loaded as they come, so that the seeds of one name are not all in memory."""
     yield first
     yield from others
-
-
-def paired_difference(reference: Tensor, candidate: Tensor) -> Difference:
-    """Of two scores tables (seeds, n), example by example, the seeds of each averaged first."""
-    differences = candidate.mean(0) - reference.mean(0)
-    low, high = bootstrap_interval(differences, lambda drawn: drawn.mean(1))
-    single = len(reference) == len(candidate) == 1
-    if single and bool(((reference == 0) | (reference == 1)).all() & ((candidate == 0) | (candidate == 1)).all()):
-        p_value, test = mcnemar_p_value(reference[0], candidate[0]), "McNemar, exact"
-    else:
-        p_value, test = permutation_p_value(differences), "paired permutation"
-    return Difference(Interval(differences.mean().item(), low, high), p_value, test)
 
 
 def median_ratio(above: Spread, below: Spread) -> Interval:

@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from hf_compress.report.layers import layers_svg
 from hf_compress.report.result import Results
-from hf_compress.report.tables import conditions, cost_rows, main_rows, task_rows, verdicts
+from hf_compress.report.tables import all_tables, conditions, verdicts
 
 
 def html_page(report: Results, plot: bytes | None) -> str:
@@ -23,7 +23,7 @@ def html_page(report: Results, plot: bytes | None) -> str:
     template = (files("hf_compress.report") / "page.html.j2").read_text(encoding="utf-8")
     return Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template).render(
         title=", ".join(entry.name for entry in report.entries),
-        tables=[main_rows(report), cost_rows(report), *([task_rows(report)] if report.tasks else [])],
+        tables=all_tables(report),
         sentences=[*verdicts(report), *report.notes],
         conditions=conditions(report),
         command=report.command,

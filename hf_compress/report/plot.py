@@ -7,7 +7,7 @@ import math
 from typing import TYPE_CHECKING
 
 from hf_compress.report.result import Results
-from hf_compress.report.tables import conditions_short
+from hf_compress.report.tables import conditions_short, is_share
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,7 +39,7 @@ def trade_off_png(report: Results) -> bytes:
     figure = Figure(figsize=(WIDTH_INCHES, HEIGHT_INCHES), dpi=DPI, layout="constrained", facecolor="white")
     canvas = FigureCanvasAgg(figure)  # no pyplot: nothing global is touched, and no display is needed
     size, speed = figure.subplots(1, 2, sharey=True)
-    scale, unit = (100.0, ", %") if report.metric == "accuracy" else (1.0, "")
+    scale, unit = (100.0, ", %") if is_share(report.metric) else (1.0, "")
     qualities = [scale * entry.quality for entry in report.entries]
     spreads = [scale * (entry.quality_spread or 0.0) for entry in report.entries]
     megabytes = [entry.measurement.stored_bytes / 1e6 for entry in report.entries]

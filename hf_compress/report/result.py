@@ -66,6 +66,7 @@ class Entry:
     layers: tuple[LayerFacts, ...] = ()  # empty where the anatomy is not known
     unknown_tokens: int | None = None  # of the evaluated texts, that its tokenizer does not know; None: not counted
     num_tokens: int | None = None  # of these texts, without special ones
+    scores: dict[str, float] = field(default_factory=dict)  # further figures of the metric, such as each label's F1
 
     @property
     def quality(self) -> float | None:
@@ -171,5 +172,6 @@ def _entry(plain: Mapping[str, Any]) -> Entry:
         "layers": tuple(LayerFacts(**layer) for layer in plain.get("layers", ())),
         "unknown_tokens": plain.get("unknown_tokens"),
         "num_tokens": plain.get("num_tokens"),
+        "scores": plain.get("scores", {}),
     }
     return Entry(**built, **_own_fields(Entry, plain, without=tuple(built)))

@@ -11,12 +11,13 @@ def terminal_table(report: Results) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
     lines.insert(1, "-" * max(map(len, lines)))
-    return "\n".join([*lines, "", *verdicts(report), *report.notes, conditions(report)])
+    further = [f"{one.name}: {', '.join(f'{name} {value:.4f}' for name, value in one.scores.items())}."
+               for one in report.entries if one.scores]  # fmt: skip
+    return "\n".join([*lines, "", *further, *verdicts(report), *report.notes, conditions(report)])
 
 
 def markdown(report: Results) -> str:
-    parts = [_markdown_table(main_rows(report)), _markdown_table(cost_rows(report))]
-    parts += [_markdown_table(task_rows(report))] * bool(report.tasks)
+    parts = [_markdown_table(rows) for rows in all_tables(report)]
     lines = [*verdicts(report), *report.notes]
     parts += ["\n".join(f"- {line}" for line in lines)] * bool(lines)
     parts += [conditions(report), f"Command: `{report.command}`"]
@@ -133,16 +134,27 @@ def dtypes(report: Results) -> str:
     return "; ".join(f"{dtype}: {', '.join(names)}" for dtype, names in models.items())
 
 
+def is_share(metric: str) -> bool:
+    """Whether a metric is a share of what could be right, and so told in percent."""
+    return metric.endswith(("accuracy", "F1"))
+
+
 def _scale(report: Results) -> tuple[float, str]:
-    return (100.0, " points of") if report.metric == "accuracy" else (1.0, "")
+    return (100.0, " points of") if is_share(report.metric) else (1.0, "")
 
 
 def quality_text(report: Results, entry: Entry) -> str:
     if entry.quality is None:
         return "-"
-    scale, unit, digits = (100.0, "%", 1) if report.metric == "accuracy" else (1.0, "", 4)
+    scale, unit, digits = (100.0, "%", 1) if is_share(report.metric) else (1.0, "", 4)
     spread = "" if entry.quality_spread is None else f" ± {scale * entry.quality_spread:.{digits}f}"
     return f"{scale * entry.quality:.{digits}f}{spread}{unit}"
+
+
+def all_tables(report: Results) -> list[list[list[str]]]:
+    """Quality and size, costs, and where there are such, further scores and tasks of lm-eval; headers first."""
+    others = [rows for rows in (score_rows(report), task_rows(report)) if len(rows[0]) > 1]
+    return [main_rows(report), cost_rows(report), *others]
 
 
 def main_rows(report: Results) -> list[list[str]]:
@@ -153,6 +165,13 @@ def main_rows(report: Results) -> list[list[str]]:
 def cost_rows(report: Results) -> list[list[str]]:
     """The table of costs, its header first."""
     return [_cost_header(), *(_cost_row(entry) for entry in report.entries)]
+
+
+def score_rows(report: Results) -> list[list[str]]:
+    """Further figures of the metric, its header first; without a column where there are none."""
+    names = list(dict.fromkeys(name for entry in report.entries for name in entry.scores))
+    lines = [[f"{entry.scores[n]:.4f}" if n in entry.scores else "-" for n in names] for entry in report.entries]
+    return [["model", *names], *([entry.name, *cells] for entry, cells in zip(report.entries, lines, strict=True))]
 
 
 def task_rows(report: Results) -> list[list[str]]:

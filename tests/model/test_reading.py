@@ -7,7 +7,8 @@ from recipe_run import tiny_folder
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, AutoTokenizer, BertTokenizerFast, PreTrainedTokenizerFast
 
-from hf_compress.measuring.quality import padding_collator, token_log_likelihood
+from hf_compress.measuring.metrics import metric_for
+from hf_compress.measuring.quality import padding_collator
 from hf_compress.model.reading import IGNORED, PaddingCollator, num_positions, num_positions_of, open_tokenizer
 
 END = 1
@@ -72,8 +73,9 @@ def test_likelihood_is_of_real_tokens_given_real_tokens(side):
     mask = {"left": [0, 0, 1, 1, 1], "right": [1, 1, 1, 0, 0]}[side]
     batch = {"input_ids": torch.tensor([padded]), "attention_mask": torch.tensor([mask])}
     positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-    found = token_log_likelihood(model(**batch, position_ids=positions), batch)
-    torch.testing.assert_close(found, expected[None], atol=1e-5, rtol=0)  # float32 logits of another shape
+    metric = metric_for(model, [])
+    found = metric.total(metric.keep(model(**batch, position_ids=positions), batch, []))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)  # float32 logits of another shape
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "electra", "gpt2", "qwen2", "bart", "deberta-v2", "llama"])

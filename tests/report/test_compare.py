@@ -9,7 +9,8 @@ from helpers import tiny_model
 from transformers import BertTokenizer
 
 import hf_compress as hfc
-from hf_compress.measuring.quality import accuracy, example_scores, padding_collator, unknown_tokens, usable_rows
+from hf_compress.measuring.metrics import accuracy
+from hf_compress.measuring.quality import example_scores, padding_collator, unknown_tokens, usable_rows
 from hf_compress.report import report as report_module
 
 NUM_LABELS = 3
