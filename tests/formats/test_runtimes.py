@@ -19,7 +19,7 @@ import hf_compress as hfc
 from hf_compress.formats.named_weight import named_weights
 from hf_compress.formats.runtimes import folder as runtimes
 from hf_compress.formats.runtimes.agreement import Session, check_batches, compare
-from hf_compress.formats.runtimes.folder import in_eval, write_folder
+from hf_compress.formats.runtimes.folder import in_eval, quiet, write_folder
 from hf_compress.formats.runtimes.traced import traced
 from hf_compress.layers.block_sparse import BlockSparseLinear
 
@@ -215,6 +215,17 @@ def test_older_transformers_are_told_which_version_has_exporters(tmp_path, monke
     pytest.importorskip("openvino")
     with pytest.raises(ImportError, match=r"since 5\.23; installed is 5\."):
         export(tiny_model("bert", **SMALL), tmp_path / "model", format="openvino")
+
+
+def test_an_export_says_what_is_ours_to_say(caplog, capsys):
+    other = logging.getLogger("/somewhere/transformers/exporters/exporter_dynamo.py")
+    with caplog.at_level(logging.WARNING):
+        with quiet():
+            other.warning("an axis is dynamic")
+            print("a step is done")
+            runtimes.logger.warning("ours")
+        other.warning("afterwards")
+    assert [record.message for record in caplog.records] == ["ours", "afterwards"] and not capsys.readouterr().out
 
 
 @pytest.mark.long

@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -160,13 +161,23 @@ def in_eval(model: PreTrainedModel) -> Iterator[None]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without what the exporters say of versions, dynamic axes and each of their steps: ours were tested together."""
-    level, torch_logger = transformers_logging.get_verbosity(), logging.getLogger("torch.onnx")
-    torch_level = torch_logger.level
+    level = transformers_logging.get_verbosity()
+    # some of transformers' loggers are named by their file, which its verbosity does not reach
+    names = [name for name in {*logging.root.manager.loggerDict, "torch.onnx"} if is_exporters(name)]
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [exporter.level for exporter in loggers]
     transformers_logging.set_verbosity_error()
-    torch_logger.setLevel(logging.ERROR)
+    for exporter in loggers:
+        exporter.setLevel(logging.ERROR)
     try:
-        with redirect_stdout(io.StringIO()):
+        with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
         transformers_logging.set_verbosity(level)
-        torch_logger.setLevel(torch_level)
+        for exporter, before in zip(loggers, levels, strict=True):
+            exporter.setLevel(before)
+
+
+def is_exporters(name: str) -> bool:
+    return name.startswith("torch.onnx") or ("transformers" in name and "exporters" in name)
