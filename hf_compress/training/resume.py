@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: written beside their place, renamed, and looked at before resuming."""
+"""Checkpoints that are whole or marked as unfinished, and looked at before resuming."""
 
 import json
 import logging
@@ -7,27 +7,34 @@ import zipfile
 from pathlib import Path
 
 from hf_compress.files.inside import inside
-from hf_compress.files.whole import REPLACED, put_back, remove
+from hf_compress.files.whole import DISCARDED, discard, flush, remove
 
 logger = logging.getLogger(__name__)
 
-UNFINISHED = ".unfinished-"  # before the name of a checkpoint while it is written: no reader takes it for one
+UNFINISHED = ".unfinished"  # within a checkpoint from its first byte to its last: no reader takes it for one
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Undo what kills in the middle of a save left in `folder`, where checkpoints are written."""
-    for left in _leftovers(folder):
-        if left.name.startswith(REPLACED):
-            remove(put_back(left.with_name(left.name.removeprefix(REPLACED))))
-        else:
-            remove(left)
+def begin_checkpoint(checkpoint: Path) -> None:
+    """Make the folder, marked as unfinished; torn ones beside it, which kills left, go. Files of the user stay."""
+    for mark in checkpoint.parent.glob(f"checkpoint-*/{UNFINISHED}"):
+        if mark.parent != checkpoint:
+            discard(mark.parent)
+    for left in checkpoint.parent.glob(f"{DISCARDED}checkpoint-*"):
+        remove(left)
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    (checkpoint / UNFINISHED).touch()
+    flush(checkpoint)
+    (checkpoint / "trainer_state.json").unlink(missing_ok=True)
 
 
-def start_writing(checkpoint: Path) -> Path:
-    """The folder in which `checkpoint` is written, until `replace_folder` puts it in its place."""
-    folder = checkpoint.with_name(f"{UNFINISHED}{checkpoint.name}")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def end_checkpoint(checkpoint: Path) -> None:
+    """Take the mark away, once the disk holds all bytes of the folder."""
+    for path in [*checkpoint.rglob("*"), checkpoint]:
+        if not path.is_symlink():
+            flush(path)
+    (checkpoint / UNFINISHED).unlink()
+    flush(checkpoint)
+    flush(checkpoint.parent)
 
 
 def last_complete_checkpoint(folder: str | Path) -> str | None:
@@ -35,12 +42,11 @@ def last_complete_checkpoint(folder: str | Path) -> str | None:
     folder = Path(folder)
     if not folder.is_dir():
         return None
-    for left in _leftovers(folder):
-        if left.name.startswith(UNFINISHED):
-            logger.warning("Passing over %s: it was not written to its end", left)
     checkpoints = [p for p in folder.iterdir() if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()]
     for checkpoint in sorted(checkpoints, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
         fault = find_fault(checkpoint)
+        if fault is None and (checkpoint / "optimizer.pt").is_file() and not any(checkpoint.glob("rng_state*.pth")):
+            fault = "rng_state.pth is missing: it may be half deleted"
         if fault is None:
             return str(checkpoint)
         logger.warning("Passing over %s: %s", checkpoint, fault)
@@ -50,10 +56,13 @@ def last_complete_checkpoint(folder: str | Path) -> str | None:
 def find_fault(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint folder of `Trainer`, in words; None if nothing can be seen.
 
-    `trainer_state.json` is written last, so a checkpoint that has it was written to its end; each safetensors file says
-    in its header how long it has to be, each file of torch ends in its table of contents, an index names its shards.
+    One of ours that is not whole is marked. `trainer_state.json` is written last, so a checkpoint that has it was
+    written to its end; each safetensors file says in its header how long it has to be, each file of torch ends in its
+    table of contents, an index names its shards.
     """
     state = checkpoint / "trainer_state.json"
+    if (checkpoint / UNFINISHED).exists():
+        return "it was not written to its end"
     if not state.is_file():
         return "trainer_state.json, written last, is missing"
     for file in (state, *sorted(checkpoint.glob("*.index.json"))):
@@ -72,14 +81,7 @@ def find_fault(checkpoint: Path) -> str | None:
     for file in sorted([*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth"), *checkpoint.glob("*.bin")]):
         if not zipfile.is_zipfile(file):
             return f"{file.name} is cut short at {file.stat().st_size} bytes"
-    if (checkpoint / "optimizer.pt").is_file() and not any(checkpoint.glob("rng_state*.pth")):
-        return "rng_state.pth is missing: it may be half deleted"
     return None
-
-
-def _leftovers(folder: Path) -> list[Path]:
-    """What a kill left in the middle of a save."""
-    return sorted([*folder.glob(f"{UNFINISHED}checkpoint-*"), *folder.glob(f"{REPLACED}checkpoint-*")])
 
 
 def _safetensors_fault(file: Path) -> str | None:

@@ -15,12 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from hf_compress.files.whole import replace_folder
 from hf_compress.training.finish import finish
 from hf_compress.training.finite import find_not_finite, has_no_label, is_finite
 from hf_compress.training.optimizers import add_missing
 from hf_compress.training.pieces import Piece, check_pieces, forms_of, pieces_of
-from hf_compress.training.resume import find_fault, last_complete_checkpoint, remove_leftovers, start_writing
+from hf_compress.training.resume import begin_checkpoint, end_checkpoint, find_fault, last_complete_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -76,14 +75,12 @@ def attached(state: TrainingState, model: nn.Module) -> Iterator[None]:
 class TrainingStateMixin(Trainer):
     """A `Trainer` whose `training_state` trains with the model, is saved in every checkpoint and resumed exactly.
 
-    A checkpoint is written beside its place and renamed, so that a kill leaves either all of it or nothing. Resumes
-    from the last one that is whole, passing over one that a kill, another trainer or a full disk tore.
+    A checkpoint is marked while it is written, so that one that a kill or a full disk tore is known as such. Resumes
+    from the last one that is whole.
     """
 
     _training_state: TrainingState | None = None
     is_finished = False  # whether the model has become another than the one that was trained, see `finish`
-    _checkpoint: Path | None = None  # the one that is being written, and ...
-    _unfinished: Path | None = None  # ... where, until it is whole
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -208,58 +205,29 @@ class TrainingStateMixin(Trainer):
         return loss
 
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
-        """As `Trainer` does it, but in a folder that gets its name when everything is in it."""
-        self._checkpoint = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        """As `Trainer` does it, in a folder that is marked as unfinished until everything is in it and on the disk."""
+        checkpoint = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
-            remove_leftovers(self._checkpoint.parent)
+            begin_checkpoint(checkpoint)
         self.accelerator.wait_for_everyone()
-        self._unfinished = start_writing(self._checkpoint)
-        state = self.state
-        write = state.save_to_json
+        state, write = self.state, self.state.save_to_json
 
-        def write_and_publish(path: str) -> None:
+        def write_last(path: str) -> None:
             """The state is what `Trainer` writes last; afterwards it removes older checkpoints."""
-            self._note_best_checkpoint()
-            write(str(self._unfinished / Path(path).name))
-            self._publish()
+            self.accelerator.wait_for_everyone()  # each process has written its part
+            write(path)
+            end_checkpoint(checkpoint)
 
-        state.save_to_json = write_and_publish
+        state.save_to_json = write_last
         try:
             super()._save_checkpoint(model, trial)
         finally:
             del state.save_to_json
-        self._note_best_checkpoint()
         if not self.args.should_save:
-            self._publish()
+            self.accelerator.wait_for_everyone()
         self.accelerator.wait_for_everyone()
 
-    def _note_best_checkpoint(self) -> None:
-        """`Trainer` looks whether the best checkpoint exists, which this one does not yet."""
-        if self.state.best_global_step == self.state.global_step:
-            self.state.best_model_checkpoint = str(self._checkpoint)
-
-    def _publish(self) -> None:
-        self.accelerator.wait_for_everyone()  # each process has written its part
-        if self.args.should_save:
-            replace_folder(self._unfinished, self._checkpoint)
-        self._unfinished = None
-
-    def _place(self, folder: str | None) -> str | None:
-        """Where to write what belongs into `folder`."""
-        is_unfinished = folder is not None and self._unfinished is not None and Path(folder) == self._checkpoint
-        return str(self._unfinished) if is_unfinished else folder
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        super().save_model(self._place(output_dir), _internal_call)
-
-    def _save_scaler(self, output_dir: str) -> None:
-        super()._save_scaler(self._place(output_dir))
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(self._place(output_dir))
-
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        output_dir = self._place(output_dir)
         super()._save_optimizer_and_scheduler(output_dir)
         tensors = {name: _whole(tensor) for name, tensor in self.training_state.state_dict().items()}
         if tensors and self.args.should_save:

@@ -168,7 +168,8 @@ def test_plain_text_needs_no_labels_and_relations_last_to_the_end(tmp_path):
 )
 def test_relation_heads_of_its_own_choice_divide_both_widths(heads, width, expected, tmp_path):
     """The teacher's width is 32: at most two relation heads of 16."""
-    student = make_student(pair()[1], num_hidden_layers=2, num_attention_heads=heads, hidden_size=width)
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": heads, "hidden_size": width}
+    student = make_student(pair()[1], **sizes, weights="fresh")  # with larger heads than the teacher's
     assert trainer(tmp_path, student).num_relation_heads == expected
 
 
