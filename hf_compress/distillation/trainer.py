@@ -36,6 +36,7 @@ from hf_compress.distillation.teachers.teacher import (
 from hf_compress.distillation.terms import LoggedTermsMixin
 from hf_compress.model.anatomy import anatomy
 from hf_compress.model.capture import capture, require_gradients
+from hf_compress.training.arguments import by_name, checked
 from hf_compress.training.state import TrainingState, TrainingStateMixin
 
 
@@ -54,13 +55,9 @@ class DistillationTrainer(PredictionLosses, LoggedTermsMixin, TrainingStateMixin
     config_class = DistillationConfig
     loss_is_scaled_for_ga = True  # losses are sums, divided once by the count over all micro-batches and ranks
 
-    def __init__(self, model=None, args=None, teacher_model=None, **kwargs):
-        args = self.config_class("trainer_output") if args is None else args
-        if not isinstance(args, self.config_class):
-            raise TypeError(
-                f"{type(self).__name__} needs args of type {self.config_class.__name__}, got {type(args).__name__}. "
-                "Its arguments are those of TrainingArguments and a few more."
-            )
+    def __init__(self, model=None, args=None, *positional, teacher_model=None, **kwargs):
+        who = type(self).__name__
+        args, kwargs = checked(args, self.config_class, who), by_name(positional, kwargs, who)
         if teacher_model is None:
             raise ValueError(f"{type(self).__name__} needs a teacher: pass teacher_model= a model, a name or a folder.")
         if kwargs.get("compute_loss_func") is not None:

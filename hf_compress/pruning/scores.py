@@ -15,6 +15,7 @@ from hf_compress.model.anatomy import anatomy, in_features
 from hf_compress.model.calibration import text_mask, token_rows
 from hf_compress.model.calibration_data import IGNORED
 from hf_compress.pruning.masks import Blocks
+from hf_compress.training.hooks import WhileTraining
 
 
 class Score:
@@ -113,8 +114,8 @@ class _FromInputs(Score):
 
             return hook
 
-        handles = [m.module.register_forward_pre_hook(note_input(i)) for i, m in enumerate(matrices)]
-        return [model.register_forward_pre_hook(note_mask, with_kwargs=True), *handles]
+        handles = [m.module.register_forward_pre_hook(WhileTraining(note_input(i))) for i, m in enumerate(matrices)]
+        return [model.register_forward_pre_hook(WhileTraining(note_mask), with_kwargs=True), *handles]
 
     def see(self, number: int, matrix: Blocks, x: Tensor) -> None:
         raise NotImplementedError

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 
 from transformers import TrainerCallback
 
-from hf_compress.training.arguments import CompressionArguments
+from hf_compress.training.arguments import CompressionArguments, by_name, checked
 from hf_compress.training.state import TrainingStateMixin
 
 
@@ -43,13 +43,9 @@ class PruningTrainer(TrainingStateMixin):
 
     config_class = PruningConfig
 
-    def __init__(self, model=None, args=None, **kwargs):
-        args = self.config_class("trainer_output") if args is None else args
-        if not isinstance(args, self.config_class):
-            raise TypeError(
-                f"{type(self).__name__} needs args of type {self.config_class.__name__}, got {type(args).__name__}. "
-                "Its arguments are those of TrainingArguments and a few more."
-            )
+    def __init__(self, model=None, args=None, *positional, **kwargs):
+        who = type(self).__name__
+        args, kwargs = checked(args, self.config_class, who), by_name(positional, kwargs, who)
         self.pruning = args.callback()
         callbacks = [*(kwargs.pop("callbacks", None) or []), self.pruning]
         super().__init__(model, args, callbacks=callbacks, **kwargs)

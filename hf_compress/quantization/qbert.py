@@ -19,7 +19,7 @@ from hf_compress.quantization.allocation import allocate_bits
 from hf_compress.quantization.modules import choose_modules
 from hf_compress.quantization.qat import FakeQuantized, QuantizationAware, prepare_qat
 from hf_compress.quantization.sensitivity import hessian_sensitivity
-from hf_compress.training.arguments import CompressionArguments
+from hf_compress.training.arguments import CompressionArguments, by_name, checked
 from hf_compress.training.state import TrainingStateMixin
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,9 @@ class QBertConfig(CompressionArguments):
     num_groups: int = field(
         default=128, metadata={"help": "Weight groups per layer at least; rows of one head stay in one group."}
     )
-    embedding_bits: int = field(default=8, metadata={"help": "Bits of the embedding tables: 2, 3, 4 or 8."})
+    embedding_bits: int | None = field(
+        default=8, metadata={"help": "Bits of the embedding tables: 2, 3, 4 or 8; 0 leaves them as they are."}
+    )
     learned_steps: bool = field(
         default=False, metadata={"help": "Learn the scales with the weights (LSQ) instead of searching them anew."}
     )
@@ -51,6 +53,7 @@ class QBertConfig(CompressionArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        self.embedding_bits = self.embedding_bits or None  # a command line cannot say None
         if not 2 <= self.average_bits <= 8:
             raise ValueError(f"average_bits must lie between 2 and 8, got {self.average_bits}.")
         if self.num_groups < 1 or self.sensitivity_examples < 1:
@@ -72,11 +75,12 @@ class QBertTrainer(TrainingStateMixin, Trainer):
         self,
         model: PreTrainedModel | None = None,
         args: QBertConfig | None = None,
-        *,
+        *positional,
         bits: Mapping[str, int] | None = None,
         **kwargs,
     ):
-        super().__init__(model, QBertConfig("trainer_output") if args is None else args, **kwargs)
+        who = type(self).__name__
+        super().__init__(model, checked(args, QBertConfig, who), **by_name(positional, kwargs, who))
         self._given_bits, self._callback = bits, None
         self._prepare()
 

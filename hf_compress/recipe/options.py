@@ -103,7 +103,8 @@ def build(kind: type, given: Mapping[str, Any], where: str, **fixed: Any) -> Any
         if name not in known:
             raise unknown(name, known, f"{where}: the option")
         try:
-            values[name] = coerce(value, hints[name])
+            # a default may be a text that would be read as something else, such as report_to="none"
+            values[name] = value if value == known[name].default else coerce(value, hints[name])
         except ValueError:
             raise RecipeError(f"{where}: {name} must be {describe(hints[name])}, got {value!r}.") from None
     missing = [

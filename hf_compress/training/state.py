@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
+from hf_compress.training.arguments import check_devices
 from hf_compress.training.finish import finish
 from hf_compress.training.finite import find_not_finite, has_no_label, is_finite
 from hf_compress.training.optimizers import add_missing
@@ -44,24 +45,25 @@ class TrainingState(nn.Module):
         return len(self.state_dict())
 
 
+def _strip(module, state_dict, prefix, local_metadata):
+    for key in [k for k in state_dict if k.startswith(f"{prefix}{STATE_NAME}.")]:
+        del state_dict[key]
+
+
+def _do_not_miss(module, incompatible_keys):
+    missing = incompatible_keys.missing_keys
+    missing[:] = [k for k in missing if not k.startswith(f"{STATE_NAME}.")]
+
+
 @contextmanager
 def attached(state: TrainingState, model: nn.Module) -> Iterator[None]:
     """Make `state` a submodule of `model` while open, out of reach of `state_dict` and `load_state_dict`."""
-    prefix = f"{STATE_NAME}."
-
-    def strip(module, state_dict, prefix_of_module, local_metadata):
-        for key in [k for k in state_dict if k.startswith(prefix_of_module + prefix)]:
-            del state_dict[key]
-
-    def do_not_miss(module, incompatible_keys):
-        incompatible_keys.missing_keys[:] = [k for k in incompatible_keys.missing_keys if not k.startswith(prefix)]
-
     first = next((p for p in model.parameters()), None)
     if first is not None:
         state.to(first.device)
     handles = [
-        model.register_state_dict_post_hook(strip),
-        model.register_load_state_dict_post_hook(do_not_miss),
+        model.register_state_dict_post_hook(_strip),
+        model.register_load_state_dict_post_hook(_do_not_miss),
     ]
     setattr(model, STATE_NAME, state)
     try:
@@ -84,6 +86,7 @@ class TrainingStateMixin(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        check_devices(self.args, type(self).__name__)
         if getattr(self, "loss_is_scaled_for_ga", None) is None:
             if self.model is not None and has_own_mean(self.model):
                 self.model_accepts_loss_kwargs = False

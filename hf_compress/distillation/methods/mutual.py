@@ -54,10 +54,10 @@ class MutualTrainer(DistillationTrainer):
     config_class = MutualConfig
     _starts: Sequence[dict[str, Tensor]] = ()  # the peers' weights before training, kept where `model_init` begins anew
 
-    def __init__(self, model=None, args=None, peers: Sequence[nn.Module | str | Path] = (), **kwargs):
+    def __init__(self, model=None, args=None, *positional, peers: Sequence[nn.Module | str | Path] = (), **kwargs):
         if isinstance(peers, nn.Module | str | Path) or not len(peers):
             raise ValueError(f"{type(self).__name__} needs a list of one or more peers, got {peers!r:.60}.")
-        super().__init__(model, args, teacher_model=list(peers) if len(peers) > 1 else peers[0], **kwargs)
+        super().__init__(model, args, *positional, teacher_model=list(peers) if len(peers) > 1 else peers[0], **kwargs)
 
     def prepare_teacher(self, teacher: nn.Module) -> nn.Module:
         if unfit := [type(p).__name__ for p in teachers_of(teacher) if isinstance(p, CachedTeacher | AdapterTeacher)]:

@@ -58,8 +58,8 @@ class SelfDistillationTrainer(DistillationTrainer):
     config_class = SelfDistillationConfig
     needs_labels = needs_logits = True
 
-    def __init__(self, model=None, args=None, **kwargs):
-        super().__init__(model, args, teacher_model=_Itself(), **kwargs)
+    def __init__(self, model=None, args=None, *positional, **kwargs):
+        super().__init__(model, args, *positional, teacher_model=_Itself(), **kwargs)
 
     def check_layers(self) -> None:
         super().check_layers()

@@ -23,6 +23,7 @@ from hf_compress.pruning.methods.heads import check_heads, head_matrices
 from hf_compress.pruning.trainer import PruningTrainer
 from hf_compress.training.arguments import CompressionArguments
 from hf_compress.training.callback import PieceCallback
+from hf_compress.training.hooks import WhileTraining
 from hf_compress.training.pieces import Piece
 from hf_compress.training.state import STATE_NAME, check_own_gradients, check_whole
 
@@ -108,7 +109,9 @@ class HeadGates(PieceCallback):
         self._end = max(round(self.end * state.max_steps), 1)
         self._is_settled = self.is_done(state.global_step)
         self.close()
-        self._handles = [m.module.register_forward_pre_hook(self._scale(i)) for i, m in enumerate(self._matrices)]
+        self._handles = [
+            m.module.register_forward_pre_hook(WhileTraining(self._scale(i))) for i, m in enumerate(self._matrices)
+        ]
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
         for i in range(len(self._matrices)):

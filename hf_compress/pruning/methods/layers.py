@@ -21,6 +21,7 @@ from hf_compress.surgery.layers import kept_by_stack, prune_layers
 from hf_compress.surgery.settle import build_twin
 from hf_compress.training.arguments import CompressionArguments
 from hf_compress.training.callback import PieceCallback
+from hf_compress.training.hooks import WhileTraining
 from hf_compress.training.pieces import Piece
 
 
@@ -88,8 +89,10 @@ class LayerPruning(PieceCallback):
 
             return hook
 
-        handles = [layer.register_forward_hook(pass_over(i), with_kwargs=True) for i, layer in enumerate(layers)]
-        self._handles = [*handles, *([model.register_forward_pre_hook(draw)] if self.drop_rate else [])]
+        handles = [
+            layer.register_forward_hook(WhileTraining(pass_over(i)), with_kwargs=True) for i, layer in enumerate(layers)
+        ]
+        self._handles = [*handles, *([model.register_forward_pre_hook(WhileTraining(draw))] if self.drop_rate else [])]
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         if self.drop_rate:
