@@ -14,8 +14,9 @@ def check_fit(model: nn.Module) -> None:
             for attention in layer.attentions:
                 _check_attention(attention, num_layers=len(stack.layers))
             _check_feed_forward(layer.name, layer.feed_forward)
-            widths = {in_features(layer.attention.query), out_features(layer.feed_forward.output)}
-            widths |= {out_features(attention.output) for attention in layer.attentions}
+            widths = {out_features(layer.feed_forward.output)}
+            for attention in layer.attentions:
+                widths |= {in_features(attention.query), out_features(attention.output)}
             if widths != {parts.hidden_size}:
                 raise ValueError(
                     f"structure: {layer.name} works on widths {sorted(widths)}, the model on {parts.hidden_size}."

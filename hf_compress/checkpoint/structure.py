@@ -92,7 +92,7 @@ def prepare(model: nn.Module, part: dict[str, Any]) -> None:
 
 
 def _stand_in_for_heads(model: nn.Module) -> None:
-    for attention in anatomy(model).attentions:
+    for attention in [attention for layer in anatomy(model).layers for attention in layer.attentions]:
         if attention.num_heads == 0 and type(attention.module).__name__ in COUNTS_HEADS:
             model.set_submodule(attention.name, HeadlessAttention(attention.module))
         elif attention.num_heads == 0 and hasattr(attention.module, "config"):

@@ -51,6 +51,8 @@ def student_config(
             if getattr(config, name, None) == source.hidden_size:
                 setattr(config, name, width)
         config.hidden_size = width
+    if not source.layers[0].attentions:
+        return config
     attention = source.layers[0].attention
     head_dim = width // max(num_attention_heads or attention.num_heads, 1)
     # a size of its own shrinks with the width, and stays where there are fewer heads; Falcon's follows by itself
@@ -62,6 +64,8 @@ def student_config(
 def _set_heads(
     config: PreTrainedConfig, stack: Stack, number: int, source: Anatomy, width: int, num_heads: int | None
 ) -> None:
+    if not stack.layers[0].attentions and num_heads is None:
+        return
     attention = stack.layers[0].attention
     old = attention.num_heads
     heads = num_heads or old
@@ -100,7 +104,7 @@ def check_shape(
         "num_hidden_layers": [len(stack.layers) for stack in built.stacks],
         "hidden_size": {built.hidden_size},
         "intermediate_size": {layer.feed_forward.num_neurons for layer in built.layers},
-        "num_attention_heads": {attention.num_heads for attention in built.attentions},
+        "num_attention_heads": {attention.num_heads for layer in built.layers for attention in layer.attentions},
     }
     wanted = {
         "num_hidden_layers": depths,

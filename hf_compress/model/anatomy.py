@@ -19,7 +19,20 @@ PROJECTION_NAMES = {
     "fused": re.compile(r"c_attn|qkv|Wqkv|qkv_proj|query_key_value"),
 }
 POSITIONAL = re.compile(r"pos_(key|query|k|q)_proj|(query|key|value)_global")  # DeBERTa, Longformer: with the heads
-HEAD_DIM_NAMES = ("head_dim", "attention_head_size", "key_value_proj_dim", "dim_per_head")
+HEAD_DIM_NAMES = ("head_dim", "attention_head_size", "key_value_proj_dim", "dim_per_head", "head_size")
+
+OTHER_LAYERS = ("MPNetLayer",)  # layers that are no `GradientCheckpointingLayer`
+WHY_NOT = {  # beginning of a class's name -> why structure does not explain it
+    "Albert": "its layers are one set of weights: none can be cut, copied or taken out alone. It can be quantized",
+    "ConvBert": "half of its heads are convolutions, whose widths follow from the config. It can be quantized",
+    "Deberta": "its queries, keys and values are one `in_proj`, head by head, with biases apart. It can be quantized",
+    "Flaubert": "attentions, norms and feed-forwards lie in lists of their own, no layer is one. It can be quantized",
+    "MobileBert": "its layers are bottlenecks around several feed-forwards of another width. It can be quantized",
+    "SqueezeBert": "its projections are grouped convolutions, which nothing here cuts or packs",
+    "XLM": "attentions, norms and feed-forwards lie in lists of their own, no layer is one. It can be quantized",
+}
+
+NO_HEADS = "has no attention (its tokens are mixed without weights): there are no heads to measure, cut or imitate."
 
 Projection = nn.Linear | Conv1D
 
@@ -87,11 +100,13 @@ class FeedForward:
 class Layer:
     name: str
     module: nn.Module
-    attentions: tuple[Attention, ...]  # self-attention, then cross-attention if there is one
+    attentions: tuple[Attention, ...]  # self-attention, then cross-attention if there is one; none in FNet
     feed_forward: FeedForward
 
     @property
     def attention(self) -> Attention:
+        if not self.attentions:
+            raise ValueError(f"{self.name} {NO_HEADS}")
         return self.attentions[0]
 
 
@@ -118,7 +133,11 @@ class Anatomy:
 
     @property
     def attentions(self) -> tuple[Attention, ...]:
-        return tuple(attention for layer in self.layers for attention in layer.attentions)
+        """Of all layers. Raises ValueError for a model without attention."""
+        found = tuple(attention for layer in self.layers for attention in layer.attentions)
+        if not found:
+            raise ValueError(f"{self.stacks[0].name} {NO_HEADS}")
+        return found
 
 
 def anatomy(model: nn.Module) -> Anatomy:
@@ -126,14 +145,31 @@ def anatomy(model: nn.Module) -> Anatomy:
     stacks = tuple(
         Stack(name, modules, tuple(_layer(model, f"{name}.{i}", block) for i, block in enumerate(modules)))
         for name, modules in model.named_modules()
-        if isinstance(modules, nn.ModuleList)
-        and len(modules)
-        and all(isinstance(block, GradientCheckpointingLayer) for block in modules)
+        if isinstance(modules, nn.ModuleList) and len(modules) and all(map(_is_layer, modules))
     )
     if not stacks:
         raise _not_found(model, "a list of transformer layers")
     embeddings = _embeddings(model)
-    return Anatomy(stacks, in_features(stacks[0].layers[0].attention.query), embeddings, _head(model))
+    return Anatomy(stacks, out_features(stacks[0].layers[0].feed_forward.output), embeddings, _head(model))
+
+
+def is_readable(model: nn.Module) -> bool:
+    """Whether `anatomy` can describe `model`."""
+    try:
+        anatomy(model)
+    except ValueError:
+        return False
+    return True
+
+
+def layer_maps(model: nn.Module) -> dict[str, Projection]:
+    """Name -> each linear map inside the layers, also of models that `anatomy` cannot describe: what lies in lists."""
+    lists = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
+    return {name: m for name, m in model.named_modules() if is_projection(m) and name.startswith(lists)}
+
+
+def _is_layer(block: nn.Module) -> bool:
+    return isinstance(block, GradientCheckpointingLayer) or type(block).__name__ in OTHER_LAYERS
 
 
 def module_names(model: nn.Module) -> dict[nn.Module, str]:
@@ -156,11 +192,11 @@ def _projections(block: nn.Module) -> dict[str, nn.Module]:
 def _layer(model: nn.Module, name: str, block: nn.Module) -> Layer:
     projections = _projections(block)
     attentions = tuple(_attentions(model, name, block, projections))
-    if not attentions:
+    if not attentions and len(projections) != 2:  # a feed-forward alone
         raise _not_found(model, f"query, key and value projections in {name}")
     used = {m for a in attentions for m in (a.query, a.key, a.value, a.output, *a.positional)}
     rest = [m for m in projections.values() if m not in used]
-    hidden_size = in_features(attentions[0].query)
+    hidden_size = in_features(attentions[0].query if attentions else rest[0])
     # The last one leads back to the hidden size, the others away from it: this also holds for square matrices.
     if len(rest) < 2 or out_features(rest[-1]) != hidden_size or any(in_features(m) != hidden_size for m in rest[:-1]):
         shapes = {n: (out_features(m), in_features(m)) for n, m in projections.items() if m in rest}
@@ -197,9 +233,9 @@ def _attentions(
             raise _not_found(model, f"the size of a head ({', '.join(HEAD_DIM_NAMES)}) on {full_name}")
         query, key, value = (projections[roles[r]] for r in ("query", "key", "value"))
         last = max(names.index(n) for n in roles.values())
-        output = next(
-            (projections[n] for n in names[last + 1 :] if n not in taken and _leads_back(projections[n], query)), None
-        )
+        beside = [n for n in names if n.rpartition(".")[0] == parent]  # Phi-3 has its output first
+        following = [projections[n] for n in (*beside, *names[last + 1 :]) if n not in taken]
+        output = next((m for m in following if _leads_back(m, query)), None)
         if output is None:
             raise _not_found(model, f"the output projection of {full_name}")
         num_heads = in_features(output) // head_dim
@@ -231,9 +267,11 @@ def _head(model: nn.Module) -> nn.Module | None:
 
 
 def _not_found(model: nn.Module, what: str) -> ValueError:
+    name = type(model).__name__
+    why = next((why for start, why in WHY_NOT.items() if name.startswith(start)), None)
+    if why is not None:
+        return ValueError(f"{name} cannot be read by structure: {why}.")
     return ValueError(
-        f"{type(model).__name__} is not a model that can be read by structure: expected {what}, found none. "
-        "Supported are models built of transformer layers with separate weights for each layer "
-        "(BERT, RoBERTa, ELECTRA, DistilBERT, DeBERTa-v2, ModernBERT, GPT-2, Llama, Qwen2, Qwen3, Gemma 3, "
-        "BART, ViT and their like)."
+        f"{name} is not a model that can be read by structure: expected {what}, found none. "
+        "Supported are models built of transformer layers with separate weights for each layer (docs/families.md)."
     )

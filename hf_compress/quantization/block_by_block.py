@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from hf_compress.layers.scheme import SCALE_DTYPES, WeightScheme
-from hf_compress.model.anatomy import Layer, Stack, anatomy, in_features
+from hf_compress.model.anatomy import Layer, Stack, anatomy, in_features, is_readable
 from hf_compress.model.calibration import (
     HiddenStates,
     InputMoments,
@@ -153,6 +153,12 @@ class _Run:
             self.finished = FinishedLayers(Path(options.resume_dir), model, schemes, batches, settings)
 
     def layers(self) -> None:
+        if not is_readable(self.model):
+            logger.warning(
+                f"{type(self.model).__name__} cannot be read layer by layer: each module is quantized after passes of "
+                "the whole model, which takes longer, and `match_exact` has no effect."
+            )
+            return
         stacks = [s for s in anatomy(self.model).stacks if any(self._inside(layer) for layer in s.layers)]
         exact = [
             self._capture(stack, f"exact{i}") if self.options.match_exact else None for i, stack in enumerate(stacks)

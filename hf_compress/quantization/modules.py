@@ -12,7 +12,7 @@ from hf_compress.layers.packed_embedding import PackedEmbedding
 from hf_compress.layers.packed_linear import PackedLinear
 from hf_compress.layers.scheme import WeightScheme, auto_group_size, check_bits
 from hf_compress.model.adapters import check_no_adapters
-from hf_compress.model.anatomy import anatomy, in_features, matrix
+from hf_compress.model.anatomy import anatomy, in_features, layer_maps, matrix
 from hf_compress.quantization.gptq import QuantizedWeight
 
 
@@ -35,12 +35,10 @@ def choose_modules(
         for name in chosen:
             check_quantizable(model, name)
     else:
-        chosen = {
-            f"{layer.name}.{name}": bits
-            for layer in anatomy(model).layers
-            for name, module in layer.module.named_modules()
-            if is_linear(module)
-        }
+        chosen = {name: bits for name, module in layer_maps(model).items() if is_linear(module)}
+        if not chosen:
+            anatomy(model)  # says why
+            raise ValueError(f"{type(model).__name__} has no linear map in its layers: there is nothing to quantize.")
     if embedding_bits is not None:
         chosen |= dict.fromkeys(embedding_names(model), embedding_bits)
     patterns = [re.compile(pattern) for pattern in skip_modules]

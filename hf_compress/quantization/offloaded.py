@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_compress.layers.packed_module import PackedModule
-from hf_compress.model.anatomy import anatomy
+from hf_compress.model.anatomy import anatomy, is_readable
 
 
 @torch.no_grad()
@@ -32,7 +32,8 @@ def bring_in(module: nn.Module) -> None:
 
 def check_offloaded(model: PreTrainedModel) -> None:
     """Raise ValueError, naming the module, if anything else than layers is on disk: it takes part in every pass."""
-    inside = {part for layer in anatomy(model).layers for part in layer.module.modules()}
+    layers = anatomy(model).layers if is_readable(model) else ()
+    inside = {part for layer in layers for part in layer.module.modules()}
     for name, part in model.named_modules():
         if part not in inside and any(tensor.is_meta for tensor in part.parameters(recurse=False)):
             raise ValueError(

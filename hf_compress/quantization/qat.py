@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_compress.model.anatomy import anatomy, matrix, out_features
+from hf_compress.model.anatomy import anatomy, is_readable, matrix, out_features
 from hf_compress.model.record import read_part
 from hf_compress.model.weights import check_writable
 from hf_compress.quantization.fake_quantize import ActivationQuantizer, WeightQuantizer
@@ -153,9 +153,11 @@ def prepare_qat(
         raise ValueError(f"activation_bits must be 8 or None, got {activation_bits}.")
     if any(isinstance(m, FakeQuantized) for m in model.modules()):
         raise ValueError("The model is prepared already.")
-    parts = anatomy(model)
-    check_writable(parts, "prepare_qat")
-    heads = {m: a.head_dim for a in parts.attentions for m in (a.query, a.key, a.value)}
+    layers = ()
+    if is_readable(model):
+        check_writable(anatomy(model), "prepare_qat")
+        layers = anatomy(model).layers
+    heads = {m: a.head_dim for layer in layers for a in layer.attentions for m in (a.query, a.key, a.value)}
     chosen = choose_modules(model, bits, embedding_bits=embedding_bits, skip_modules=skip_modules)
     for name, width in chosen.items():
         module = model.get_submodule(name)

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from hf_compress.model.adapters import check_no_adapters
-from hf_compress.model.anatomy import anatomy
+from hf_compress.model.anatomy import layer_maps
 from hf_compress.quantization.modules import check_quantizable, is_linear
 
 logger = logging.getLogger(__name__)
@@ -89,12 +89,7 @@ def hessian_sensitivity(
 
 
 def _linear_names(model: PreTrainedModel) -> list[str]:
-    return [
-        f"{layer.name}.{name}"
-        for layer in anatomy(model).layers
-        for name, module in layer.module.named_modules()
-        if is_linear(module)
-    ]
+    return [name for name, module in layer_maps(model).items() if is_linear(module)]
 
 
 def _fishers(model: PreTrainedModel, weights: Mapping[str, Tensor], batches: list) -> dict[str, float]:

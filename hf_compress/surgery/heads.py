@@ -83,9 +83,10 @@ def head_obstacle(attention: Attention, names: Mapping[nn.Module, str]) -> str |
             f"{attention.name} holds query, key and value in one {leaf!r}, whose order of rows is not known "
             f"(known are {', '.join(FUSED_LAYOUTS)}), or splits it by the config: the heads cannot be cut."
         )
-    if hasattr(attention.module, "has_relative_attention_bias"):
+    is_shared = any(name.rpartition(".")[2] == "relative_attention_bias" for name in names.values())
+    if is_shared or hasattr(attention.module, "has_relative_attention_bias"):
         return (
-            f"{attention.name} adds one position bias per head that all layers share (as T5 does): "
+            f"{attention.name} adds one position bias per head that all layers share (as in T5 and MPNet): "
             "its heads cannot be cut layer by layer."
         )
     known = {attention.query, attention.key, attention.value, attention.output, *attention.positional}

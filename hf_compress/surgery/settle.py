@@ -13,7 +13,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
-from hf_compress.model.anatomy import HEAD_DIM_NAMES, anatomy, in_features, is_projection, out_features
+from hf_compress.model.anatomy import HEAD_DIM_NAMES, anatomy, in_features, is_projection, is_readable, out_features
 from hf_compress.model.record import read_part, stored_name, write_part
 from hf_compress.surgery.depth import ATTRIBUTES, are_alike, place_layers
 from hf_compress.surgery.marks import mark, unmark
@@ -101,6 +101,8 @@ def _is_plain(value: Any) -> bool:
 
 def _uniform_fields(model: nn.Module) -> Iterator[dict[str, int]]:
     """Config fields that might say what all layers have in common, to be tried one after the other."""
+    if not is_readable(model):  # only its tables can have changed
+        return
     parts = anatomy(model)
     neurons = [{layer.feed_forward.num_neurons for layer in stack.layers} for stack in parts.stacks]
     if all(len(widths) == 1 for widths in neurons):
@@ -109,7 +111,7 @@ def _uniform_fields(model: nn.Module) -> Iterator[dict[str, int]]:
                 yield {field: min(neurons[0])}
         if len(neurons) == 2 and all(hasattr(model.config, field) for field in STACK_NEURON_FIELDS):
             yield {field: min(widths) for field, widths in zip(STACK_NEURON_FIELDS, neurons, strict=True)}
-    heads = {(a.num_heads, a.num_key_value_heads, a.head_dim) for a in parts.attentions}
+    heads = {(a.num_heads, a.num_key_value_heads, a.head_dim) for layer in parts.layers for a in layer.attentions}
     if len(heads) == 1 and min(heads)[0]:
         num_heads, num_key_value_heads, head_dim = min(heads)
         fields = {"num_attention_heads": num_heads, "head_dim": head_dim}

@@ -59,7 +59,7 @@ def silent_parts(
     if any(neurons.values()) and sum(map(len, neurons.values())) == sum(x.feed_forward.num_neurons for x in mine):
         first = next(i for i in stays if neurons[i])
         del neurons[first][: neuron_unit(parts.layers[first].feed_forward.output)]
-    numbers = {attention.name: number for number, attention in enumerate(parts.attentions)}
+    numbers = {attention.name: number for number, attention in enumerate(a for x in parts.layers for a in x.attentions)}
     return {numbers[name]: gone for name, gone in heads.items() if gone}, {i: g for i, g in neurons.items() if g}
 
 

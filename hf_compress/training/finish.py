@@ -48,7 +48,8 @@ def finish(model: PreTrainedModel) -> PreTrainedModel:
     for module, form in forms.items():
         form.take_off(module)
     try:
-        _cut(model, pieces, forms)
+        if pieces:
+            _cut(model, pieces, forms)
         store(model, forms, block_size=min((p.block_size for p in pieces if p.block_size), default=None))
     except BaseException:
         for module, form in forms.items():
