@@ -59,8 +59,6 @@ def prepare(model: PreTrainedModel, bits: dict) -> None:
         # may have buffers that only its initialisation fills, so those go through it.
         packed._is_hf_initialized = not isinstance(packed, PackedEmbedding) or type(packed) is PackedEmbedding
         model.set_submodule(name, packed)
-        # GPT-2 and T5 initialise the weights of a module's children along with the module
-        model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True
     untie_packed(model)
 
 

@@ -149,6 +149,10 @@ def anatomy(model: nn.Module) -> Anatomy:
     )
     if not stacks:
         raise _not_found(model, "a list of transformer layers")
+    for stack in stacks:
+        if any(layer.attentions for layer in stack.layers):
+            for layer in (layer for layer in stack.layers if not layer.attentions):
+                raise _not_found(model, f"query, key and value projections in {layer.name}")
     embeddings = _embeddings(model)
     return Anatomy(stacks, out_features(stacks[0].layers[0].feed_forward.output), embeddings, _head(model))
 

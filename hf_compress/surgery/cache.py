@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from hf_compress.model.anatomy import Layer
 from hf_compress.surgery.transaction import Transaction
 
+SLOT_NAMES = ("layer_idx", "layer_id")  # the second in GPT-Neo
+
 
 def assign_slots(
     transaction: Transaction, layers: Sequence[Layer], layer_types: Sequence[str] | None, num_heads: Mapping[str, int]
@@ -23,7 +25,8 @@ def assign_slots(
             raise ValueError(
                 f"This would remove every head from {attentions[0].name} to {attentions[-1].name}; keep at least one."
             )
-        if not hasattr(attentions[0].module, "layer_idx"):
+        name = next((name for name in SLOT_NAMES if hasattr(attentions[0].module, name)), None)
+        if name is None:
             continue
         is_causal = getattr(attentions[0].module, "is_causal", False)
         if is_causal and not any(n for n, layer_type in zip(left, types, strict=True) if layer_type == types[0]):
@@ -35,4 +38,4 @@ def assign_slots(
             slots = [i for i in range(len(layers)) if types[i] == layer_type]
             users = sorted(slots, key=lambda i, left=left: left[i] == 0)  # stable: the others keep their order
             for slot, user in zip(slots, users, strict=True):
-                transaction.set(attentions[user].module, "layer_idx", slot)
+                transaction.set(attentions[user].module, name, slot)

@@ -33,6 +33,7 @@ ATTRIBUTES = (
     "split_size",
     "intermediate_size",
     "layer_idx",
+    "layer_id",
 )
 _SIZES = {*ATTRIBUTES, *HEAD_DIM_NAMES, "in_features", "out_features", "nf", "nx", "training", "gradient_checkpointing"}
 

@@ -89,6 +89,11 @@ def head_obstacle(attention: Attention, names: Mapping[nn.Module, str]) -> str |
             f"{attention.name} adds one position bias per head that all layers share (as in T5 and MPNet): "
             "its heads cannot be cut layer by layer."
         )
+    if any(names[projection].endswith("_global") for projection in attention.positional):
+        return (
+            f"{attention.name} puts its heads together by the width of the model (as in Longformer): it cannot run "
+            "with fewer in one layer."
+        )
     known = {attention.query, attention.key, attention.value, attention.output, *attention.positional}
     for name, parameter in attention.module.named_parameters():
         owner = attention.module.get_submodule(name.rpartition(".")[0])

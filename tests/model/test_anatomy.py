@@ -4,7 +4,6 @@ import pytest
 import torch
 from helpers import FAMILIES, tiny_batch, tiny_model
 from torch import nn
-from transformers import AlbertConfig, AlbertForSequenceClassification
 
 from hf_compress.model.anatomy import anatomy, in_features, module_names, out_features
 
@@ -67,12 +66,6 @@ def test_a_square_feed_forward_is_not_taken_for_an_attention_output():
     names = module_names(layer.module)
     assert names[layer.attention.output] == "attention.output.dense"
     assert names[layer.feed_forward.output] == "output.dense"
-
-
-def test_shared_layers_are_refused_by_name():
-    config = AlbertConfig(hidden_size=32, num_attention_heads=4, intermediate_size=48, vocab_size=64, embedding_size=16)
-    with pytest.raises(ValueError, match="AlbertForSequenceClassification.*expected a list of transformer layers"):
-        anatomy(AlbertForSequenceClassification(config))
 
 
 def test_a_layer_without_attention_is_refused_and_named():
