@@ -14,9 +14,8 @@ from transformers.quantizers import HfQuantizer
 WHERE = f"Transformers {transformers.__version__}"
 OVERRIDDEN = (  # in hf_compress/training/state.py and the trainers made of it
     "_determine_best_metric", "_get_output_dir", "_hp_search_setup", "_inner_training_loop", "_load_best_model",
-    "_load_optimizer_and_scheduler",
-    "_save_checkpoint", "_save_optimizer_and_scheduler", "_save_rng_state", "_save_scaler", "call_model_init",
-    "save_model", "training_step",
+    "_load_optimizer_and_scheduler", "_save_checkpoint", "_save_optimizer_and_scheduler", "call_model_init",
+    "create_optimizer", "create_scheduler", "training_step",
 )  # fmt: skip
 
 CALLED = (  # by trainers of hf_compress
