@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 
+import torch
 from accelerate.utils import align_module_device
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -14,14 +15,19 @@ from torch import nn
 from hf_compress.files.whole import beside, write_whole
 from hf_compress.layers.scheme import WeightScheme
 from hf_compress.quantization.gptq import QuantizedWeight
-from hf_compress.quantization.modules import matrix
 
 PARTS = tuple(field.name for field in fields(QuantizedWeight))
 
 
-def _energy(module: nn.Module) -> float:
-    with align_module_device(module):  # where its weight is on disk
-        return float(matrix(module).double().square().sum())
+def _content(model: nn.Module) -> str:
+    """Of every tensor, so that no other model passes for this one."""
+    content = hashlib.sha256()
+    for name, module in model.named_modules():
+        with align_module_device(module):  # where its weight is on disk
+            for part, tensor in module.named_parameters(recurse=False):
+                content.update(f"{name}.{part}".encode())
+                content.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return content.hexdigest()
 
 
 class FinishedLayers:
@@ -37,12 +43,11 @@ class FinishedLayers:
         for batch in batches:
             for key in sorted(batch):
                 data.update(batch[key].cpu().numpy().tobytes())
-        sums = [_energy(model.get_submodule(name)) for name in schemes]
         run = {
             "options": settings,
             "schemes": {name: scheme.to_dict() for name, scheme in schemes.items()},
             "calibration": data.hexdigest(),
-            "weights": hashlib.sha256(repr(sums).encode()).hexdigest(),
+            "weights": _content(model),
         }
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / "run.json"

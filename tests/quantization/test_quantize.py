@@ -305,3 +305,16 @@ def test_a_projection_that_is_called_twice_is_fitted_to_both_inputs(name, monkey
     monkeypatch.setattr(block_by_block, "quantize_weight", note)
     hfc.quantize(model, 4, method="gptq", calibration=batches, exact_products=True, match_exact=0, shrinkage=0)
     torch.testing.assert_close(hessians[module], 2 * X.T @ X / len(X))
+
+
+@pytest.mark.parametrize("part", ["encoder.layer.1.output.dense.weight", "embeddings.LayerNorm.bias"])
+def test_finished_layers_of_another_model_are_refused(part, tmp_path):
+    """Of the same energy, or with other weights than those that are packed alone."""
+    options = dict(method="gptq", calibration=calibration(tiny_model("bert")), resume_dir=str(tmp_path))
+    hfc.quantize(tiny_model("bert"), 4, **options)
+    other = tiny_model("bert")
+    with torch.no_grad():
+        tensor = other.bert.get_parameter(part)
+        tensor.copy_(-tensor if tensor.ndim > 1 else tensor + 1)
+    with pytest.raises(ValueError, match="run with other weights"):
+        hfc.quantize(other, 4, **options)
