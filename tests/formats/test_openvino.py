@@ -41,7 +41,7 @@ def test_the_folder_is_complete_and_agrees(folder, classifier):
     assert names >= {"openvino_model.xml", "openvino_model.bin", "tokenizer.json", "config.json", "README.md",
                      "export.json", "hf_compress.json"}  # fmt: skip
     contents = json.loads((folder / "hf_compress.json").read_text(encoding="utf-8"))
-    assert contents["packages"]["openvino"] and contents["named_weights"]["8 bit"] > 0
+    assert contents["packages"]["openvino"] and contents["packed_weights"]["8 bit"] > 0
     logits = contents["agreement"]["outputs"]["logits"]
     assert contents["agreement"]["texts"] == 64
     # both round to the same trained grids: only ties at a grid's middle may fall to the other side
