@@ -32,6 +32,7 @@ class Output:
     def __enter__(self) -> "Output":
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._look()  # before even a lock is left there
             self._lock.acquire(timeout=0)
         except Timeout:
             raise ValueError(
@@ -42,13 +43,7 @@ class Output:
                 f"Nothing can be written to {self.folder}: {error.strerror}. Choose another output."
             ) from None
         try:
-            self._read()
-            found = sorted(path.name for path in self.folder.iterdir() if path.name not in (LOCK, MANIFEST))
-            if found and not self._is_alone and not self.shared:
-                raise ValueError(
-                    f"{self.folder} holds {_listed(found)}, which hf_compress did not write there. Choose another "
-                    "output, a new or empty folder, so that nothing is lost."
-                )
+            self._look()
             if self._is_alone:
                 remove_leftovers(self.folder)
             self._announce({})
@@ -59,6 +54,16 @@ class Output:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._lock.release()
+
+    def _look(self) -> None:
+        """Raise ValueError for a folder of somebody else."""
+        self._read()
+        found = sorted(path.name for path in self.folder.iterdir() if path.name not in (LOCK, MANIFEST))
+        if found and not self._is_alone and not self.shared:
+            raise ValueError(
+                f"{self.folder} holds {_listed(found)}, which hf_compress did not write there. Choose another output, "
+                "a new or empty folder, so that nothing is lost."
+            )
 
     def _read(self) -> None:
         file = self.folder / MANIFEST
