@@ -21,8 +21,9 @@ from hf_compress.pruning.scores import Magnitude, Score
 from hf_compress.pruning.selection import SCOPES, keep_above, keep_largest
 from hf_compress.surgery.transaction import Transaction
 from hf_compress.training.callback import PieceCallback
+from hf_compress.training.checks import check_own_gradients, check_whole
 from hf_compress.training.pieces import Piece, forms_of
-from hf_compress.training.state import STATE_NAME, TrainingState, check_own_gradients, check_whole
+from hf_compress.training.state import STATE_NAME, TrainingState
 
 logger = logging.getLogger(__name__)
 

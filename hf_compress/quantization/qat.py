@@ -20,9 +20,10 @@ from hf_compress.quantization.fake_quantize import ActivationQuantizer, WeightQu
 from hf_compress.quantization.modules import choose_modules, packed
 from hf_compress.surgery.transaction import Transaction
 from hf_compress.training.callback import PieceCallback
+from hf_compress.training.checks import check_whole
 from hf_compress.training.finish import finish
 from hf_compress.training.pieces import FORM, Piece, forms_of
-from hf_compress.training.state import STATE_NAME, check_whole
+from hf_compress.training.state import STATE_NAME
 
 logger = logging.getLogger(__name__)
 

@@ -23,9 +23,10 @@ from hf_compress.pruning.methods.heads import check_heads, head_matrices
 from hf_compress.pruning.trainer import PruningTrainer
 from hf_compress.training.arguments import CompressionArguments
 from hf_compress.training.callback import PieceCallback
+from hf_compress.training.checks import check_own_gradients, check_whole
 from hf_compress.training.hooks import WhileTraining
 from hf_compress.training.pieces import Piece
-from hf_compress.training.state import STATE_NAME, check_own_gradients, check_whole
+from hf_compress.training.state import STATE_NAME
 
 logger = logging.getLogger(__name__)
 
