@@ -63,7 +63,7 @@ def _bytes(x: Tensor, activation_range: Range) -> Rounded:
 
 def _floats(x: Tensor, activation_range: Range) -> Tensor:
     steps, scale, _ = _steps(x, activation_range)
-    return steps.add_(TO_INTEGER).sub_(TO_INTEGER).mul_(scale).to(x.dtype)
+    return steps.round_().mul_(scale).to(x.dtype)  # adding 1.5 * 2^23 would round float32 alone
 
 
 def _steps(x: Tensor, activation_range: Range) -> tuple[Tensor, Tensor, int]:
