@@ -11,12 +11,12 @@ from hf_compress.engines.packed_weight import Stored
 INT4_GROUPS = (256, 128, 64, 32)  # what the 4-bit kernel takes
 
 
-def _whole_tiles(stored: Stored) -> bool:
-    return stored.out_features % 16 == 0 and stored.in_features % 32 == 0  # the kernels read beyond other weights
-
-
 def _int4_group(stored: Stored) -> int | None:
     return next((size for size in INT4_GROUPS if stored.group_size % size == 0), None)
+
+
+def _whole_tiles(stored: Stored) -> bool:
+    return stored.out_features % 16 == 0 and stored.in_features % 32 == 0  # the kernels read beyond other weights
 
 
 def _pack(q: Tensor, scales: Tensor, shifts: Tensor, group_size: int, size: int) -> tuple[Tensor, Tensor]:
@@ -58,44 +58,41 @@ class Int4:
 
     def __init__(self, stored: Stored):
         q, scales, zeros, self.order = _sorted_columns(stored)
-        middle, self.group_size = 2 ** (stored.bits - 1), _int4_group(stored)
-        self.packed, self.pairs = _pack(
-            q + (8 - middle), scales, (middle - zeros) * scales, stored.group_size, self.group_size
-        )
+        self.group_size = _int4_group(stored)
+        self.parts = [
+            _pack(*part, stored.group_size, self.group_size) for part in self._parts(q, scales, zeros, stored)
+        ]
+
+    @staticmethod
+    def _parts(q: Tensor, scales: Tensor, zeros: Tensor, stored: Stored) -> list[tuple[Tensor, Tensor, Tensor]]:
+        middle = 2 ** (stored.bits - 1)
+        return [(q + (8 - middle), scales, (middle - zeros) * scales)]
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        half = x.bfloat16() if self.order is None else x.bfloat16()[:, self.order]
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(half.contiguous(), self.packed, self.group_size, self.pairs)
+        half = (x if self.order is None else x[:, self.order]).bfloat16().contiguous()
+        y, *more = [
+            torch.ops.aten._weight_int4pack_mm_for_cpu(half, packed, self.group_size, pairs)
+            for packed, pairs in self.parts
+        ]
+        for part in more:
+            y = y.float().add_(part)
         y = y.to(x.dtype)
         return y if bias is None else y.add_(bias)
 
 
-class Int8Halves:
+class Int8Halves(Int4):
     """8-bit weights in groups as two of 4 bits, q = 16 high + low. Error at most 6e-3. 1 byte a weight."""
 
-    name, traceable, rounds = "4-bit kernel twice", True, False
+    name = "4-bit kernel twice"
 
     @staticmethod
     def takes(stored: Stored) -> bool:
         return stored.bits == 8 and _takes_groups(stored)
 
-    def __init__(self, stored: Stored):
-        q, scales, zeros, self.order = _sorted_columns(stored)
-        self.group_size = _int4_group(stored)
-        sizes = stored.group_size, self.group_size
+    @staticmethod
+    def _parts(q: Tensor, scales: Tensor, zeros: Tensor, stored: Stored) -> list[tuple[Tensor, Tensor, Tensor]]:
         # q - zero = 16 (high - 8) + (low - 8) + (136 - zero)
-        self.high = _pack(q >> 4, 16 * scales, (136 - zeros) * scales, *sizes)
-        self.low = _pack(q & 15, scales, torch.zeros_like(scales), *sizes)
-
-    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        half = x.bfloat16() if self.order is None else x.bfloat16()[:, self.order]
-        half = half.contiguous()
-        high, low = (
-            torch.ops.aten._weight_int4pack_mm_for_cpu(half, packed, self.group_size, pairs)
-            for packed, pairs in (self.high, self.low)
-        )
-        y = high.float().add_(low)
-        return (y if bias is None else y.add_(bias)).to(x.dtype)
+        return [(q >> 4, 16 * scales, (136 - zeros) * scales), (q & 15, scales, torch.zeros_like(scales))]
 
 
 class Int8Weights:

@@ -1,21 +1,15 @@
 """Products that a compiled graph cannot hold, as one operator: the layer is found by the tensor that it stores."""
 
 import weakref
-from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+_layers: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()  # by where their tensor lies
 
 
-class Infers(Protocol):
-    def infer(self, rows: Tensor, bias: Tensor | None) -> Tensor: ...
-
-
-_layers: weakref.WeakValueDictionary[int, Infers] = weakref.WeakValueDictionary()  # by where their tensor lies
-
-
-def register(layer: Infers, stored: Tensor) -> None:
-    """Let compiled graphs find `layer` by `stored`, a tensor of its own; again when that tensor was replaced."""
+def register(layer: nn.Module, stored: Tensor) -> None:
+    """Let compiled graphs find `layer`, which has `infer`, by a tensor of its own; again when that was replaced."""
     _layers[stored.data_ptr()] = layer
 
 

@@ -48,10 +48,6 @@ def has_bfloat16() -> bool:
     return cpu_has_bfloat16()
 
 
-def fast_dtype() -> torch.dtype:
-    return torch.bfloat16 if has_bfloat16() else torch.float32
-
-
 def has_avx512() -> bool:
     """Whether ATen's own kernels use AVX-512, unless ATEN_CPU_CAPABILITY forbids it."""
     return torch.backends.cpu.get_cpu_capability() == "AVX512"

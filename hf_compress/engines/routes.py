@@ -46,7 +46,7 @@ def choose(
     few = next((kind for kind in kernels if kind.takes(stored)), None)
     if few is None:
         return many
-    return partial(FewAndMany, few, many if integers else partial(PerCall, dtype=processor.fast_dtype()))
+    return partial(FewAndMany, few, many if integers else PerCall)
 
 
 def choose_dense(weights: int, *, decodes: bool = False) -> Callable[..., Run] | None:
@@ -129,8 +129,9 @@ class PerCall:
 
     traceable, rounds = False, False
 
-    def __init__(self, stored: Stored, dtype: torch.dtype):
-        self.stored, self.dtype, self.name = stored.turned(), dtype, f"{dtype} per call".removeprefix("torch.")
+    def __init__(self, stored: Stored, dtype: torch.dtype | None = None):
+        self.dtype = dtype or (torch.bfloat16 if processor.has_bfloat16() else torch.float32)
+        self.stored, self.name = stored.turned(), f"{self.dtype} per call".removeprefix("torch.")
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         N, rows = self.stored.out_features, x.to(self.dtype)
