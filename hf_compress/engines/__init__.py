@@ -6,6 +6,6 @@ The rule, which `routes.choose` follows from what the processor can do:
     a model that decodes: ATen's low-bit kernel for few tokens, the weight dequantized in each call for many
     all else: the dense weight, kept, in bfloat16 where that is fast (AVX512_BF16, AMX), else in float32
 
-The layers' stored tensors stay the only state. HF_COMPRESS_CPU chooses, when a model is loaded or quantized: `auto`, the
-rule; `exact`, float32 arithmetic on the dequantized weight, kept; `reference`, the weight dequantized in each call.
+The layers' stored tensors stay the only state. HF_COMPRESS_CPU chooses, when a model is loaded or quantized: `auto`,
+the rule; `exact`, float32 arithmetic on the dequantized weight, kept; `reference`, the weight dequantized in each call.
 """

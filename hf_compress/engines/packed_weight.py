@@ -87,11 +87,11 @@ class Stored(NamedTuple):
         zeros = None if self.zeros is None else unpack_zeros(self.zeros, self.bits, self.out_features).t()
         return self._replace(words=self.words.t(), scales=self.scales.t(), zeros=zeros, by_rows=True)
 
-    def weight(self, rows: slice = slice(None)) -> PackedWeight:
+    def weight(self, rows: slice | None = None) -> PackedWeight:
         """The numbers of some rows (outputs), by default all of them."""
-        turned, bits = self.turned(), self.bits
-        scales = turned.scales[rows]
-        zeros = (
-            torch.full_like(scales, 2 ** (bits - 1), dtype=torch.uint8) if self.zeros is None else turned.zeros[rows]
-        )
-        return PackedWeight(unpack_rows(turned.words[rows], bits, self.in_features), scales, zeros, self.g_idx, bits)
+        words, scales, zeros = self.turned()[:3]
+        if rows is not None:
+            words, scales, zeros = words[rows], scales[rows], None if zeros is None else zeros[rows]
+        if zeros is None:
+            zeros = torch.full_like(scales, 2 ** (self.bits - 1), dtype=torch.uint8)
+        return PackedWeight(unpack_rows(words, self.bits, self.in_features), scales, zeros, self.g_idx, self.bits)
