@@ -39,7 +39,7 @@ def kept(model, outputs, batch, rows=()):
     ("O B-a-b I-a-b", {("a-b", 1, 2)}),
     ("O O", set()),
     ("", set()),
-], ids=str)  # fmt: skip
+])  # fmt: skip
 def test_entities_are_those_that_seqeval_finds(tags, found):
     assert entities(tags.split()) == found
 

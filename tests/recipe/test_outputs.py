@@ -130,7 +130,7 @@ STAGES = [
     ("vocabulary", lambda s: s[2]["prune"]), ("distil", lambda s: s[4]["together"][0]["distil"]),
     ("together.qat", lambda s: s[4]["together"][1]["quantize"]), ("prune", None), ("quantize", None),
     ("tune", None),
-], ids=str)  # fmt: skip
+])  # fmt: skip
 def test_set_knows_the_names_that_log_and_report_show(target, place):
     if place is None:
         message = {"prune": "2 stages are called 'prune': say which, heads, vocabulary", "tune": "no stage 'tune'",
