@@ -40,7 +40,7 @@ _HOMES = {  # public name -> module that defines it
     "load_compressed_tensors": "hf_compress.formats.compressed_tensors.read",
     "load_gptq": "hf_compress.formats.gptq",
     "quantize": "hf_compress.quantization.quantize",
-    "compiled_decoding": "hf_compress.engines.decoding",
+    "compiled_decoding": "hf_compress.model.decoding",
     "AdapterTeacher": "hf_compress.distillation.teachers.adapter_teacher",
     "distil_through_assistants": "hf_compress.distillation.methods.assistants",
     "MutualConfig": "hf_compress.distillation.methods.mutual",

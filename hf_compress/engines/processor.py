@@ -2,7 +2,9 @@
 
 import logging
 import os
+import platform
 from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -46,6 +48,16 @@ def has_int8() -> bool:
 def has_bfloat16() -> bool:
     """Whether dense matrices multiply faster in bfloat16 than in float32."""
     return cpu_has_bfloat16()
+
+
+@cache
+def has_slow_mkl() -> bool:
+    """Whether `F.linear` in float32 goes through MKL on a processor of another maker, which oneDNN serves better."""
+    if not is_x86_with_onednn() or not torch.backends.mkl.is_available():
+        return False
+    cpuinfo = Path("/proc/cpuinfo")
+    told = cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else platform.processor()
+    return "AuthenticAMD" in told
 
 
 def has_avx512() -> bool:

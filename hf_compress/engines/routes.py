@@ -57,7 +57,9 @@ def choose_dense(weights: int, *, decodes: bool = False) -> Callable[..., Run] |
     wanted = processor.mode()
     if wanted == "reference" or weights < SMALLEST or (decodes and wanted == "auto"):
         return None
-    return BFloat16 if wanted == "auto" and processor.has_bfloat16() else Float32
+    if wanted == "exact":
+        return Float32
+    return BFloat16 if processor.has_bfloat16() else OneDnnFloat32 if processor.has_slow_mkl() else Float32
 
 
 class Float32:
@@ -77,17 +79,23 @@ class Float32:
 class BFloat16:
     """The dequantized weight in bfloat16, laid out by oneDNN. Error at most 5e-3. 2 bytes a weight."""
 
-    name, traceable, rounds = "bfloat16", False, False
+    name, dtype, traceable, rounds = "bfloat16", torch.bfloat16, False, False
 
     def __init__(self, stored: Stored):
-        dense = stored.weight().dequantize(torch.bfloat16)
+        dense = stored.weight().dequantize(self.dtype)
         self.out_features = len(dense)
         self.weight = torch.ops.mkldnn._reorder_linear_weight(dense, None)
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        bias = None if bias is None else bias.bfloat16()
+        bias = None if bias is None else bias.to(self.dtype)
         product = lambda rows: torch.ops.mkldnn._linear_pointwise(rows, self.weight, bias, "none", [], "")  # noqa: E731
-        return in_pieces(x.bfloat16(), product, self.out_features, torch.bfloat16).to(x.dtype)
+        return in_pieces(x.to(self.dtype), product, self.out_features, self.dtype).to(x.dtype)
+
+
+class OneDnnFloat32(BFloat16):
+    """The same in float32, for processors on which MKL is slow. Error: float32 rounding. 4 bytes a weight."""
+
+    name, dtype = "float32 by oneDNN", torch.float32
 
 
 class Int8Rows:

@@ -43,9 +43,10 @@ WIDTHS = {
 }
 
 
-def packed(model: PreTrainedModel) -> dict[str, PreTrainedModel]:
+def packed(model: PreTrainedModel, widths: list[str]) -> dict[str, PreTrainedModel]:
     made = {}
-    for name, options in WIDTHS.items():
+    for name in widths:
+        options = WIDTHS[name]
         made[f"{name}, float32"] = hfc.quantize(copy.deepcopy(model), embedding_bits=8, **options)
         made[f"{name}, bfloat16"] = copy.deepcopy(made[f"{name}, float32"]).bfloat16()
     return made
@@ -63,10 +64,13 @@ def halved(model: PreTrainedModel) -> PreTrainedModel:
 
 def classification(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
     model = AutoModelForSequenceClassification.from_pretrained(args.model, dtype=torch.float32).eval()
-    models = {"float32": model, "bfloat16": copy.deepcopy(model).bfloat16(), **packed(model)}
+    models = {"float32": model, "bfloat16": copy.deepcopy(model).bfloat16(), **packed(model, args.widths)}
     if args.halved:
         half = halved(model)
-        models |= {"halved, float32": half, **{f"halved, {name}": one for name, one in packed(half).items()}}
+        models |= {
+            "halved, float32": half,
+            **{f"halved, {name}": one for name, one in packed(half, args.widths).items()},
+        }
     if args.compressed is not None:
         models[str(args.compressed)] = AutoModelForSequenceClassification.from_pretrained(args.compressed).eval()
     vocabulary = min(len(one.get_input_embeddings().weight) for one in models.values())
@@ -87,7 +91,7 @@ def logits_of(model: PreTrainedModel, ids: Tensor) -> Tensor:
 def generation(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     models = {"float32": model, "bfloat16": copy.deepcopy(model).bfloat16()}
-    models |= {name: one for name, one in packed(model).items() if name.startswith(("4 bit", "8 bit,"))}
+    models |= {name: one for name, one in packed(model, ["4 bit", "8 bit"]).items()}
     options = dict.fromkeys(models, {})
     if args.compiled:
         models["4 bit, compiled"] = copy.deepcopy(models["4 bit, float32"])
@@ -130,6 +134,7 @@ def main() -> None:
     parser.add_argument("--compressed", type=Path, help="A compressed classifier, timed beside the others.")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 32])
     parser.add_argument("--lengths", nargs="+", type=int, default=[32, 128])
+    parser.add_argument("--widths", nargs="+", choices=WIDTHS, default=list(WIDTHS), help="Only these.")
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new_tokens", type=int, default=128)
     parser.add_argument("--compiled", action="store_true", help="Also the compiled decoding step; takes a minute more.")

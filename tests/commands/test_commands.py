@@ -42,7 +42,7 @@ def test_run_takes_a_file_and_changes_from_the_command_line(work, capsys):
         == 2
     )
     assert main([*command, "--set", "tune.max_steps=2"]) == 2
-    assert "there is no stage 'tune', only fine-tune, quantize, evaluate" in capsys.readouterr().err
+    assert "there is no stage 'tune', only fine-tune, rtn, evaluate" in capsys.readouterr().err
 
 
 def test_distill_prune_and_quantize_are_recipes_of_one_stage(work, capsys):
