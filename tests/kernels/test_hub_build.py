@@ -64,7 +64,7 @@ def test_two_builds_and_the_package_live_in_one_process(build):
 
 def test_the_door_of_hf_compress_takes_the_build(build):
     code = (
-        "from hf_compress import ops\n"
+        "from hf_compress.engines import ops\n"
         "assert ops.implementation().__name__.startswith('_hf_compress_kernels_cpu_')\n"
         "from hf_compress.engines.ops import wna16_linear\n"
         "try:\n    ops.no_such_operator\n"
@@ -75,7 +75,7 @@ def test_the_door_of_hf_compress_takes_the_build(build):
 
 
 def test_the_door_names_a_source_that_is_nothing():
-    code = "from hf_compress import ops\ntry:\n    ops.implementation()\nexcept ValueError as error:\n    print(error)"
+    code = "from hf_compress.engines import ops\ntry:\n    ops.implementation()\nexcept ValueError as error:\n    print(error)"
     assert "must be a folder or owner/name" in run(code, HF_COMPRESS_KERNELS="nothing")
 
 
