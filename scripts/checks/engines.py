@@ -142,9 +142,9 @@ def in_turns(calls: list[Callable[[], object]], *, short: bool) -> list[float]:
 
 
 def min_ratio(turns: list[Callable[[], object]], *, short: bool) -> float:
-    """Of ours over stock's; a figure that would fail is taken up to three times, since other work disturbs it."""
+    """Of ours over stock's; a figure that would fail is taken up to five times, since other work disturbs it."""
     ratios = []
-    for _ in range(3):
+    for _ in range(5):
         mine, stock = in_turns(turns, short=short)
         ratios.append(mine / stock)
         if ratios[-1] <= SLOWEST:
