@@ -75,7 +75,10 @@ def test_the_door_of_hf_compress_takes_the_build(build):
 
 
 def test_the_door_names_a_source_that_is_nothing():
-    code = "from hf_compress.engines import ops\ntry:\n    ops.implementation()\nexcept ValueError as error:\n    print(error)"
+    code = (
+        "from hf_compress.engines import ops\ntry:\n    ops.implementation()\n"
+        "except ValueError as error:\n    print(error)"
+    )
     assert "must be a folder or owner/name" in run(code, HF_COMPRESS_KERNELS="nothing")
 
 
