@@ -119,7 +119,7 @@ def main():
         folders,
         eval_dataset=data["test"],
         processing_class=tokenizer,
-        dataset_name=args.dataset,
+        dataset_name=named(args.dataset),
         sequence_length=args.max_length,
         command=command(),
     )
@@ -188,8 +188,13 @@ def read_json(file: Path):
 def command() -> str:
     given = {name: os.environ.get(name) for name in ("TEACHER", "DATASET")}
     if len(sys.argv) == 1 or "MAKELEVEL" in os.environ:
-        return " ".join(["make demo", *(f"{name}={value}" for name, value in given.items() if value)])
-    return " ".join(["python", *sys.argv])
+        return " ".join(["make demo", *(f"{name}={named(value)}" for name, value in given.items() if value)])
+    return " ".join(["python", *map(named, sys.argv)])
+
+
+def named(argument: str) -> str:
+    """A file or folder by its name alone: cards and reports are public, and where it lies is nobody's business."""
+    return Path(argument).name if Path(argument).is_absolute() or Path(argument).exists() else argument
 
 
 if __name__ == "__main__":

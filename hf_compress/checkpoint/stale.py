@@ -23,7 +23,8 @@ def is_stale(model: nn.Module, record: Mapping[str, dict], stored: Mapping[str, 
     """
     structure = record["structure"]
     recorded = [*record["bits"], *record["sparsity"], *structure.get("shapes", ()), *structure.get("ranks", ())]
-    names = [name for entry in recorded if (name := find_name(model, entry)) is not None]
+    there = {name for name, _ in model.named_modules()}
+    names = [name for entry in recorded if (name := find_name(model, entry, there)) is not None]
     if "layers" in structure:
         names.append(marked_norm(model)[0])
     return bool(names) and all(_is_ordinary(model, name, stored) for name in names)
@@ -37,8 +38,9 @@ def _is_ordinary(model: nn.Module, name: str, stored: Mapping[str, Stored]) -> b
 def forget_stale_structure(model: nn.Module) -> None:
     """Changes `model.config`: of the structure in its record, only what is true of `model` stays."""
     structure = read_part(model.config, "structure")
+    there = {name for name, _ in model.named_modules()}
     modules = {entry: model.get_submodule(name) for part in structure.values() for entry in part
-               if (name := find_name(model, entry)) is not None}  # fmt: skip
+               if (name := find_name(model, entry, there)) is not None}  # fmt: skip
     for entry, shape in list(structure.get("shapes", {}).items()):
         if entry in modules and shape != [out_features(modules[entry]), in_features(modules[entry])]:
             del structure["shapes"][entry]
