@@ -287,4 +287,5 @@ def test_by_name_in_a_fresh_process(folder, hub, report, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     expected = model(**tokenizer("the film was good", return_tensors="pt")).logits
-    assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
+    # another process: sums may be split otherwise, a few units in the last place
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, rtol=1e-5, atol=1e-6)
