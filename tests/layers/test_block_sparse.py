@@ -185,7 +185,7 @@ BROKEN = {
     "negative": (lambda part: part[NAME].update(num_blocks=-1), "must be a number of blocks"),
     "format": (lambda part: part[NAME].update(format="pickle"), "format 'bsr'"),
     "unknown-module": (lambda part: part.update({"encoder.x": part[NAME]}), "has no module 'encoder.x'"),
-    "no-linear": (lambda part: part.update({"embeddings.LayerNorm": part[NAME]}), "cannot be block-sparse"),
+    "no-linear": (lambda part: part.update({"embeddings.LayerNorm": part[NAME]}), "cannot be stored in blocks so"),
 }
 
 
