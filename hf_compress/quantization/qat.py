@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hf_compress.layers.insert import insert_class
 from hf_compress.model.anatomy import anatomy, is_readable, matrix, out_features
 from hf_compress.model.record import read_part
 from hf_compress.model.weights import check_writable
@@ -58,7 +59,7 @@ class Quantizers:
         kinds = {nn.Linear: FakeQuantLinear, Conv1D: FakeQuantConv1D, nn.Embedding: FakeQuantEmbedding}
         kind = self.original_class
         # a subclass of nn.Embedding keeps its own forward, whose `super().forward` now looks up quantized rows
-        module.__class__ = kinds.get(kind) or type(f"FakeQuant{kind.__name__}", (kind, FakeQuantEmbedding), {})
+        module.__class__ = kinds.get(kind) or insert_class(kind, FakeQuantEmbedding, "FakeQuant")
         setattr(module, FORM, self)
 
     def take_off(self, module: nn.Module) -> None:

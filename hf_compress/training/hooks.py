@@ -1,12 +1,15 @@
-"""Hooks of the running training, which a copy of the model does not have."""
+"""Hooks that watch the running training, which a copy of the model does not have."""
 
 from collections.abc import Callable
 from typing import Any
 
 
 class WhileTraining:
-    """A hook that pickles, and is copied, as one that does nothing: `torch.save(model)` and `copy.deepcopy(model)` work
-    in a callback, and what they give is no part of the training."""
+    """A hook that only looks on, and pickles, and is copied, as one that does nothing.
+
+    `torch.save(model)` and `copy.deepcopy(model)` work in a callback, and nobody watches what they give. A hook that
+    has a say in what the model computes is a method of its piece instead, and goes with the copy.
+    """
 
     def __init__(self, hook: Callable):
         self.hook = hook

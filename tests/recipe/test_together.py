@@ -35,12 +35,7 @@ TOGETHER = {
 }
 
 
-INEXACT = pytest.mark.xfail(strict=True, reason="finish changes the logits of this composition by 5e-4: to be mended")
-
-
-@pytest.mark.parametrize("name", [
-    "learned-bundles", "blocks-per-token", pytest.param("gates-layers-groups", marks=INEXACT),
-])  # fmt: skip
+@pytest.mark.parametrize("name", TOGETHER)
 def test_a_stage_together_saves_the_trained_model(name, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_COMPRESS_CPU", "exact")
     seen, finish = [], state.finish

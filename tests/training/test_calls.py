@@ -6,8 +6,9 @@ import pytest
 import torch
 from distillation.data import rows
 from distillation.training import config, pair
-from helpers import tiny_batch, tiny_model
+from helpers import tiny_model
 from pruning.test_callbacks import OurTrainer, arguments
+from silence import logits
 from transformers import HfArgumentParser, TrainerCallback, TrainingArguments, default_data_collator
 from trust.trainers import TRAINERS, build
 
@@ -82,13 +83,14 @@ class Keep(TrainerCallback):
     """What users do in callbacks: keep the whole model, on disk and in memory."""
 
     def __init__(self, file):
-        self.file, self.expected = file, None
+        self.file = file
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step == 2:
             was_training = model.training
             torch.save(model, self.file)
             self.copied = copy.deepcopy(model).eval()
+            self.expected = logits(model.eval())
             model.train(was_training)
 
 
@@ -97,18 +99,40 @@ HOOKED = {
     "heads": lambda: [hfc.HeadPruning(0.5, begin=0.0)],
     "wanda": lambda: [hfc.WeightPruning(0.5, method="wanda", begin=0.0)],
     "layers": lambda: [hfc.LayerPruning(0.5)],
-    "gates": lambda: [hfc.HeadGates(1.0)],
+    "gates": lambda: [hfc.HeadGates(1.0, end=1.0)],
+    "gates-and-layers": lambda: [hfc.HeadGates(1.0, end=1.0), hfc.LayerPruning(0.5)],
+    "grids": lambda: [hfc.QuantizationAware()],
+    "gates-on-grids": lambda: [hfc.QuantizationAware(), hfc.HeadGates(1.0, end=1.0)],
 }
 
 
+@pytest.mark.parametrize("family", ["bert", "bart"])
 @pytest.mark.parametrize("name", HOOKED)
-def test_a_callback_may_save_and_copy_the_whole_model(name, tmp_path):
-    keep = Keep(tmp_path / "model.pt")
-    trainer = OurTrainer(tiny_model("bert"), arguments(tmp_path, max_steps=3), train_dataset=rows(),
+def test_a_callback_may_save_and_copy_the_whole_model(name, family, tmp_path):
+    """The copies answer as the model does at that time, gates half open and layers passed over, and end like it."""
+    keep, model = Keep(tmp_path / "model.pt"), tiny_model(family)
+    if "grids" in name:
+        hfc.prepare_qat(model, 4, embedding_bits=None if family == "bart" else 8, range_method="minmax")
+    data = rows(kind="seq2seq" if family == "bart" else "classification")
+    trainer = OurTrainer(model, arguments(tmp_path, max_steps=3), train_dataset=data,
                          callbacks=[*HOOKED[name](), keep])  # fmt: skip
     trainer.train()
     loaded = torch.load(tmp_path / "model.pt", weights_only=False).eval()
-    batch = tiny_batch(loaded)
-    with torch.no_grad():
-        assert torch.equal(loaded(**batch).logits, keep.copied(**batch).logits)
-    assert not any("hfc_training_state" in key for key in loaded.state_dict())
+    for other in (loaded, keep.copied):
+        assert torch.equal(logits(other), keep.expected)
+        assert not any("hfc_training_state" in key for key in other.state_dict())
+    trained = model.double().eval()
+    expected, twin = logits(trained), hfc.finish(copy.deepcopy(trained))
+    assert torch.equal(logits(trained), expected)  # nothing of the copy is shared
+    torch.testing.assert_close(logits(twin), expected, rtol=0, atol=1e-9)
+
+
+def test_a_prepared_model_whose_table_is_of_a_class_of_its_own_can_be_saved_whole(tmp_path):
+    """BART's scaled table is a subclass of `nn.Embedding`, for which a class is made at run time."""
+    model = tiny_model("bart", tie_word_embeddings=False)
+    hfc.prepare_qat(model, 4, range_method="minmax").eval()
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    for other in (loaded, copy.deepcopy(model)):
+        assert torch.equal(logits(other), logits(model))
+        assert type(other.model.encoder.embed_tokens) is type(model.model.encoder.embed_tokens)

@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,6 @@ from hf_compress.pruning.trainer import PruningTrainer
 from hf_compress.training.arguments import CompressionArguments
 from hf_compress.training.callback import PieceCallback
 from hf_compress.training.checks import check_own_gradients, check_whole
-from hf_compress.training.hooks import WhileTraining
 from hf_compress.training.pieces import Piece
 from hf_compress.training.state import STATE_NAME
 
@@ -111,7 +111,7 @@ class HeadGates(PieceCallback):
         self._is_settled = self.is_done(state.global_step)
         self.close()
         self._handles = [
-            m.module.register_forward_pre_hook(WhileTraining(self._scale(i))) for i, m in enumerate(self._matrices)
+            m.module.register_forward_pre_hook(partial(self._scale, i)) for i, m in enumerate(self._matrices)
         ]
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
@@ -157,13 +157,10 @@ class HeadGates(PieceCallback):
             return (log_alpha >= 0).to(log_alpha.dtype) + 0 * log_alpha
         return sample_gates(log_alpha) if is_noisy else settled_gates(log_alpha)
 
-    def _scale(self, number: int):
-        def hook(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor, ...]:
-            gates = self._gate(number, is_noisy=module.training)
-            heads = args[0].unflatten(-1, (len(gates), -1))  # (B, T, H, Dh)
-            return ((heads * gates[:, None].to(heads.dtype)).flatten(-2), *args[1:])  # (B, T, D)
-
-        return hook
+    def _scale(self, number: int, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor, ...]:
+        gates = self._gate(number, is_noisy=module.training)
+        heads = args[0].unflatten(-1, (len(gates), -1))  # (B, T, H, Dh)
+        return ((heads * gates[:, None].to(heads.dtype)).flatten(-2), *args[1:])  # (B, T, D)
 
 
 @dataclass

@@ -6,6 +6,7 @@ LayerDrop: Fan et al., 2020, https://arxiv.org/abs/1909.11556. In training each 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,6 @@ from hf_compress.surgery.layers import kept_by_stack, prune_layers
 from hf_compress.surgery.settle import build_twin
 from hf_compress.training.arguments import CompressionArguments
 from hf_compress.training.callback import PieceCallback
-from hf_compress.training.hooks import WhileTraining
 from hf_compress.training.pieces import Piece
 
 
@@ -73,31 +73,30 @@ class LayerPruning(PieceCallback):
         super().on_train_begin(args, state, control, model=model)
         self.close()
         layers, removed = [layer.module for layer in anatomy(model).layers], self.removed_layers(model)
-        dropped = self._dropped = [False] * len(layers)
+        self._dropped = [False] * len(layers)
+        for i, layer in enumerate(layers):
+            hook = partial(self._pass_over, i, i in removed)
+            self._handles.append(layer.register_forward_hook(hook, with_kwargs=True))
+        if self.drop_rate:
+            self._handles.append(model.register_forward_pre_hook(self._draw))
 
-        def draw(module: nn.Module, args: tuple) -> None:
-            # by the CPU's generator, whose state Trainer saves: a resumed training draws the same layers
-            if module.training:
-                dropped[:] = (torch.rand(len(layers)) < self.drop_rate).tolist()
+    def _draw(self, module: nn.Module, args: tuple) -> None:
+        # by the CPU's generator, whose state Trainer saves: a resumed training draws the same layers
+        if module.training:
+            self._dropped = (torch.rand(len(self._dropped)) < self.drop_rate).tolist()
 
-        def pass_over(number: int):
-            def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor | tuple) -> Tensor | tuple:
-                if not (dropped[number] if module.training else number in removed):
-                    return output
-                states = args[0] if args else kwargs["hidden_states"]
-                return (states, *output[1:]) if isinstance(output, tuple) else states
-
-            return hook
-
-        handles = [
-            layer.register_forward_hook(WhileTraining(pass_over(i)), with_kwargs=True) for i, layer in enumerate(layers)
-        ]
-        self._handles = [*handles, *([model.register_forward_pre_hook(WhileTraining(draw))] if self.drop_rate else [])]
+    def _pass_over(
+        self, number: int, is_removed: bool, module: nn.Module, args: tuple, kwargs: dict, output: Tensor | tuple
+    ) -> Tensor | tuple:
+        if not (self._dropped[number] if module.training else is_removed):
+            return output
+        states = args[0] if args else kwargs["hidden_states"]
+        return (states, *output[1:]) if isinstance(output, tuple) else states
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         if self.drop_rate:
             self._handles.pop().remove()
-            self._dropped[:] = [False] * len(self._dropped)
+            self._dropped = [False] * len(self._dropped)
 
     def close(self) -> None:
         for handle in self._handles:
