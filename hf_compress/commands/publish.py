@@ -11,8 +11,7 @@ from hf_compress.commands.parser import Parser, add_options
 from hf_compress.measuring.identity import model_identity
 from hf_compress.publishing.hub import Published, publish
 from hf_compress.recipe.options import RecipeError, build
-from hf_compress.recipe.publish import PublishOptions
-from hf_compress.recipe.recipe import card_stages
+from hf_compress.recipe.publish import PublishOptions, card_stages
 from hf_compress.report.report import Report
 from hf_compress.report.tables import size_text
 

@@ -19,11 +19,10 @@ from hf_compress.recipe.data import CLASSIFICATION, LANGUAGE_MODEL, TASKS, DataO
 from hf_compress.recipe.evaluate import chosen_models, evaluate, main_figures
 from hf_compress.recipe.fingerprints import code_fingerprint, digest, model_fingerprint, settings
 from hf_compress.recipe.options import RecipeError, build, read_yaml, unknown
+from hf_compress.recipe.publish import card_stages, evaluation_of
 from hf_compress.recipe.stages import Stage, StudentOptions, read_stages
 from hf_compress.recipe.store import Store
 from hf_compress.recipe.training import Work, change_model
-from hf_compress.report.card import Stage as CardStage
-from hf_compress.report.privacy import public_word
 from hf_compress.training.ranks import is_main, wait_for_all
 from hf_compress.version import __version__
 
@@ -152,7 +151,7 @@ class Recipe:
             if (folder / "model").is_dir():
                 made.append(Made(stage.name, folder / "model", fingerprint))
         source = self._leave(store, made, records) if is_main() else made[-1].source
-        report = None if evaluation_of(made[-1], records) is None else store.folder
+        report = None if evaluation_of(made[-1].fingerprint, records) is None else store.folder
         return RecipeResult(store.folder, source, tuple(records), report)
 
     def _leave(self, store: Store, made: Sequence[Made], records: Sequence[Mapping[str, Any]]) -> Path | str:
@@ -167,7 +166,7 @@ class Recipe:
         if len(made) > 1 and not (is_there and (store.folder / "model").is_dir()):
             store.copy(Path(last.source), "model")
         files: dict[str, str | bytes] = {"recipe.yaml": self.to_yaml(), "stages.json": json.dumps(records, indent=2)}
-        if (evaluation := evaluation_of(last, records)) is not None:
+        if (evaluation := evaluation_of(last.fingerprint, records)) is not None:
             folder = store.folder / "stages" / evaluation["folder"]
             files |= {name: (folder / name).read_bytes() for name in REPORT_FILES if (folder / name).is_file()}
         elif any(record["kind"] == "evaluate" for record in records):
@@ -197,7 +196,8 @@ class Recipe:
         elif stage.kind == "publish":
             figures = self._publish(stage, made, before, partial) if is_main() else {}
         else:
-            work = Work(partial, made[-1].source, self._teacher(stage, made), data, self.seed, saves=is_main())
+            others = {"teacher": self._teacher(stage, made), "student": self._student(stage, made)}
+            work = Work(partial, made[-1].source, data=data, seed=self.seed, saves=is_main(), **others)
             if stage.parts or stage.method.trains or is_main():
                 figures = change_model(stage, work)
         wait_for_all()
@@ -209,7 +209,7 @@ class Recipe:
     def _publish(
         self, stage: Stage, made: Sequence[Made], before: Sequence[Mapping[str, Any]], folder: Path
     ) -> dict[str, Any]:
-        report = evaluation_of(made[-1], before)
+        report = evaluation_of(made[-1].fingerprint, before)
         options = stage.own
         found = publish(
             made[-1].source,
@@ -233,14 +233,12 @@ class Recipe:
             sources = {one.name: one.source for one in made}
             chosen = chosen_models(stage.own, sources, made[-1].name, self._reference(made))
             others = {one.name: one.fingerprint for one in made if one.name in chosen}
-        if stage.kind == "publish" and (report := evaluation_of(made[-1], before)):
+        if stage.kind == "publish" and (report := evaluation_of(made[-1].fingerprint, before)):
             others["report"] = report["fingerprint"]
-        teacher = self._teacher(stage, made)
-        if teacher is not None:
-            known = {one.source: one.fingerprint for one in made}
-            others["teacher"] = known.get(teacher) or model_fingerprint(teacher)
-        if student := self._student(stage):
-            others["student"] = model_fingerprint(student)
+        known = {one.source: one.fingerprint for one in made}
+        for role, source in (("teacher", self._teacher(stage, made)), ("student", self._student(stage, made))):
+            if source is not None:
+                others[role] = known.get(source) or model_fingerprint(source)
         texts = "" if stage.kind == "publish" else data.fingerprint
         return digest([code_fingerprint(), options, made[-1].fingerprint, texts, others, self.seed])
 
@@ -250,16 +248,16 @@ class Recipe:
             return None
         options = next(option for option in part.options if isinstance(option, StudentOptions))
         if options.teacher is not None:
-            return next((one.source for one in made if one.name == options.teacher), options.teacher)
+            return _source(options.teacher, made)
         if options.shape() or options.student:
             return made[-1].source
         return next(one.source for one in made if one.name == self._reference(made))
 
     @staticmethod
-    def _student(stage: Stage) -> str | None:
+    def _student(stage: Stage, made: Sequence[Made]) -> str | Path | None:
         part = stage.part("distil")
         options = [] if part is None else [o for o in part.options if isinstance(o, StudentOptions)]
-        return options[0].student if options else None
+        return _source(options[0].student, made) if options and options[0].student else None
 
     def _reference(self, made: Sequence[Made]) -> str:
         """What the model is held against, and learns from: the last fine-tuned one, else the one that came in."""
@@ -267,29 +265,14 @@ class Recipe:
         return next((one.name for one in reversed(made) if one.name in tuned), INPUT)
 
 
+def _source(name: str, made: Sequence[Made]) -> str | Path:
+    """The model of the stage of that name, else the folder or Hub name that it is."""
+    return next((one.source for one in made if one.name == name), name)
+
+
 @dataclass
 class _Seed:
     seed: int = 0
-
-
-def card_stages(records: Sequence[Mapping[str, Any]]) -> list[CardStage]:
-    """What a card tells of the stages that made a model: their kind, method and options."""
-    told = []
-    for record in records:
-        if record["kind"] in ("evaluate", "publish"):
-            continue
-        parts = record["options"].get("stages") or [{"kind": record["kind"], **record["options"]}]
-        for part in parts:
-            options = {name: public_word(value) if isinstance(value, str) else value
-                       for name, value in part.items() if name not in ("kind", "method", "name")}  # fmt: skip
-            told.append(CardStage(f"{part['kind']}, {part['method']}", options))
-    return told
-
-
-def evaluation_of(model: Made, records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The last evaluation whose model is this very one; None where all are of what it was before."""
-    found = (record for record in reversed(records) if record["kind"] == "evaluate")
-    return next((record for record in found if record.get("model") == model.fingerprint), None)
 
 
 def task_of(model: str | Path) -> str:

@@ -35,7 +35,12 @@ class StudentOptions:
         metadata={"help": "A stage's name, a folder or a Hub name; by default the model that entered, "
                           "if the student is made smaller here, else the last fine-tuned one."},
     )  # fmt: skip
-    student: str | None = field(default=None, metadata={"help": "A folder or Hub name, in place of what entered."})
+    student: str | None = field(
+        default=None, metadata={"help": "A stage's name, a folder or a Hub name, in place of what entered."}
+    )
+    cache_teacher: bool = field(
+        default=False, metadata={"help": "Run the teacher once over the texts and keep its logits for all epochs."}
+    )
     num_hidden_layers: int | None = field(default=None, metadata={"help": "Layers of the student."})
     layers: str = field(default="skip", metadata={"help": "Which it starts from: first, last, skip, or 0,2,5."})
     hidden_size: int | None = field(default=None, metadata={"help": "Width of the student."})
@@ -172,6 +177,11 @@ def make_stage(method: Method, given: Mapping[str, Any], where: str) -> Stage:
     for kind, values in zip(method.options, parts, strict=True):
         fixed = training_defaults(values) if issubclass(kind, TrainingArguments) else {}
         options.append(build(kind, values, where, **fixed))
+    if getattr(options[1], "cache_teacher", False) and (method.name != "soft-targets" or options[-1].hints):
+        raise RecipeError(
+            f"{where}: cache_teacher keeps the teacher's logits alone, which is enough for soft-targets without hints. "
+            f"Leave it out, or {'hints' if method.name == 'soft-targets' else method.name}."
+        )
     name = name_of(method.kind, method.name, options[0].name)
     return Stage(method.kind, name, method, tuple(options), given={"method": method.name, **given})
 

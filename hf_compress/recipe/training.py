@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
+from datasets import Dataset
 from transformers import (
     AutoConfig,
     PretrainedConfig,
@@ -18,6 +20,9 @@ from transformers import (
 )
 
 from hf_compress.distillation.students import make_student
+from hf_compress.distillation.teachers.cache import cache_teacher
+from hf_compress.distillation.teachers.cached_teacher import CachedTeacher
+from hf_compress.model.precision import fast_forward
 from hf_compress.recipe.data import CLASSIFICATION, TASKS, RecipeData
 from hf_compress.recipe.labels import has_head
 from hf_compress.recipe.one_shot import Samples, cast
@@ -35,6 +40,7 @@ class Work:
     folder: Path  # its working folder
     source: str | Path  # the model that enters
     teacher: str | Path | None  # of a distil stage
+    student: str | Path | None  # of a distil stage, where it is not what enters
     data: RecipeData
     seed: int
     saves: bool = True  # False on all but the first of several processes
@@ -70,11 +76,13 @@ def train(stage: Stage, work: Work, tokenizer: PreTrainedTokenizerBase) -> tuple
     if main.kind == "distil":
         student = next(option for option in main.options if isinstance(option, StudentOptions))
         extra["teacher_model"] = load(work.teacher, work.data)
-        if student.student:
-            model = load(student.student, work.data, teacher=extra["teacher_model"].config)
+        if work.student:
+            model = load(work.student, work.data, teacher=extra["teacher_model"].config)
         elif shape := student.shape():
             model = make_student(model, **shape)
     rows = work.data.tokenized(tokenizer, model.config, unlabelled=main.kind == "distil")
+    if main.kind == "distil" and student.cache_teacher:
+        extra["teacher_model"] = kept_outputs(extra["teacher_model"], rows["train"], work, tokenizer)
     qat: QATOptions | None = next((part.own for part in stage.parts if part.kind == "quantize"), None)
     pruning = [part.own.callback() for part in stage.parts if part.kind == "prune"]
     if qat:
@@ -93,6 +101,18 @@ def train(stage: Stage, work: Work, tokenizer: PreTrainedTokenizerBase) -> tuple
         model = cast(model, qat.dtype)
     losses = [entry for entry in trainer.state.log_history if "loss" in entry]
     return model, {"steps": trainer.state.global_step, **({"last_losses": losses[-1]} if losses else {})}
+
+
+def kept_outputs(
+    teacher: PreTrainedModel, rows: Dataset, work: Work, tokenizer: PreTrainedTokenizerBase
+) -> CachedTeacher:
+    """The teacher's logits for all rows, computed once; an interrupted run goes on with what is there."""
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    with fast_forward(device):
+        return cache_teacher(
+            teacher, rows, work.folder / "trainer" / "teacher", processing_class=tokenizer,
+            data_collator=work.data.collator(tokenizer),
+        )  # fmt: skip
 
 
 def replace_output(

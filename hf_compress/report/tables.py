@@ -7,13 +7,17 @@ from hf_compress.report.result import Entry, Interval, Results
 
 
 def terminal_table(report: Results) -> str:
-    rows = main_rows(report)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
-    lines.insert(1, "-" * max(map(len, lines)))
+    lines = aligned(main_rows(report))
     further = [f"{one.name}: {', '.join(f'{name} {value:.4f}' for name, value in one.scores.items())}."
                for one in report.entries if one.scores]  # fmt: skip
     return "\n".join([*lines, "", *further, *verdicts(report), *report.notes, conditions(report)])
+
+
+def aligned(rows: list[list[str]]) -> list[str]:
+    """Lines of columns for a terminal, the header and a rule first."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
+    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
 
 
 def markdown(report: Results) -> str:
@@ -201,7 +205,7 @@ def _main_row(report: Results, entry: Entry) -> list[str]:
         f"{count_text(cost.parameters)} ({entry.parameter_rate:.2f}x)",
         f"{size_text(cost.stored_bytes)} ({entry.byte_rate:.2f}x)",
         f"{cost.latency_ms.median:.2f} ms ({_rate_text(entry.latency_speed_up)})",
-        f"{_number(cost.throughput.median)}/s ({_rate_text(entry.throughput_speed_up)})",
+        f"{number_text(cost.throughput.median)}/s ({_rate_text(entry.throughput_speed_up)})",
     ]
 
 
@@ -225,7 +229,7 @@ def _cost_row(entry: Entry) -> list[str]:
         count_text(cost.multiply_adds),
         size_text(cost.peak_memory_bytes),
         f"{cost.latency_ms.low:.2f}-{cost.latency_ms.high:.2f} ms",
-        f"{_number(cost.throughput.low)}-{_number(cost.throughput.high)}/s",
+        f"{number_text(cost.throughput.low)}-{number_text(cost.throughput.high)}/s",
         ", ".join(f"{kind.replace('_', ' ')} {share:.1%}" for kind, share in cost.sparsity.items() if share) or "none",
     ]
 
@@ -245,7 +249,8 @@ def _p_value(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"= {p:.3f}"
 
 
-def _number(value: float) -> str:
+def number_text(value: float) -> str:
+    """12.34 as "12.3", 1234.5 as "1,234"."""
     return f"{value:.1f}" if value < 100 else f"{value:,.0f}"
 
 

@@ -1,0 +1,51 @@
+"""Who teaches whom in a recipe: students named by their stage, and teachers that run once."""
+
+import pytest
+import torch
+from recipe_run import TRAIN, reviews, tiny_folder
+from safetensors.torch import load_file
+
+from hf_compress.recipe import Recipe, RecipeError
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teachers")
+    file = reviews(folder / "r.csv")
+    bare = "".join(f"the film was {letter} {letter},\n" for letter in "abcdefghij")  # no label
+    file.write_text(file.read_text(encoding="utf-8") + bare, encoding="utf-8")
+    return {"model": tiny_folder(folder / "model"), "data": {"source": str(file), "max_length": 16}, "folder": folder}
+
+
+def run(work, name, *stages):
+    result = Recipe(list(stages), model=work["model"], data=work["data"]).run(work["folder"] / name)
+    return {one["name"]: (one, result.output / "stages" / one["folder"]) for one in result.stages}
+
+
+def test_a_teacher_that_ran_once_teaches_the_same(work):
+    """Texts with and without labels; the batches of the two differ in padding, and so in rounding."""
+    distil = {**TRAIN, "num_hidden_layers": 2, "alpha": 1.0, "logging_steps": 1}
+    found = [run(work, f"cache-{cache}", {"distil": {**distil, "cache_teacher": cache}})["distil"]
+             for cache in (False, True)]  # fmt: skip
+    losses = [record["figures"]["last_losses"]["soft_loss"] for record, _ in found]
+    assert losses[0] > 0 and losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert not any("teacher" in path.name for path in found[1][1].rglob("*")), "what was kept for the training goes"
+
+
+@pytest.mark.parametrize("student, expected", [("first", "first"), (None, "second")])
+def test_a_student_named_by_its_stage_starts_from_that_model(work, student, expected):
+    still = {**TRAIN, "learning_rate": 0.0}  # what it starts from is what it ends with
+    named = {} if student is None else {"student": student}
+    stages = [{"fine-tune": {**TRAIN, "name": "first"}}, {"fine-tune": {**TRAIN, "name": "second"}}]
+    made = run(work, f"named-{student}", *stages, {"distil": {**still, **named, "teacher": "first"}})
+    weights = {name: load_file(folder / "model" / "model.safetensors") for name, (_, folder) in made.items()}
+    assert all(torch.equal(weights["distil"][key], value) for key, value in weights[expected].items())
+    assert any(not torch.equal(weights["first"][key], value) for key, value in weights["second"].items())
+
+
+@pytest.mark.parametrize("options, what", [
+    ({"hints": "1:2"}, "hints"), ({"method": "tinybert"}, "tinybert"), ({"method": "pkd"}, "pkd"),
+])  # fmt: skip
+def test_logits_alone_are_not_enough_for_what_reads_more(options, what):
+    with pytest.raises(RecipeError, match=f"cache_teacher keeps the teacher's logits alone.*{what}"):
+        Recipe([{"distil": {**options, "cache_teacher": True}}])
