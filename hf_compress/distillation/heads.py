@@ -5,8 +5,8 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from hf_compress.distillation.tasks import plain_model
 from hf_compress.model.anatomy import anatomy
+from hf_compress.model.tasks import plain_model
 
 
 def output_head(model: nn.Module) -> nn.Module:

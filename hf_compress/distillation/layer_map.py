@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from hf_compress.distillation.tasks import plain_model
 from hf_compress.model.anatomy import anatomy
+from hf_compress.model.tasks import plain_model
 
 
 def uniform(num_student_layers: int, num_teacher_layers: int) -> list[int]:

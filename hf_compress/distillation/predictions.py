@@ -14,8 +14,8 @@ from hf_compress.distillation.losses.sums import (
 )
 from hf_compress.distillation.prompts import changes_positions
 from hf_compress.distillation.runs import Run
-from hf_compress.distillation.tasks import problem_of
 from hf_compress.distillation.teachers.several_teachers import Kind
+from hf_compress.model.tasks import problem_of
 
 
 class PredictionLosses(Trainer):

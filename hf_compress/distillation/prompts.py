@@ -9,9 +9,9 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from hf_compress.distillation.tasks import Task, plain_model
 from hf_compress.model.anatomy import anatomy
 from hf_compress.model.capture import AttentionSignals, Signals
+from hf_compress.model.tasks import Task, plain_model
 
 
 def prompt_length(model: nn.Module) -> int:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput
 
-from hf_compress.distillation.tasks import plain_model
 from hf_compress.model.capture import AttentionSignals
+from hf_compress.model.tasks import plain_model
 
 OF_CHOICES = ("input_ids", "attention_mask", "token_type_ids")
 HIDDEN_STATES = ("hidden_states", "encoder_hidden_states", "decoder_hidden_states")

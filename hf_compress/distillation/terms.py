@@ -1,33 +1,22 @@
-"""Counts the items of a whole optimiser step, divides each loss by them, and logs each loss under its own name."""
+"""Divides each loss by its items in a whole optimiser step, and logs it under its own name."""
 
 import torch
 from torch import Tensor
-from transformers import Trainer
 
 from hf_compress.distillation.losses.sums import Loss
+from hf_compress.training.step_counts import StepCountsMixin
 
-UNITS = ("example", "token", "label", "prediction")
 
+class LoggedTermsMixin(StepCountsMixin):
+    """For trainers whose losses are sums over items."""
 
-class LoggedTermsMixin(Trainer):
-    """For trainers whose losses are sums over items: needs `self.task`."""
-
-    _step_counts: dict[str, Tensor] | None = None  # over all micro-batches and ranks of the running step
+    counts_items = True
 
     def __init__(self, *args, **kwargs):
         self._train_terms: dict[str, Tensor] = {}  # sums over the steps since the last log
         self._train_steps: dict[str, set[int]] = {}  # the steps that had the term: phases differ in their terms
         self._eval_terms: dict[str, tuple[Tensor, Tensor]] = {}
         super().__init__(*args, **kwargs)
-
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        counts = torch.zeros(len(UNITS), device=device)
-        for inputs in samples:
-            counts += torch.stack([self.task.count(inputs)[unit] for unit in UNITS]).to(device)
-        counts = self.accelerator.reduce(counts, reduction="sum")
-        self._step_counts = dict(zip(UNITS, counts, strict=True))
-        return samples, num_items
 
     def total(self, losses: dict[str, Loss], counts: dict[str, Tensor], *, training: bool) -> Tensor:
         """The weighted sum of `losses`, each divided by its items in the whole step; `counts` are this batch's own.
@@ -63,8 +52,5 @@ class LoggedTermsMixin(Trainer):
         return output
 
     def _inner_training_loop(self, *args, **kwargs):
-        self._train_terms, self._train_steps, self._step_counts = {}, {}, None
-        try:
-            return super()._inner_training_loop(*args, **kwargs)
-        finally:
-            self._step_counts = None
+        self._train_terms, self._train_steps = {}, {}
+        return super()._inner_training_loop(*args, **kwargs)

@@ -21,7 +21,6 @@ from hf_compress.distillation.losses.sums import Loss, Unit, hidden_state_loss, 
 from hf_compress.distillation.predictions import PredictionLosses
 from hf_compress.distillation.prompts import changes_positions, without_prompt
 from hf_compress.distillation.runs import NO_LOGITS, Run, accepted, flat_choices, named, predictions, projection
-from hf_compress.distillation.tasks import Task, plain_model, problem_of
 from hf_compress.distillation.teachers.cached_teacher import CachedTeacher, complete
 from hf_compress.distillation.teachers.several_teachers import SeveralTeachers, mean_logits, teachers_of
 from hf_compress.distillation.teachers.sharded_student import gather_highest
@@ -36,6 +35,7 @@ from hf_compress.distillation.teachers.teacher import (
 from hf_compress.distillation.terms import LoggedTermsMixin
 from hf_compress.model.anatomy import anatomy
 from hf_compress.model.capture import capture, require_gradients
+from hf_compress.model.tasks import plain_model, problem_of
 from hf_compress.training.arguments import by_name, checked
 from hf_compress.training.state import TrainingState, TrainingStateMixin
 
@@ -69,7 +69,6 @@ class DistillationTrainer(PredictionLosses, LoggedTermsMixin, TrainingStateMixin
         check_match(student, teacher_model, self.processing_class)
         agree_on_problem(student, teacher_model)
         check_heads(student, teacher_model, needs_logits=self.needs_logits)
-        self.task = Task.of(self.model)
         if self.label_smoother is not None and (self.task.kind == "spans" or problem_of(student) != "one_label"):
             raise ValueError(
                 f"label_smoothing_factor={args.label_smoothing_factor} needs one label among several classes, which "

@@ -12,15 +12,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from hf_compress.training.arguments import check_devices
-from hf_compress.training.checks import has_own_mean
 from hf_compress.training.finish import finish
 from hf_compress.training.finite import find_not_finite, has_no_label, is_finite
 from hf_compress.training.optimizers import add_missing
 from hf_compress.training.pieces import Piece, check_pieces, forms_of, pieces_of
 from hf_compress.training.resume import begin_checkpoint, end_checkpoint, find_fault, last_complete_checkpoint
+from hf_compress.training.step_counts import StepCountsMixin
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def attached(state: TrainingState, model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-class TrainingStateMixin(Trainer):
+class TrainingStateMixin(StepCountsMixin):
     """A `Trainer` whose `training_state` trains with the model, is saved in every checkpoint and resumed exactly.
 
     A checkpoint is marked while it is written, so that one that a kill or a full disk tore is known as such. Resumes
@@ -87,11 +87,6 @@ class TrainingStateMixin(Trainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         check_devices(self.args, type(self).__name__)
-        if getattr(self, "loss_is_scaled_for_ga", None) is None:
-            if self.model is not None and has_own_mean(self.model):
-                self.model_accepts_loss_kwargs = False
-        elif not hasattr(Trainer, "loss_is_scaled_for_ga"):  # 5.17 leaves a loss undivided if there is such a function
-            self.compute_loss_func = self.compute_loss
 
     @property
     def training_state(self) -> TrainingState:

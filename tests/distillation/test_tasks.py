@@ -25,7 +25,7 @@ import hf_compress as hfc
 from distillation.data import rows
 from distillation.training import config, pair
 from hf_compress.distillation.students import make_student
-from hf_compress.distillation.tasks import Task
+from hf_compress.model.tasks import Task
 
 NO_DROPOUT = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, classifier_dropout=0.0)
 

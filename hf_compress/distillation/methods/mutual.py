@@ -20,11 +20,11 @@ from transformers import PreTrainedModel
 from hf_compress.distillation.config import DistillationConfig
 from hf_compress.distillation.losses.sums import Loss
 from hf_compress.distillation.runs import Run, accepted
-from hf_compress.distillation.tasks import plain_model
 from hf_compress.distillation.teachers.adapter_teacher import AdapterTeacher
 from hf_compress.distillation.teachers.cached_teacher import CachedTeacher
 from hf_compress.distillation.teachers.several_teachers import teachers_of
 from hf_compress.distillation.trainer import DistillationTrainer
+from hf_compress.model.tasks import plain_model
 from hf_compress.training.state import TrainingState
 
 

@@ -22,9 +22,9 @@ from hf_compress.distillation.config import DistillationConfig
 from hf_compress.distillation.layer_map import check_one_stack, make_layer_map, num_layers
 from hf_compress.distillation.losses.sums import Loss, exact
 from hf_compress.distillation.runs import Run, projection
-from hf_compress.distillation.tasks import plain_model
 from hf_compress.distillation.trainer import DistillationTrainer
 from hf_compress.model.anatomy import anatomy
+from hf_compress.model.tasks import plain_model
 from hf_compress.training.state import TrainingState
 
 

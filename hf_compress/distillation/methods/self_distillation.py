@@ -24,9 +24,9 @@ from hf_compress.distillation.config import DistillationConfig
 from hf_compress.distillation.layer_map import check_one_stack, num_layers
 from hf_compress.distillation.losses.sums import Loss, hidden_state_loss
 from hf_compress.distillation.runs import Run
-from hf_compress.distillation.tasks import plain_model
 from hf_compress.distillation.trainer import DistillationTrainer
 from hf_compress.model.anatomy import anatomy
+from hf_compress.model.tasks import plain_model
 from hf_compress.surgery.layers import prune_layers
 from hf_compress.training.state import TrainingState
 

@@ -22,11 +22,11 @@ from hf_compress.distillation.layer_map import check_one_stack, uniform
 from hf_compress.distillation.losses.sums import Loss
 from hf_compress.distillation.phases import TwoPhaseConfig, TwoPhaseTrainer
 from hf_compress.distillation.runs import Run
-from hf_compress.distillation.tasks import plain_model
 from hf_compress.distillation.teachers.cached_teacher import CachedTeacher
 from hf_compress.distillation.teachers.several_teachers import SeveralTeachers
 from hf_compress.distillation.teachers.teacher import frozen
 from hf_compress.model.anatomy import anatomy
+from hf_compress.model.tasks import plain_model
 
 
 @dataclass

@@ -20,9 +20,9 @@ from hf_compress.distillation.losses.divergences import forward_kl, jensen_shann
 from hf_compress.distillation.losses.sums import Loss
 from hf_compress.distillation.prompts import changes_positions, prompt_length
 from hf_compress.distillation.runs import Run
-from hf_compress.distillation.tasks import LANGUAGE_MODELS, auto_class_name, plain_model
 from hf_compress.distillation.teachers.cached_teacher import CachedTeacher
 from hf_compress.distillation.trainer import DistillationTrainer
+from hf_compress.model.tasks import LANGUAGE_MODELS, auto_class_name, plain_model
 
 TOP_K = "top_logits", "top_indices", "rest"
 DIVERGENCES = {"forward": forward_kl, "reverse": reverse_kl, "jensen-shannon": jensen_shannon}

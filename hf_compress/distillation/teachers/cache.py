@@ -15,7 +15,6 @@ from tqdm.auto import tqdm
 from transformers import PretrainedConfig, default_data_collator
 
 from hf_compress.distillation.layer_map import num_hidden_states
-from hf_compress.distillation.tasks import plain_model
 from hf_compress.distillation.teachers.cache_contents import Outputs, Rows
 from hf_compress.distillation.teachers.cache_files import (
     check_settings,
@@ -36,6 +35,7 @@ from hf_compress.distillation.teachers.cached_teacher import CachedTeacher
 from hf_compress.distillation.teachers.example_keys import example_keys
 from hf_compress.files.whole import remove_leftovers
 from hf_compress.model.reading import PaddingCollator
+from hf_compress.model.tasks import plain_model
 
 logger = logging.getLogger(__name__)
 

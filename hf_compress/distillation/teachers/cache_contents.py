@@ -9,11 +9,11 @@ from transformers.utils import find_labels
 
 from hf_compress.distillation.layer_map import num_hidden_states
 from hf_compress.distillation.prompts import without_prompt
-from hf_compress.distillation.tasks import Task, plain_model
 from hf_compress.distillation.teachers.example_keys import MASKS, Side, example_keys, real_tokens
 from hf_compress.model.anatomy import anatomy
 from hf_compress.model.capture import capture
 from hf_compress.model.inputs import forward_names
+from hf_compress.model.tasks import Task, plain_model
 
 LABELS = ("label", "label_ids", "labels")
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_compress.distillation.tasks import plain_model
+from hf_compress.model.tasks import plain_model
 
 Kind = Literal["soft", "binary", "logits"]
 

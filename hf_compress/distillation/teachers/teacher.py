@@ -8,12 +8,12 @@ import transformers
 from torch import nn
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
-from hf_compress.distillation.tasks import LANGUAGE_MODELS, auto_class_name, plain_model
 from hf_compress.distillation.teachers.adapter_teacher import AdapterTeacher
 from hf_compress.distillation.teachers.cache_files import is_cache
 from hf_compress.distillation.teachers.cached_teacher import CachedTeacher
 from hf_compress.distillation.teachers.several_teachers import SeveralTeachers, teachers_of
 from hf_compress.distillation.teachers.sharded_teacher import shard
+from hf_compress.model.tasks import LANGUAGE_MODELS, auto_class_name, plain_model
 
 HEADS = ["classifier", "score", "qa_outputs", "lm_head", "cls", "pooler", "pre_classifier"]  # stay in full precision
 VOCABULARY_PADDING = 256  # a vocabulary grown to a multiple of at most this is padding, not other words

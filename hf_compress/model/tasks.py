@@ -29,11 +29,11 @@ def plain_model(model: nn.Module) -> nn.Module:
 
 
 def auto_class_name(model: nn.Module) -> str | None:
-    """The Auto class that loads models like this one, None for a class of the user's own."""
-    name = type(plain_model(model)).__name__
-    for mapping, auto_class in AUTO_CLASSES.items():
-        if any(name in ([v] if isinstance(v, str) else v) for v in getattr(modeling_auto, mapping).values()):
-            return auto_class
+    """The Auto class that loads models like this one, or like what its class is made of; None for one of nobody's."""
+    for name in (kind.__name__ for kind in type(plain_model(model)).__mro__):
+        for mapping, auto_class in AUTO_CLASSES.items():
+            if any(name in ([v] if isinstance(v, str) else v) for v in getattr(modeling_auto, mapping).values()):
+                return auto_class
     return None
 
 
