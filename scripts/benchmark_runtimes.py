@@ -6,7 +6,6 @@ One thread, processor time, in turns, medians.
 """
 
 import csv
-import importlib
 import json
 import statistics
 import tempfile
@@ -21,7 +20,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfAr
 
 import hf_compress as hfc
 from hf_compress.formats.runtimes.agreement import Session, feed
-from hf_compress.measuring.measure import stored_size
+from hf_compress.formats.runtimes.opened import runner
+from hf_compress.measuring.stored import stored_size
 from hf_compress.measuring.timing import time_interleaved
 
 SHAPES = (1, 32), (1, 128), (32, 32)
@@ -56,7 +56,7 @@ def main():
             folder = hfc.export(
                 packed, Path(temporary) / name, format=name, tokenizer=tokenizer, calibration=texts[:64]
             )
-            runtime = importlib.import_module(f"hf_compress.formats.{name}")
+            runtime = runner(folder)
             sizes[name] = sum(path.stat().st_size for path in folder.iterdir() if "model." in path.name)
             sessions[name] = runtime.open_folder(folder, threads=1)
             if name == "openvino":

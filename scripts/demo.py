@@ -27,7 +27,8 @@ from transformers import logging as transformers_logging
 import hf_compress as hfc
 from hf_compress.commands.publish import records
 from hf_compress.commands.run import changed_stages
-from hf_compress.measuring.measure import load_model, stored_size
+from hf_compress.measuring.measure import load_model
+from hf_compress.measuring.stored import stored_size
 from hf_compress.measuring.timing import time_interleaved
 from hf_compress.model.inputs import example_batch
 from hf_compress.recipe.data import CLASSIFICATION, DataOptions, RecipeData
@@ -129,8 +130,8 @@ def in_openvino(run: Path, data: dict, folder: Path) -> list[str]:
     except (ValueError, ImportError) as error:
         print(f"not in OpenVINO: {error}")
         return ["student in OpenVINO", *"-----"]
-    from hf_compress.formats.openvino import open_folder  # needs openvino
     from hf_compress.formats.runtimes.agreement import feed
+    from hf_compress.formats.runtimes.openvino_session import open_folder  # needs openvino
 
     session = open_folder(folder, threads=torch.get_num_threads())
     rows = RecipeData(DataOptions(**data), CLASSIFICATION)

@@ -65,10 +65,10 @@ def export(model: PreTrainedModel, folder: str | Path, *, format: str,
     return folder
 
 
-def installed(format: str) -> ModuleType:
-    """The module that writes for a runtime. Raises ImportError that says what to install."""
+def installed(format: str, module: str | None = None) -> ModuleType:
+    """The module that writes for a runtime, or another that needs it. Raises ImportError that says what to install."""
     try:
-        return import_module(f"hf_compress.formats.{format}")
+        return import_module(module or f"hf_compress.formats.{format}")
     except ImportError as error:
         missing = error.name or ""
         if missing.startswith("transformers"):

@@ -13,20 +13,18 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import onnx_ir as ir
-import onnxruntime as ort
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.exporters import ExportFormat, ExportQuantizer, OnnxConfig, OnnxExporter
 
 from hf_compress.formats.named_weight import NamedWeight, named_weights
-from hf_compress.formats.runtimes.agreement import Arrays, Session
+from hf_compress.formats.runtimes.agreement import Session
 from hf_compress.formats.runtimes.folder import write_folder
 from hf_compress.formats.runtimes.onnx_nodes import MICROSOFT, Nodes, product, rounded_inputs, table_rows
+from hf_compress.formats.runtimes.onnx_session import session
 from hf_compress.formats.runtimes.traced import Traced, sample_inputs, traced
 
 OPSET = 21  # the first with 4-bit integers
-# int8 weights become uint8 where products of u8 x i8 overflow, which is on x86 without VNNI
-WITHOUT_OVERFLOW = ("session.x64quantprecision", "1")
 
 
 def write(model: PreTrainedModel, folder: Path, *, tokenizer: PreTrainedTokenizerBase | None,
@@ -132,23 +130,3 @@ class OnnxExport:
 
     def fast_session(self) -> None:
         """None: the option that keeps products exact costs nothing where a processor does not need it."""
-
-
-def open_folder(folder: Path, *, threads: int | None = None) -> Session:
-    """What an export holds, ready to run."""
-    return session(str(folder / "model.onnx"), threads=threads)
-
-
-def session(model: bytes | str, *, threads: int | None = None) -> Session:
-    options = ort.SessionOptions()
-    options.add_session_config_entry(*WITHOUT_OVERFLOW)
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    loaded = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    shapes = {port.name: port.shape for port in loaded.get_inputs()}
-    outputs = [port.name for port in loaded.get_outputs()]
-
-    def run(fed: Arrays) -> Arrays:
-        return dict(zip(outputs, loaded.run(None, fed), strict=True))
-
-    return Session({n: tuple(d if isinstance(d, int) else None for d in s) for n, s in shapes.items()}, run)

@@ -21,15 +21,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.exporters import ExportFormat, ExportQuantizer, OpenVINOConfig, OpenVINOExporter
 
 from hf_compress.formats.named_weight import NamedWeight, named_weights
-from hf_compress.formats.runtimes.agreement import Arrays, Session
+from hf_compress.formats.runtimes.agreement import Session
 from hf_compress.formats.runtimes.folder import write_folder
+from hf_compress.formats.runtimes.openvino_session import RUN_OPTIONS, WITHOUT_OVERFLOW, session
 from hf_compress.formats.runtimes.traced import Traced, sample_inputs, traced
 from hf_compress.layers.activations import LEVELS, activation_grid
 
 DYNAMIC_GROUPS = 64, 32, 16  # the first is the fastest
-RUN_OPTIONS = {"INFERENCE_PRECISION_HINT": "f32"}  # processors with bfloat16 would else not round inputs to integers
-# Processors without VNNI add products of u8 x i8 in 16 bits, which overflow: there this option keeps float products.
-WITHOUT_OVERFLOW = {**RUN_OPTIONS, "LP_TRANSFORMS_MODE": "NO"}
 
 
 class PackedWeights(ExportQuantizer):
@@ -168,23 +166,3 @@ class OpenVINOExport:
     def fast_session(self) -> Session | None:
         """With products of integers, where there are any."""
         return session(self.exported.program, RUN_OPTIONS) if self.has_ranges else None
-
-
-def open_folder(folder: Path, *, threads: int | None = None, exact: bool = False) -> Session:
-    """What an export holds, ready to run; `exact` where 8-bit products would overflow."""
-    options = WITHOUT_OVERFLOW if exact else RUN_OPTIONS
-    limit = {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
-    return session(ov.Core().read_model(folder / "openvino_model.xml"), {**options, **limit})
-
-
-def session(program: ov.Model, options: dict[str, str | int]) -> Session:
-    compiled = ov.Core().compile_model(program, "CPU", options)
-    request = compiled.create_infer_request()
-    shapes = {port.get_any_name(): port.get_partial_shape() for port in compiled.inputs}
-
-    def run(fed: Arrays) -> Arrays:
-        request.reset_state()
-        result = request.infer(fed)
-        return {name: result[port].copy() for port in compiled.outputs for name in port.get_names()}
-
-    return Session({n: tuple(None if d.is_dynamic else d.get_length() for d in s) for n, s in shapes.items()}, run)

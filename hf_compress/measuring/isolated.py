@@ -1,47 +1,52 @@
-"""Models measured each in a process of its own, in turns: the threads and memory of one do not touch another's.
-
-Run as a module this is such a process. It loads one model, writes what it costs as a line of JSON, and then answers
-each line it reads, `single` or `batch`, with the seconds that one forward took.
-"""
+"""Models measured each in a process of its own: the threads and memory of one do not touch another's."""
 
 import json
-import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from hf_compress.measuring.measure import (
-    LATENCY_BATCH,
-    Measurement,
-    evaluating,
-    load_model,
-    local_folder,
-    measure_together,
-)
-from hf_compress.measuring.timing import Spread, synchronize, time_interleaved
-from hf_compress.model.inputs import THROUGHPUT_BATCH, example_batch
+from hf_compress.measuring.measurement import Measurement
+from hf_compress.measuring.timing import Spread
 
-KINDS = {"single": LATENCY_BATCH, "batch": THROUGHPUT_BATCH}
+CHILD = "hf_compress.measuring.served"
+
+
+@dataclass(frozen=True)
+class How:
+    """What a model is run on, and as what. Travels to other processes."""
+
+    sequence_length: int = 128
+    inputs: Mapping[str, Tensor] | None = None  # real examples instead of random tokens
+    dtype: torch.dtype | None = None  # for a model that is loaded there, as is the device
+    device: str | None = None
+
+    def plain(self) -> dict:
+        inputs = self.inputs and {name: value.tolist() for name, value in self.inputs.items()}
+        dtype = None if self.dtype is None else str(self.dtype).removeprefix("torch.")
+        return {"sequence_length": self.sequence_length, "inputs": inputs, "dtype": dtype, "device": self.device}
+
+    @classmethod
+    def from_plain(cls, plain: dict) -> "How":
+        inputs = plain["inputs"] and {name: torch.tensor(value) for name, value in plain["inputs"].items()}
+        return cls(plain["sequence_length"], inputs, plain["dtype"] and getattr(torch, plain["dtype"]), plain["device"])
 
 
 class Worker:
-    """The process of one model. A context manager, which ends it."""
+    """The process of one model, with as many threads as this one has. A context manager, which ends it."""
 
-    def __init__(self, source: str | Path, *, sequence_length: int, dtype: torch.dtype | None, device: str | None):
-        request = {"source": str(source), "sequence_length": sequence_length, "device": device,
-                   "dtype": None if dtype is None else str(dtype).removeprefix("torch.")}  # fmt: skip
+    def __init__(self, source: str | Path, how: How):
         self.source = source
-        command = [sys.executable, "-c", f"from {__name__} import main; main()", json.dumps(request)]
+        command = [sys.executable, "-c", f"from {CHILD} import main; main()"]
         # a session of its own: Ctrl-C is for the one who measures, who ends the others without their tracebacks
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", start_new_session=True
         )
+        self._say(json.dumps({"source": str(source), "threads": torch.get_num_threads(), **how.plain()}))
 
     def __enter__(self) -> "Worker":
         return self
@@ -54,88 +59,21 @@ class Worker:
         self.process.wait()
 
     def cost(self) -> Measurement:
-        """What the model costs; speeds are of one round."""
         plain = json.loads(self._line())
         spreads = {name: Spread.of(plain[name]["samples"]) for name in ("latency_ms", "throughput")}
         return Measurement(**{**plain, **spreads})
 
     def seconds(self, kind: str) -> float:
-        self.process.stdin.write(f"{kind}\n")
-        self.process.stdin.flush()
+        self._say(kind)
         return float(self._line())
 
+    def _say(self, line: str) -> None:
+        self.process.stdin.write(f"{line}\n")
+        self.process.stdin.flush()
+
     def _line(self) -> str:
+        """Its next answer. Raises RuntimeError if it ended; what it said stands in the error stream."""
         line = self.process.stdout.readline()
         if not line:
             raise RuntimeError(f"The process that measures {self.source} ended with code {self.process.wait()}.")
         return line
-
-
-def measure_isolated(
-    sources: Sequence[str | Path],
-    *,
-    sequence_length: int = 128,
-    latency_rounds: int = 50,
-    throughput_rounds: int = 10,
-    dtype: torch.dtype | None = None,
-    device: str | None = None,
-) -> list[Measurement]:
-    """As `measure_together`, of folders or Hub names, with a process for each. All of them hold their model at once.
-
-    Raises RuntimeError if a process ends early; what it said stands in the error stream.
-    """
-    with ExitStack() as stack:
-        options = {"sequence_length": sequence_length, "dtype": dtype, "device": device}
-        workers = [stack.enter_context(Worker(source, **options)) for source in sources]
-        costs = [worker.cost() for worker in workers]
-        latencies = _in_turns(workers, "single", latency_rounds)
-        seconds = _in_turns(workers, "batch", throughput_rounds)
-    return [
-        replace(cost, latency_ms=Spread.of([1e3 * t for t in single]),
-                throughput=Spread.of([THROUGHPUT_BATCH / t for t in batch]))
-        for cost, single, batch in zip(costs, latencies, seconds, strict=True)
-    ]  # fmt: skip
-
-
-def _in_turns(workers: Sequence[Worker], kind: str, rounds: int) -> list[list[float]]:
-    """Seconds as the processes themselves took them: the way to them and back does not count."""
-    spent = 0.0
-
-    def call(worker: Worker) -> Callable[[], None]:
-        def run() -> None:
-            nonlocal spent
-            spent += worker.seconds(kind)
-
-        return run
-
-    return time_interleaved([call(worker) for worker in workers], rounds=rounds, clock=lambda: spent)
-
-
-def serve(request: dict, answer: Callable[[str], None]) -> None:
-    """Load the model of `request` and answer what comes in until there is nothing more."""
-    dtype = request["dtype"] and getattr(torch, request["dtype"])
-    model = load_model(request["source"], dtype=dtype, device=request["device"])
-    length = request["sequence_length"]
-    folders = [local_folder(request["source"])]
-    rounds = {"latency_rounds": 1, "throughput_rounds": 1}
-    (cost,) = measure_together([model], folders=folders, sequence_length=length, **rounds)
-    answer(json.dumps(asdict(cost)))
-    batch = example_batch(model, sequence_length=length)
-    with evaluating([model]), torch.inference_mode():
-        for line in sys.stdin:
-            inputs = {name: value[: KINDS[line.strip()]] for name, value in batch.items()}
-            start = time.perf_counter()
-            model(**inputs)
-            synchronize(model.device)
-            answer(repr(time.perf_counter() - start))
-
-
-def main() -> None:
-    out = os.fdopen(os.dup(1), "w", encoding="utf-8")  # answers alone go there
-    os.dup2(2, 1)
-
-    def answer(line: str) -> None:
-        out.write(f"{line}\n")
-        out.flush()
-
-    serve(json.loads(sys.argv[1]), answer)

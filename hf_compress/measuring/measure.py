@@ -2,11 +2,9 @@
 
 import logging
 import platform
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,39 +14,72 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from hf_compress.engines import processor
+from hf_compress.formats.runtimes.opened import exported_format, open_exported, runner, runtime_of, skeleton
 from hf_compress.layers.packed_module import routes_of
 from hf_compress.measuring.counting import multiply_adds, num_parameters, sparsity
-from hf_compress.measuring.identity import model_identity, read_header, weight_files
-from hf_compress.measuring.timing import Spread, peak_allocated_bytes, synchronize, time_interleaved
+from hf_compress.measuring.isolated import How, Worker
+from hf_compress.measuring.measurement import PYTORCH, Measurement
+from hf_compress.measuring.stored import stored_size
+from hf_compress.measuring.timing import Spread, peak_allocated_bytes, synchronize
+from hf_compress.measuring.turns import KINDS, LATENCY_BATCH, measure_in_turns
 from hf_compress.model.inputs import THROUGHPUT_BATCH, example_batch
 from hf_compress.version import __version__
 
 logger = logging.getLogger(__name__)
 
-LATENCY_BATCH = 1
 Source = PreTrainedModel | str | Path
+WEIGHTS = ".safetensors", ".bin", ".index.json"  # how files end that Transformers loads
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """What a model costs. Speeds hold for this device, these threads, this dtype and this sequence length."""
+class Local:
+    """A model of this process. Its forwards are timed by `clock`, which gives seconds."""
 
-    parameters: int  # weights as stored: zeros count, packed values count once each
-    stored_bytes: int  # weight files and config.json; no tokenizer
-    bits_per_weight: float  # all stored tensors (scales, zero points and indices too) over `parameters`
-    sparsity: dict[str, float]  # share of zeros by kind, see `counting.sparsity`
-    multiply_adds: int  # of one example of `sequence_length` tokens
-    latency_ms: Spread  # of one forward of one example
-    throughput: Spread  # examples a second in batches of 32
-    peak_memory_bytes: int  # the model's tensors, and the most a forward of 32 examples holds beside them
-    sequence_length: int | None  # None for a model of pixels
-    dtype: str
-    device: str
-    threads: int
-    versions: dict[str, str]
-    cpu_mode: str = "auto"  # what HF_COMPRESS_CPU asked of compressed layers
-    routes: dict[str, int] = field(default_factory=dict)  # how many packed layers each way of multiplying ran
-    identity: str | None = None  # of the stored files, see `model_identity`: which model this is
+    def __init__(self, model: PreTrainedModel, how: How, *, folder: Path | None = None,
+                 clock: Callable[[], float] = time.perf_counter):  # fmt: skip
+        self.model, self.folder, self.clock = model, folder, clock
+        whole = example_batch(model, sequence_length=how.sequence_length, inputs=how.inputs)
+        self.batches = {kind: {name: value[:rows] for name, value in whole.items()} for kind, rows in KINDS.items()}
+
+    def cost(self) -> Measurement:
+        runtime, single = runtime_of(self.model), self.batches["single"]
+        counted = self.model if runtime is None else skeleton(runtime.folder)
+        parameters = num_parameters(counted)
+        stored_bytes, tensor_bytes, identity = stored_size(self.model, self.folder)
+        length = single["input_ids"].shape[1] if "input_ids" in single else None
+        return Measurement(
+            parameters=parameters,
+            stored_bytes=stored_bytes,
+            bits_per_weight=8 * tensor_bytes / parameters,
+            sparsity=sparsity(self.model) if runtime is None else {},
+            multiply_adds=multiply_adds(counted, single),
+            latency_ms=Spread.of([1e3 * self.seconds("single")]),
+            throughput=Spread.of([THROUGHPUT_BATCH / self.seconds("batch")]),
+            peak_memory_bytes=self._peak_memory_bytes() if runtime is None else None,
+            sequence_length=length,
+            dtype=str(self.model.dtype).removeprefix("torch."),
+            device=device_name(self.model.device),
+            threads=torch.get_num_threads(),
+            cpu_mode=processor.mode(),
+            routes=routes_of(self.model) if runtime is None else {},
+            versions=versions(),
+            identity=identity,
+            runtime=PYTORCH if runtime is None else runtime.name,
+        )
+
+    def seconds(self, kind: str) -> float:
+        start = self.clock()
+        self._forward(kind)
+        return self.clock() - start
+
+    def _forward(self, kind: str) -> None:
+        with torch.inference_mode():
+            self.model(**self.batches[kind])
+        synchronize(self.model.device)
+
+    def _peak_memory_bytes(self) -> int:
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+        return sum(storages.values()) + peak_allocated_bytes(lambda: self._forward("batch"), self.model.device)
 
 
 def measure(
@@ -61,91 +92,92 @@ def measure(
     dtype: torch.dtype | None = None,
     device: str | None = None,
 ) -> Measurement:
-    """Measure a model, a folder that holds one, or one of the Hub.
+    """Measure a model, a folder that holds one, an exported folder, or a model of the Hub.
 
-    model            a given model is measured where it is and as it is; a folder or name is loaded first
+    model            a given model is measured where it is and as it is; a folder or name is loaded first. What
+                     `hfc.export` wrote for OpenVINO or ONNX Runtime runs there, on the CPU, in a process of its own
     sequence_length  of the random tokens that the model is run on
     inputs           real examples instead: tensors (B, T) as a tokenizer returns them; rows repeat to fill 32
     dtype, device    for a model that is loaded here; as stored, and the accelerator if there is one, by default
 
-    Raises ValueError when the folder holds no model or the inputs do not fit it.
+    Raises ValueError when the folder holds no model or the inputs do not fit it, ImportError for a runtime that is not
+    installed.
     """
-    folder = local_folder(model)
-    loaded = load_model(model, dtype=dtype, device=device)
-    return measure_together(
-        [loaded],
-        folders=[folder],
-        sequence_length=sequence_length,
-        inputs=inputs,
-        latency_rounds=latency_rounds,
-        throughput_rounds=throughput_rounds,
-    )[0]
+    loaded = model if is_exported(model) else load_model(model, dtype=dtype, device=device)
+    rounds = {"latency_rounds": latency_rounds, "throughput_rounds": throughput_rounds}
+    return measure_sources([model], [loaded], How(sequence_length, inputs, dtype, device), **rounds)[0]
 
 
-def measure_together(
-    models: Sequence[PreTrainedModel],
+def measure_sources(
+    sources: Sequence[Source],
+    models: Sequence[Source],
+    how: How,
     *,
-    folders: Sequence[Path | None] | None = None,
-    sequence_length: int = 128,
-    inputs: Mapping[str, Tensor] | None = None,
     latency_rounds: int = 50,
     throughput_rounds: int = 10,
+    isolate: bool = False,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[Measurement]:
-    """Measure several models, timed in turns (A B C, A C B, ...) so that their ratios hold on a busy machine.
+    """Measure several models in turns: `models[i]` was loaded from `sources[i]`, whose files are its size.
 
-    `folders[i]`, where given, is the folder that `models[i]` was loaded from: its files are its size. The others are
-    saved to a temporary folder. `clock` gives seconds. The rest is as in `measure`.
+    Exported folders, and with `isolate` all, are measured in processes of their own, with as many threads as this one.
+    Sources that are models are saved to a temporary folder. `clock` gives seconds, here. Raises RuntimeError if a
+    process ends early; what it said stands in the error stream.
     """
-    devices = {str(model.device) for model in models}
-    if len(devices) != 1:
-        raise ValueError(f"models that are compared must be on one device, got {sorted(devices)}. Move them first.")
-    folders = folders or [None] * len(models)
-    stored = [stored_size(model, folder) for model, folder in zip(models, folders, strict=True)]
-    with evaluating(models):
-        batches = [example_batch(model, sequence_length=sequence_length, inputs=inputs) for model in models]
-        single = [{key: value[:LATENCY_BATCH] for key, value in batch.items()} for batch in batches]
-        counts = [multiply_adds(model, batch) for model, batch in zip(models, single, strict=True)]
-        peaks = [_peak_memory_bytes(model, batch) for model, batch in zip(models, batches, strict=True)]
+    apart = [isolate or is_exported(source) for source in sources]
+    for source in (source for source in sources if is_exported(source)):
+        check_exported(source, how.dtype, how.device)
+    local = [model for model, is_apart in zip(models, apart, strict=True) if not is_apart]
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(local))
+        subjects = [
+            stack.enter_context(Worker(source, how))
+            if is_apart
+            else Local(model, how, folder=local_folder(source), clock=clock)
+            for source, model, is_apart in zip(sources, models, apart, strict=True)
+        ]
         logger.info("timing %d models at batch %d and %d", len(models), LATENCY_BATCH, THROUGHPUT_BATCH)
-        latencies = time_interleaved(_forwards(models, single), rounds=latency_rounds, clock=clock)
-        seconds = time_interleaved(_forwards(models, batches), rounds=throughput_rounds, clock=clock)
-    measurements = []
-    for i, model in enumerate(models):
-        parameters = num_parameters(model)
-        stored_bytes, tensor_bytes, identity = stored[i]
-        measurements.append(
-            Measurement(
-                parameters=parameters,
-                stored_bytes=stored_bytes,
-                bits_per_weight=8 * tensor_bytes / parameters,
-                sparsity=sparsity(model),
-                multiply_adds=counts[i],
-                latency_ms=Spread.of([1e3 * t for t in latencies[i]]),
-                throughput=Spread.of([THROUGHPUT_BATCH / t for t in seconds[i]]),
-                peak_memory_bytes=peaks[i],
-                sequence_length=batches[i]["input_ids"].shape[1] if "input_ids" in batches[i] else None,
-                dtype=str(model.dtype).removeprefix("torch."),
-                device=device_name(model.device),
-                threads=torch.get_num_threads(),
-                cpu_mode=processor.mode(),
-                routes=routes_of(model),
-                versions=versions(),
-                identity=identity,
-            )
+        return measure_in_turns(subjects, latency_rounds=latency_rounds, throughput_rounds=throughput_rounds)
+
+
+def is_exported(source: Source) -> bool:
+    """Whether `source` is a folder that a runtime runs."""
+    folder = local_folder(source)
+    return folder is not None and exported_format(folder) is not None
+
+
+def check_exported(folder: Source, dtype: torch.dtype | None, device: str | None) -> None:
+    """Raise for an export that cannot run here, and for what cannot be asked of it: it runs as it was written."""
+    if dtype not in (None, torch.float32) or torch.device(device or "cpu").type != "cpu":
+        raise ValueError(
+            f"{folder} is an export: it runs on the CPU and in float32 outside of its integers, got {device=} and "
+            f"{dtype=}. Leave both out."
         )
-    return measurements
+    runner(Path(folder))
 
 
 def load_model(source: Source, *, dtype: torch.dtype | None = None, device: str | None = None) -> PreTrainedModel:
-    """The model itself if it is one; else loaded as the class that its config names, in eval mode."""
+    """The model itself if it is one; else loaded as the class that its config names, in eval mode.
+
+    Of an exported folder it has empty modules, and a forward that the runtime runs.
+    """
     if isinstance(source, PreTrainedModel):
         return source
     if not isinstance(source, (str, Path)):
         raise TypeError(f"expected a Transformers model, a folder or a Hub name, got {type(source).__name__}.")
     path = Path(source)
+    if is_exported(source):
+        check_exported(source, dtype, device)
+        return open_exported(path)
     if path.is_dir() and not (path / "config.json").is_file():
-        raise ValueError(f"{path} holds no model: there is no config.json in it. Give a folder of `save_pretrained`.")
+        raise ValueError(
+            f"{path} holds no model: there is no config.json in it. Give a folder of `save_pretrained` or of `export`."
+        )
+    if path.is_dir() and not any(file.name.endswith(WEIGHTS) for file in path.iterdir()):
+        raise ValueError(
+            f"{path} holds no model: there is a config.json, but neither safetensors nor the graph of an export. Give "
+            "a folder of `save_pretrained` or of `export`."
+        )
     if path.is_absolute() and not path.is_dir():
         raise ValueError(f"{path} is no folder. Give a folder of `save_pretrained` or a Hub name.")
     config = AutoConfig.from_pretrained(source)
@@ -159,56 +191,6 @@ def load_model(source: Source, *, dtype: torch.dtype | None = None, device: str 
 def local_folder(source: Source) -> Path | None:
     """The folder that `source` names, None for a model or a name of the Hub."""
     return Path(source) if isinstance(source, (str, Path)) and Path(source).is_dir() else None
-
-
-def stored_size(model: PreTrainedModel, folder: Path | None = None) -> tuple[int, int, str | None]:
-    """Bytes of the files (safetensors, their index, config.json), of the tensors alone, without file headers, and which
-    model they are, see `model_identity`.
-
-    Of `folder` when it holds safetensors, else of what `save_pretrained` writes.
-    """
-    weights = weight_files(folder) if folder else []
-    if not weights:
-        with tempfile.TemporaryDirectory() as temporary, _no_progress_bar():
-            model.save_pretrained(temporary)
-            return stored_size(model, Path(temporary))
-    others = [folder / name for name in ("config.json", "model.safetensors.index.json")]
-    size = sum(file.stat().st_size for file in [*weights, *others] if file.is_file())
-    return size, sum(_tensor_bytes(file) for file in weights), model_identity(folder)
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Saving for the sake of its size is not what the user waits for."""
-    was_enabled = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            transformers.utils.logging.enable_progress_bar()
-
-
-def _tensor_bytes(file: Path) -> int:
-    """Sum of the tensors of a safetensors file, from its header."""
-    header, _ = read_header(file)
-    offsets = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
-    return sum(end - start for start, end in offsets)
-
-
-def _forwards(models: Sequence[PreTrainedModel], batches: Sequence[dict[str, Tensor]]) -> list[Callable[[], None]]:
-    def forward(model: PreTrainedModel, batch: dict[str, Tensor]) -> None:
-        with torch.inference_mode():
-            model(**batch)
-        synchronize(model.device)
-
-    return [lambda m=model, b=batch: forward(m, b) for model, batch in zip(models, batches, strict=True)]
-
-
-def _peak_memory_bytes(model: PreTrainedModel, batch: dict[str, Tensor]) -> int:
-    tensors = [*model.parameters(), *model.buffers()]
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values()) + peak_allocated_bytes(_forwards([model], [batch])[0], model.device)
 
 
 @contextmanager

@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_compress.measuring.counting import multiply_adds, num_parameters
-from hf_compress.measuring.measure import LATENCY_BATCH, evaluating
+from hf_compress.measuring.measure import evaluating
 from hf_compress.measuring.timing import synchronize, time_interleaved
+from hf_compress.measuring.turns import LATENCY_BATCH
 from hf_compress.model.anatomy import Anatomy, anatomy
 from hf_compress.model.inputs import example_batch
 from hf_compress.pruning.masks import check_prunable

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from hf_compress.measuring.measure import load_model
+from hf_compress.formats.runtimes.opened import exported_format
+from hf_compress.measuring.measure import is_exported, load_model
 from hf_compress.recipe.data import RecipeData
 from hf_compress.recipe.options import RecipeError, unknown
 from hf_compress.report.compare import compare
@@ -65,8 +66,10 @@ def evaluate(options: EvaluateOptions, models: Mapping[str, Sources], data: Reci
     Each model is read with the tokenizer beside it, since vocabularies may have been cut.
     """
     data.check_labelled(options.split)
-    for sources in models.values():
+    for name, sources in models.items():
         data.check_length(_first(sources))
+        if options.tasks and is_exported(_first(sources)):
+            raise RecipeError(f"tasks of lm-eval run on models in PyTorch: leave out {name}, an exported folder.")
     rows, collators = {}, {}
     for name, sources in models.items():
         source = _first(sources)
@@ -107,8 +110,10 @@ def _engine(sources: Sources) -> str:
     """What says which engines a model runs on: they may keep threads of their own, and touch those of others.
 
     Models on the same engines are measured in one process, where both are on the same cores: of two processes, a busy
-    machine may slow one for as long as it lives.
+    machine may slow one for as long as it lives. An exported folder brings a runtime of its own.
     """
+    if is_exported(_first(sources)):
+        return str(exported_format(Path(_first(sources))))
     config = AutoConfig.from_pretrained(_first(sources))
     record = (getattr(config, "quantization_config", None) or {}).get("bits") or {}
     widths = {(entry.get("bits"), entry.get("activation_bits")) for entry in record.values()}

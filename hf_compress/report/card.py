@@ -8,6 +8,7 @@ from pathlib import Path
 import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from hf_compress.measuring.measurement import PYTORCH
 from hf_compress.report import tables
 from hf_compress.report.privacy import find_leaks
 from hf_compress.report.report import Report
@@ -60,10 +61,13 @@ def model_card(
     limits         sentences on what it should not be used for
     allow          texts that the card may hold though they look private: a folder, a mail address
 
-    Raises ValueError for names that are local folders and for what should stay private, with its line, and KeyError for
-    a model that is not in the report.
+    Raises ValueError for names that are local folders, for exported models and for what should stay private, with its
+    line, and KeyError for a model that is not in the report.
     """
     entry = report[model]
+    if entry.measurement.runtime != PYTORCH:
+        raise ValueError(f"{model} is an export for {entry.measurement.runtime}, whose README says how it is run: a "
+                         "card is of a model that Transformers loads.")  # fmt: skip
     names = {"repo_id": repo_id, "base_model": base_model, "dataset_id": dataset_id}
     if teacher not in [other.name for other in report.entries]:
         names["teacher"] = teacher

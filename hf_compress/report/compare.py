@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_compress.measuring.isolated import measure_isolated
-from hf_compress.measuring.measure import Source, load_model, local_folder, measure_together
+from hf_compress.measuring.isolated import How
+from hf_compress.measuring.measure import Source, load_model, measure_sources
 from hf_compress.measuring.metrics import Metric, accuracy
 from hf_compress.measuring.quality import (
     as_metric,
@@ -63,7 +63,8 @@ def compare(
     """Compare quality, size and speed of several models.
 
     models            name -> model, folder or Hub name; a list of these under one name are seeds of one thing. Pairs
-                      (name, model), or plain folders and Hub names, which name themselves, do as well
+                      (name, model), or plain folders and Hub names, which name themselves, do as well. A folder that
+                      `export` wrote for OpenVINO or ONNX Runtime is run there, measured in a process of its own
     eval_dataset      rows as `Trainer` takes them: tokenized, with a label column; None compares cost alone. Where
                       tokenizers differ, name -> rows: the same examples in the same order, as each model reads them
     processing_class  the tokenizer that pads; the reference's own, where that is a folder or Hub name
@@ -111,12 +112,11 @@ def compare(
                     for model in _one_by_one(firsts[name], others)
                 ]
             )
-    how = {"sequence_length": sequence_length, "latency_rounds": latency_rounds, "throughput_rounds": throughput_rounds}
-    if isolate:
-        measurements = measure_isolated([sources[0] for sources in entries.values()], dtype=dtype, device=device, **how)
-    else:
-        folders = [local_folder(sources[0]) for sources in entries.values()]
-        measurements = measure_together(list(firsts.values()), folders=folders, clock=clock, **how)
+    measurements = measure_sources(
+        [sources[0] for sources in entries.values()], list(firsts.values()),
+        How(sequence_length, dtype=dtype, device=device), latency_rounds=latency_rounds,
+        throughput_rounds=throughput_rounds, isolate=isolate, clock=clock,
+    )  # fmt: skip
     base = measurements[list(entries).index(reference)]
     total = metrics[reference].total if scores else None
     results = []

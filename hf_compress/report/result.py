@@ -8,7 +8,7 @@ from typing import Any
 
 from typing_extensions import Self
 
-from hf_compress.measuring.measure import Measurement
+from hf_compress.measuring.measurement import PYTORCH, Measurement
 from hf_compress.measuring.timing import Spread
 from hf_compress.report.layers import LayerFacts
 
@@ -100,6 +100,11 @@ class Results:
         raise KeyError(f"no model {name!r} in this report, only {[entry.name for entry in self.entries]}.")
 
     @property
+    def has_runtimes(self) -> bool:
+        """Whether anything ran elsewhere than in PyTorch."""
+        return any(entry.measurement.runtime != PYTORCH for entry in self.entries)
+
+    @property
     def notes(self) -> list[str]:
         """What a reader must know beside the figures."""
         notes = []
@@ -115,6 +120,8 @@ class Results:
                     f"{entry.name}: quality is the mean of {len(entry.seed_qualities)} seeds, ± their standard "
                     "deviation; size and speed are of the first."
                 )
+        if self.has_runtimes:
+            notes.append("What runs elsewhere than in PyTorch was timed in a process of its own, on as many threads.")
         for entry in self.entries:
             if ran := entry.measurement.routes:
                 told = ", ".join(f"{number} by {name}" for name, number in sorted(ran.items()))

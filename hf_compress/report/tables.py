@@ -35,7 +35,7 @@ CSV_COLUMNS = (
     "latency_speed_up_low", "latency_speed_up_high", "throughput_speed_up", "throughput_speed_up_low",
     "throughput_speed_up_high", "quality_difference", "quality_difference_low", "quality_difference_high", "p_value",
     "zero_weights", "unknown_tokens", "num_tokens", "reference", "metric", "dataset", "num_examples", "device",
-    "threads", "dtype", "command",
+    "runtime", "threads", "dtype", "command",
 )  # fmt: skip
 
 
@@ -57,13 +57,13 @@ def _csv_row(report: Results, entry: Entry) -> dict[str, object]:
         "latency_ms_90": cost.latency_ms.high, "examples_per_second": cost.throughput.median,
         "examples_per_second_10": cost.throughput.low, "examples_per_second_90": cost.throughput.high,
         "parameter_rate": entry.parameter_rate, "byte_rate": entry.byte_rate,
-        "zero_weights": cost.sparsity.get("weights", 0.0), "unknown_tokens": entry.unknown_tokens,
+        "zero_weights": cost.sparsity.get("weights"), "unknown_tokens": entry.unknown_tokens,
         "num_tokens": entry.num_tokens, "reference": report.reference, "metric": report.metric,
         "dataset": report.dataset, "num_examples": report.num_examples, "command": report.command,
         "p_value": None if difference is None else difference.p_value,
     }  # fmt: skip
     same = ("parameters", "stored_bytes", "bits_per_weight", "multiply_adds", "peak_memory_bytes", "device",
-            "threads", "dtype")  # fmt: skip
+            "runtime", "threads", "dtype")  # fmt: skip
     row |= {name: getattr(cost, name) for name in same}
     intervals = {"latency_speed_up": entry.latency_speed_up, "throughput_speed_up": entry.throughput_speed_up,
                  "quality_difference": None if difference is None else difference.interval}  # fmt: skip
@@ -194,13 +194,15 @@ def task_rows(report: Results) -> list[list[str]]:
 
 
 def _main_header(report: Results) -> list[str]:
-    return ["model", report.metric, "parameters", "on disk", "latency, batch 1", "throughput, batch 32"]
+    runtime = ["runtime"] * report.has_runtimes
+    return ["model", *runtime, report.metric, "parameters", "on disk", "latency, batch 1", "throughput, batch 32"]
 
 
 def _main_row(report: Results, entry: Entry) -> list[str]:
     cost = entry.measurement
     return [
         entry.name,
+        *[cost.runtime] * report.has_runtimes,
         quality_text(report, entry),
         f"{count_text(cost.parameters)} ({entry.parameter_rate:.2f}x)",
         f"{size_text(cost.stored_bytes)} ({entry.byte_rate:.2f}x)",
@@ -227,10 +229,11 @@ def _cost_row(entry: Entry) -> list[str]:
         entry.name,
         f"{cost.bits_per_weight:.2f}",
         count_text(cost.multiply_adds),
-        size_text(cost.peak_memory_bytes),
+        "-" if cost.peak_memory_bytes is None else size_text(cost.peak_memory_bytes),
         f"{cost.latency_ms.low:.2f}-{cost.latency_ms.high:.2f} ms",
         f"{number_text(cost.throughput.low)}-{number_text(cost.throughput.high)}/s",
-        ", ".join(f"{kind.replace('_', ' ')} {share:.1%}" for kind, share in cost.sparsity.items() if share) or "none",
+        ", ".join(f"{kind.replace('_', ' ')} {share:.1%}" for kind, share in cost.sparsity.items() if share)
+        or ("none" if cost.sparsity else "-"),
     ]
 
 

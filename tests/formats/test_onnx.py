@@ -15,9 +15,10 @@ ort = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 ir = pytest.importorskip("onnx_ir")
 
-from hf_compress.formats.onnx import OPSET, WITHOUT_OVERFLOW, open_folder  # noqa: E402
+from hf_compress.formats.onnx import OPSET  # noqa: E402
 from hf_compress.formats.runtimes.agreement import feed  # noqa: E402
 from hf_compress.formats.runtimes.onnx_nodes import MICROSOFT, Nodes, product, rounded_inputs, table_rows  # noqa: E402
+from hf_compress.formats.runtimes.onnx_session import WITHOUT_OVERFLOW, open_folder  # noqa: E402
 from hf_compress.layers.activations import round_per_token, round_to_range  # noqa: E402
 
 

@@ -13,8 +13,9 @@ import hf_compress as hfc
 ov = pytest.importorskip("openvino")
 
 from hf_compress.formats.named_weight import named_weights  # noqa: E402
-from hf_compress.formats.openvino import WITHOUT_OVERFLOW, dynamic_group, fake_quantize, open_folder  # noqa: E402
+from hf_compress.formats.openvino import dynamic_group, fake_quantize  # noqa: E402
 from hf_compress.formats.runtimes.agreement import feed  # noqa: E402
+from hf_compress.formats.runtimes.openvino_session import WITHOUT_OVERFLOW, open_folder  # noqa: E402
 from hf_compress.layers.activations import round_to_range  # noqa: E402
 
 

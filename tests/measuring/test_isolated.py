@@ -6,7 +6,9 @@ import pytest
 from helpers import tiny_model
 
 import hf_compress as hfc
-from hf_compress.measuring import isolated
+from hf_compress.measuring.isolated import How, Worker
+from hf_compress.measuring.measure import measure_sources
+from hf_compress.measuring.turns import in_turns
 
 HOW = dict(sequence_length=8, latency_rounds=3, throughput_rounds=2)
 
@@ -33,12 +35,12 @@ class Pretended:
 
 
 def test_only_the_time_in_the_processes_counts():
-    assert isolated._in_turns([Pretended(1.0), Pretended(2.5)], "single", 4) == [[1.0] * 4, [2.5] * 4]
+    assert in_turns([Pretended(1.0), Pretended(2.5)], "single", 4) == [[1.0] * 4, [2.5] * 4]
 
 
 def test_a_process_that_fails_is_said(tmp_path, capfd):
     with pytest.raises(RuntimeError, match="ended with code 1"):
-        isolated.measure_isolated([tmp_path], **HOW)
+        measure_sources([tmp_path], [tmp_path], How(8), isolate=True)
     assert "holds no model" in capfd.readouterr().err
     with pytest.raises(ValueError, match="give folders or Hub names"):
         hfc.compare({"a": tiny_model("bert")}, isolate=True)
@@ -48,7 +50,7 @@ def test_an_interruption_ends_the_processes_and_is_not_theirs(tmp_path, capfd):
     tiny_model("bert", num_hidden_layers=2).save_pretrained(tmp_path)
     with (
         pytest.raises(KeyboardInterrupt),
-        isolated.Worker(tmp_path, sequence_length=8, dtype=None, device=None) as worker,
+        Worker(tmp_path, How(8)) as worker,
     ):
         if hasattr(os, "getsid"):
             assert os.getsid(worker.process.pid) == worker.process.pid, "Ctrl-C does not reach it"

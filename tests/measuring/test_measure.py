@@ -13,7 +13,9 @@ from hf_compress.layers.packed_embedding import PackedEmbedding, TiedHead
 from hf_compress.layers.packed_linear import PackedLinear
 from hf_compress.layers.scheme import WeightScheme
 from hf_compress.measuring.counting import multiply_adds, num_parameters, num_weights, sparsity
-from hf_compress.measuring.measure import load_model, measure, measure_together, stored_size
+from hf_compress.measuring.isolated import How
+from hf_compress.measuring.measure import load_model, measure, measure_sources
+from hf_compress.measuring.stored import stored_size
 from hf_compress.measuring.timing import Spread, peak_allocated_bytes, time_interleaved
 from hf_compress.model.inputs import example_batch
 
@@ -214,7 +216,8 @@ def test_times_become_latency_and_throughput():
     clock, models = FakeClock(), [tiny_model("bert"), tiny_model("bert", num_hidden_layers=1)]
     for model, seconds in zip(models, (0.004, 0.001), strict=True):
         clock.cost(model, seconds=seconds)
-    found = measure_together(models, **QUICK, clock=clock)
+    rounds = dict(latency_rounds=2, throughput_rounds=2)
+    found = measure_sources(models, models, How(sequence_length=8), **rounds, clock=clock)
     assert [one.latency_ms.median for one in found] == pytest.approx([4.0, 1.0])
     assert [one.throughput.median for one in found] == pytest.approx([250.0, 1000.0])
 

@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from hf_compress.measuring.measure import Measurement
+from hf_compress.measuring.measurement import Measurement
 from hf_compress.measuring.timing import Spread
 from hf_compress.report.plot import _extents, _label_points, _points, trade_off_png
 from hf_compress.report.report import Report

@@ -67,7 +67,7 @@ def write_folder(model: PreTrainedModel, folder: Path, kind: type[Exported],
             warn_of_overflow(agreement)
         with whole_folder(folder) as beside:
             exported.save(beside)
-            name_labels(beside / "config.json", model)
+            complete_config(beside / "config.json", model)
             if tokenizer is not None:
                 tokenizer.save_pretrained(beside)
             write_readme(beside, readme(model, kind.format, tokenizer))
@@ -101,9 +101,10 @@ def warn_of_overflow(agreement: dict) -> None:
         )
 
 
-def name_labels(config: Path, model: PreTrainedModel) -> None:
-    """Changes the file: labels are there also where they are Transformers' own, which a config leaves out."""
+def complete_config(config: Path, model: PreTrainedModel) -> None:
+    """Changes the file: it says of which class the model is, and its labels also where they are Transformers' own."""
     values = json.loads(config.read_text(encoding="utf-8"))
+    values["architectures"] = [type(model).__name__]
     values["id2label"] = {str(i): label for i, label in model.config.id2label.items()}
     config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 

@@ -1,0 +1,31 @@
+"""OpenVINO models, ready to run."""
+
+from pathlib import Path
+
+import openvino as ov
+
+from hf_compress.formats.runtimes.agreement import Arrays, Session
+
+RUN_OPTIONS = {"INFERENCE_PRECISION_HINT": "f32"}  # processors with bfloat16 would else not round inputs to integers
+# Processors without VNNI add products of u8 x i8 in 16 bits, which overflow: there this option keeps float products.
+WITHOUT_OVERFLOW = {**RUN_OPTIONS, "LP_TRANSFORMS_MODE": "NO"}
+
+
+def open_folder(folder: Path, *, threads: int | None = None, exact: bool = False) -> Session:
+    """What an export holds, ready to run; `exact` where 8-bit products would overflow."""
+    options = WITHOUT_OVERFLOW if exact else RUN_OPTIONS
+    limit = {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
+    return session(ov.Core().read_model(folder / "openvino_model.xml"), {**options, **limit})
+
+
+def session(program: ov.Model, options: dict[str, str | int]) -> Session:
+    compiled = ov.Core().compile_model(program, "CPU", options)
+    request = compiled.create_infer_request()
+    shapes = {port.get_any_name(): port.get_partial_shape() for port in compiled.inputs}
+
+    def run(fed: Arrays) -> Arrays:
+        request.reset_state()
+        result = request.infer(fed)
+        return {name: result[port].copy() for port in compiled.outputs for name in port.get_names()}
+
+    return Session({n: tuple(None if d.is_dynamic else d.get_length() for d in s) for n, s in shapes.items()}, run)
