@@ -47,11 +47,14 @@ def every_scheme() -> PreTrainedModel:
     return hfc.quantize(model, first | {layer.format(1) + ".output.dense": 8}, **options)
 
 
+def readme_code(folder: Path) -> str:
+    """The Python lines of the folder's README."""
+    return re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.S)[1]
+
+
 def run_readme(folder: Path, monkeypatch) -> dict:
-    """What the Python lines of the folder's README leave in their variables, with the option that it names for
-    processors whose 8-bit products overflow."""
+    """What these lines leave in their variables."""
     monkeypatch.chdir(folder)
-    code = re.search(r"```python\n(.*?)```", Path("README.md").read_text(encoding="utf-8"), re.S)[1]
     scope: dict = {}
-    exec(code.replace('"f32"}', '"f32", "LP_TRANSFORMS_MODE": "NO"}'), scope)
+    exec(readme_code(folder), scope)
     return scope

@@ -20,6 +20,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.exporters import ExportFormat, ExportQuantizer, OpenVINOConfig, OpenVINOExporter
 
+from hf_compress.engines.processor import has_int8
 from hf_compress.formats.named_weight import NamedWeight, named_weights
 from hf_compress.formats.runtimes.agreement import Session
 from hf_compress.formats.runtimes.folder import write_folder
@@ -164,5 +165,5 @@ class OpenVINOExport:
         return session(program, WITHOUT_OVERFLOW)
 
     def fast_session(self) -> Session | None:
-        """With products of integers, where there are any."""
-        return session(self.exported.program, RUN_OPTIONS) if self.has_ranges else None
+        """With products of integers, where there are any and this processor's are exact."""
+        return session(self.exported.program, RUN_OPTIONS) if self.has_ranges and has_int8() else None

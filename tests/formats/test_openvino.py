@@ -1,19 +1,31 @@
 """OpenVINO folders: what they say is what the packed model says, and nothing half written stays."""
 
+import io
 import json
 
 import numpy as np
 import pytest
 import torch
 from helpers import tiny_batch, tiny_model
-from runtime_models import ROWS, SMALL, every_scheme, run_readme, tiny_tokenizer, trained_ranges, with_spread
+from runtime_models import (
+    ROWS,
+    SMALL,
+    every_scheme,
+    readme_code,
+    run_readme,
+    tiny_tokenizer,
+    trained_ranges,
+    with_spread,
+)
 
 import hf_compress as hfc
+from hf_compress.engines.processor import has_int8
 
 ov = pytest.importorskip("openvino")
 
 from hf_compress.formats.named_weight import named_weights  # noqa: E402
 from hf_compress.formats.openvino import dynamic_group, fake_quantize  # noqa: E402
+from hf_compress.formats.runtimes import openvino_session  # noqa: E402
 from hf_compress.formats.runtimes.agreement import feed  # noqa: E402
 from hf_compress.formats.runtimes.openvino_session import WITHOUT_OVERFLOW, open_folder  # noqa: E402
 from hf_compress.layers.activations import round_to_range  # noqa: E402
@@ -47,7 +59,7 @@ def test_the_folder_is_complete_and_agrees(folder, classifier):
     assert contents["agreement"]["texts"] == 64
     # both round to the same trained grids: only ties at a grid's middle may fall to the other side
     assert logits["same_class"] >= 0.98 and logits["relative_difference"] < 0.01
-    assert contents["agreement"]["on_this_processor"]["logits"]["relative_difference"] < 0.3  # overflow without VNNI
+    assert ("on_this_processor" in contents["agreement"]) == has_int8()  # products of integers where they are exact
     assert "quantization_config" not in json.loads((folder / "config.json").read_text(encoding="utf-8"))
     kinds = integers(folder)
     assert kinds.count("i8") == 12 + 3  # six linear maps a layer, three tables
@@ -57,6 +69,30 @@ def test_the_folder_is_complete_and_agrees(folder, classifier):
 def test_trained_ranges_are_one_rounding_for_all_readers_of_a_tensor(folder):
     operations = [node.get_type_name() for node in ov.Core().read_model(folder / "openvino_model.xml").get_ops()]
     assert operations.count("FakeQuantize") == 2 * 4  # q, k and v read one tensor; output; up; down
+
+
+@pytest.mark.parametrize("told", ["flags : avx2 avx512_vnni", "flags : avx2 avx_vnni", "flags : avx2", None])
+def test_the_readme_and_we_use_products_of_integers_only_where_they_are_exact(told, folder, monkeypatch):
+    opened = []
+    code = readme_code(folder)
+    monkeypatch.setattr(ov.Core, "compile_model", lambda core, model, device, options: opened.append(options) or 1 / 0)
+    monkeypatch.setattr("os.path.exists", lambda path: told is not None)
+    monkeypatch.setattr("builtins.open", lambda *args: io.StringIO(told))
+    with pytest.raises(ZeroDivisionError):
+        exec(code, {})
+    monkeypatch.undo()
+    assert ("LP_TRANSFORMS_MODE" in opened[0]) == (told is None or "vnni" not in told)
+    assert opened[0]["INFERENCE_PRECISION_HINT"] == "f32"
+
+
+@pytest.mark.parametrize("is_exact", [True, False])
+def test_a_folder_opens_with_products_of_integers_only_where_they_are_exact(is_exact, folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(openvino_session, "has_int8", lambda: is_exact)
+    monkeypatch.setattr(openvino_session, "session", lambda model, options: asked.append(options))
+    for exact in (None, True, False):
+        open_folder(folder, exact=exact)
+    assert ["LP_TRANSFORMS_MODE" in options for options in asked] == [not is_exact, True, False]
 
 
 def test_the_readme_runs_and_finds_the_labels(folder, classifier, monkeypatch, capsys):
@@ -78,7 +114,7 @@ def test_transformers_opens_the_folder(folder, classifier):
 
 def test_the_folder_opens_with_as_many_threads_as_are_asked_for(folder, classifier):
     batch = tiny_batch(classifier)
-    opened = open_folder(folder, threads=1, exact=True)
+    opened = open_folder(folder, threads=1)
     logits = torch.from_numpy(opened.run(feed(opened, batch))["logits"])
     torch.testing.assert_close(logits, classifier(**batch).logits, atol=0.02, rtol=0.02)
 

@@ -24,7 +24,6 @@ from hf_compress.model.record import read_record
 from hf_compress.version import __version__
 
 logger = logging.getLogger(__name__)
-OVERFLOW = 0.01  # relative difference from which it is worth a warning
 
 
 class Exported(Protocol):
@@ -42,7 +41,7 @@ class Exported(Protocol):
         """What the file says; with `watch` also each packed module's product, under the module's name."""
 
     def fast_session(self) -> Session | None:
-        """As the README runs it, where this processor may round more than the file says."""
+        """As the README runs it here, where that may round more than the file says."""
 
 
 def write_folder(model: PreTrainedModel, folder: Path, kind: type[Exported],
@@ -61,10 +60,10 @@ def write_folder(model: PreTrainedModel, folder: Path, kind: type[Exported],
     with quiet(), in_eval(model):
         exported = kind(model, None if tokenizer is None else tokenizer.model_input_names)
         agreement = measure_agreement(model, exported.session(), batches)
-        check(model, exported, agreement, batches)
+        check(model, exported, agreement["outputs"], batches)
         if (fast := exported.fast_session()) is not None:
             agreement["on_this_processor"] = measure_agreement(model, fast, batches)["outputs"]
-            warn_of_overflow(agreement)
+            check(model, exported, agreement["on_this_processor"], batches)
         with whole_folder(folder) as beside:
             exported.save(beside)
             complete_config(beside / "config.json", model)
@@ -76,11 +75,11 @@ def write_folder(model: PreTrainedModel, folder: Path, kind: type[Exported],
     logger.info("%s agrees with the model: %s", folder, agreement["outputs"])
 
 
-def check(model: PreTrainedModel, exported: Exported, agreement: dict, batches: list[dict]) -> None:
+def check(model: PreTrainedModel, exported: Exported, outputs: dict[str, dict], batches: list[dict]) -> None:
     """Raise RuntimeError where an output differs by more than the bound, naming the first layer that does."""
     is_exact = model.dtype == torch.float32 and not any(True for _ in packed_modules(model))
     bound = BOUND["float" if is_exact else "rounded"]
-    differences = {name: output["relative_difference"] for name, output in agreement["outputs"].items()}
+    differences = {name: output["relative_difference"] for name, output in outputs.items()}
     if all(difference <= bound for difference in differences.values()):  # NaN is not
         return
     layer = first_difference(model, exported.session(watch=True), batches[0], bound)
@@ -88,17 +87,6 @@ def check(model: PreTrainedModel, exported: Exported, agreement: dict, batches: 
         f"What was written differs from the model by {differences} of its outputs, more than {bound:g}; the first "
         f"layer that differs is {layer or 'none of the packed ones'}. Nothing was kept. Export as 'plain'."
     )
-
-
-def warn_of_overflow(agreement: dict) -> None:
-    """Where products of integers on this processor say something else than the file."""
-    worst = max(output["relative_difference"] for output in agreement["on_this_processor"].values())
-    if worst > max(OVERFLOW, 2 * max(output["relative_difference"] for output in agreement["outputs"].values())):
-        logger.warning(
-            "8-bit products overflow on this processor (it has no VNNI): outputs differ by %.2g. The README says which "
-            "option keeps them exact here; processors with VNNI need none.",
-            worst,
-        )
 
 
 def complete_config(config: Path, model: PreTrainedModel) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import openvino as ov
 
+from hf_compress.engines.processor import has_int8
 from hf_compress.formats.runtimes.agreement import Arrays, Session
 
 RUN_OPTIONS = {"INFERENCE_PRECISION_HINT": "f32"}  # processors with bfloat16 would else not round inputs to integers
@@ -11,9 +12,12 @@ RUN_OPTIONS = {"INFERENCE_PRECISION_HINT": "f32"}  # processors with bfloat16 wo
 WITHOUT_OVERFLOW = {**RUN_OPTIONS, "LP_TRANSFORMS_MODE": "NO"}
 
 
-def open_folder(folder: Path, *, threads: int | None = None, exact: bool = False) -> Session:
-    """What an export holds, ready to run; `exact` where 8-bit products would overflow."""
-    options = WITHOUT_OVERFLOW if exact else RUN_OPTIONS
+def open_folder(folder: Path, *, threads: int | None = None, exact: bool | None = None) -> Session:
+    """What an export holds, ready to run.
+
+    `exact` says that products of 8-bit integers must not be used; by default where they would overflow.
+    """
+    options = WITHOUT_OVERFLOW if (not has_int8() if exact is None else exact) else RUN_OPTIONS
     limit = {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
     return session(ov.Core().read_model(folder / "openvino_model.xml"), {**options, **limit})
 

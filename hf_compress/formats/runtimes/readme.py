@@ -5,8 +5,11 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 OPEN = {
-    "openvino": """# without VNNI (before Ice Lake, Zen 4) add "LP_TRANSFORMS_MODE": "NO": 8-bit products overflow there
-model = ov.Core().compile_model("openvino_model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    "openvino": """options = {"INFERENCE_PRECISION_HINT": "f32"}
+# 8-bit products overflow without VNNI (before Ice Lake, Zen 4): float ones there, and where no system tells
+if not (os.path.exists("/proc/cpuinfo") and "vnni" in open("/proc/cpuinfo").read()):
+    options["LP_TRANSFORMS_MODE"] = "NO"
+model = ov.Core().compile_model("openvino_model.xml", "CPU", options)
 names = [name for port in model.inputs for name in port.get_names()]
 """,
     "onnx": """options = ort.SessionOptions()
@@ -15,7 +18,7 @@ model = ort.InferenceSession("model.onnx", options, providers=["CPUExecutionProv
 names = [port.name for port in model.get_inputs()]
 """,
 }
-IMPORT = {"openvino": "import openvino as ov", "onnx": "import onnxruntime as ort"}
+IMPORT = {"openvino": "import os\nimport openvino as ov", "onnx": "import onnxruntime as ort"}
 RUN = {
     "openvino": "outputs = {port.get_any_name(): value for port, value in model(inputs).items()}\n",
     "onnx": "outputs = dict(zip((port.name for port in model.get_outputs()), model.run(None, inputs)))\n",
