@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, HfArgum
 
 import hf_compress as hfc
 from hf_compress.distillation import METHODS
-from hf_compress.distillation.phases import TwoPhaseConfig
+from hf_compress.distillation.two_phases import TwoPhaseConfig
 from hf_compress.measuring.measure import device_name, versions
 from hf_compress.measuring.timing import Spread, peak_allocated_bytes
 

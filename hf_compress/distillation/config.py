@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass, field
 
+from hf_compress.distillation.methods.hints import HintOptions
 from hf_compress.training.arguments import CompressionArguments
 
 PREDICTION_LOSSES = ("auto", "soft", "logits")
 
 
 @dataclass
-class DistillationConfig(CompressionArguments):
+class DistillationConfig(HintOptions, CompressionArguments):
     alpha: float = field(default=0.5, metadata={"help": "Share of the soft loss, 0 to 1; the task loss gets the rest."})
     temperature: float = field(default=2.0, metadata={"help": "Divides the logits before softmax; above 0."})
     prediction_loss: str = field(
@@ -23,13 +24,6 @@ class DistillationConfig(CompressionArguments):
     teacher_noise_form: str = field(
         default="relative", metadata={"help": "`relative` for (1 + noise) * logits, `additive` for logits + noise."}
     )
-    hints: str | None = field(
-        default=None,
-        metadata={
-            "help": "Hidden states to learn from, as pairs student:teacher, such as `1:2,3:6`; 0 is the embedding."
-        },
-    )
-    hint_weight: float = field(default=1.0, metadata={"help": "Weight of the hint losses."})
     teacher_weights: list[float] | None = field(
         default=None, metadata={"help": "Shares of several teachers in their mean, one each; equal when not given."}
     )

@@ -4,6 +4,7 @@ A layer map is a list: `layer_map[i]` is the teacher's hidden state that student
 `hidden_states` (0 is the embedding, 1 the output of the first layer).
 """
 
+import math
 from collections.abc import Sequence
 
 from torch import nn
@@ -32,6 +33,12 @@ def num_layers(model: nn.Module) -> int:
 def num_hidden_states(model: nn.Module) -> int:
     """Each stack has one more than layers: its embedding. The decoder's are counted on after the encoder's."""
     return sum(len(stack.layers) + 1 for stack in anatomy(model).stacks)
+
+
+def first_decoder_state(model: nn.Module) -> float:
+    """The number of the decoder's first hidden state in an encoder-decoder; infinity for a model of one stack."""
+    stacks = anatomy(plain_model(model)).stacks
+    return len(stacks[0].layers) + 1 if len(stacks) > 1 else math.inf
 
 
 def check_one_stack(student: nn.Module, teacher: nn.Module, method: str) -> None:

@@ -1,103 +1,81 @@
-"""Two phases in one run: inner layers first, then predictions, each with its own warm-up and decay.
+"""Phases of one training: in each other losses, with a warm-up and a decay of the learning rate of its own.
 
-first phase, a share of the steps:   what a method computes from inner layers
-second phase, the rest:              (1 - alpha) * task loss + alpha * soft loss
+phases=[
+    hfc.Phase(0.7, [hfc.TinyBertLayers()], predictions=False),
+    hfc.Phase(0.3, [hfc.Flows()], learning_rate=1e-5),
+]
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer
 
-from hf_compress.distillation.config import DistillationConfig
-from hf_compress.distillation.losses.sums import Loss
-from hf_compress.distillation.runs import Run
-from hf_compress.distillation.trainer import DistillationTrainer
+from hf_compress.distillation.terms import Term
 
 
 @dataclass
-class TwoPhaseConfig(DistillationConfig):
-    intermediate_share: float = field(
-        default=0.7,
-        metadata={"help": "Share of the steps spent on inner layers, before predictions; 0 to 1. 1 needs no labels."},
-    )
-    prediction_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the second phase; learning_rate when not given."}
-    )
+class Phase:
+    """A share of the steps, and what is learned in them.
 
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 <= self.intermediate_share <= 1:
-            raise ValueError(f"intermediate_share must lie between 0 and 1, got {self.intermediate_share}.")
+    predictions    whether the task loss and the soft loss belong to it, besides its terms
+    learning_rate  at its start; that of the config when not given
+    """
+
+    share: float
+    terms: Sequence[Term] = ()
+    predictions: bool = True
+    learning_rate: float | None = None
 
 
-class TwoPhaseTrainer(DistillationTrainer):
-    """The base of methods with two phases: they say what the first one captures and computes."""
+def used(phases: Sequence[Phase]) -> list[Phase]:
+    """The phases that have steps. Raises ValueError for shares that are not those of a whole, or a phase of nothing."""
+    shares = [phase.share for phase in phases]
+    if not shares or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+        raise ValueError(f"The shares of the phases must be 0 or more and sum to 1, got {shares}.")
+    for phase in phases:
+        if phase.share and not (phase.predictions or phase.terms):
+            raise ValueError("A phase without terms and without predictions would learn nothing.")
+    return [phase for phase in phases if phase.share]
 
-    config_class = TwoPhaseConfig
 
-    # What the methods override
+class Phased(Trainer):
+    """For trainers with `self.phases`, those that have steps."""
 
-    def intermediate_signals(self) -> tuple[dict[str, Iterable[int]], dict[str, Iterable[int]]]:
-        """Which `attention` and `hidden_states` the first phase captures, of the student and of the teacher."""
-        raise NotImplementedError
+    phases: Sequence[Phase]
 
-    def intermediate_losses(self, student: Run, teacher: Run, inputs: dict) -> dict[str, Loss]:
-        raise NotImplementedError
-
-    # The two phases
+    def starts(self, num_steps: int) -> list[int]:
+        """The step at which each phase starts, and the end of the last."""
+        return [0, *(round(share * num_steps) for share in accumulate(p.share for p in self.phases[:-1])), num_steps]
 
     @property
-    def is_intermediate(self) -> bool:
-        """Whether this step, or an evaluation after it, belongs to the first phase; so it does before training."""
-        share = self.args.intermediate_share
-        if share in (0, 1) or not self.state.max_steps:
-            return share > 0
-        return self.state.global_step < round(share * self.state.max_steps)
+    def phase(self) -> Phase:
+        """That of this step, or of an evaluation after it; before training it is the first."""
+        if not self.state.max_steps:
+            return self.phases[0]
+        ends = self.starts(self.state.max_steps)[1:-1]
+        return self.phases[sum(self.state.global_step >= end for end in ends)]
 
     def is_complete(self) -> bool:
-        """The losses of the two phases are no measure for each other: only what the last one has trained competes."""
-        share = self.args.intermediate_share
-        is_last = share in (0, 1) or self.state.global_step > round(share * self.state.max_steps)
+        """The losses of two phases are no measure for each other: only what the last one has trained competes."""
+        is_last = len(self.phases) == 1 or self.state.global_step > self.starts(self.state.max_steps)[-2]
         return is_last and super().is_complete()
 
-    def student_signals(self) -> dict[str, Iterable[int]]:
-        return self.intermediate_signals()[0] if self.is_intermediate else super().student_signals()
-
-    def teacher_signals(self) -> dict[str, Iterable[int]]:
-        return self.intermediate_signals()[1] if self.is_intermediate else super().teacher_signals()
-
-    def distillation_losses(self, student: Run, teacher: Run, inputs: dict) -> dict[str, Loss]:
-        if self.is_intermediate:
-            return self.intermediate_losses(student, teacher, inputs)
-        return super().distillation_losses(student, teacher, inputs)
-
-    @property
-    def needs_labels(self) -> bool:
-        """The losses of the first phase need none, so plain text is evaluated by them as well."""
-        return not self.is_intermediate and super().needs_labels
-
-    @property
-    def needs_logits(self) -> bool:
-        return self.args.intermediate_share < 1 and super().needs_logits
-
-    @property
-    def reads_logits(self) -> bool:
-        return not self.is_intermediate and super().reads_logits
-
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
-        """Linear warm-up and decay, once for each phase; another `lr_scheduler_type` spans both phases as usual."""
-        if self.lr_scheduler is None and self.args.lr_scheduler_type == "linear":
-            first = round(self.args.intermediate_share * num_training_steps)
-            second_rate = self.args.prediction_learning_rate or self.args.learning_rate
-            ratio = second_rate / self.args.learning_rate if self.args.learning_rate else 0.0
+        """Linear warm-up and decay, once for each phase; another `lr_scheduler_type` spans all of them as usual."""
+        has_own = len(self.phases) > 1 or self.phases[0].learning_rate is not None
+        if self.lr_scheduler is None and has_own and self.args.lr_scheduler_type == "linear":
+            usual = self.args.learning_rate
+            spans = list(pairwise(self.starts(num_training_steps)))
 
             def factor(step: int) -> float:
-                if step < first:
-                    return _warm_up_and_decay(step, first, self.args.get_warmup_steps(first))
-                rest = num_training_steps - first
-                return ratio * _warm_up_and_decay(step - first, rest, self.args.get_warmup_steps(rest))
+                number = min(sum(step >= end for _, end in spans), len(spans) - 1)
+                (start, end), own = spans[number], self.phases[number].learning_rate
+                ratio = 1.0 if own is None else own / usual if usual else 0.0
+                return ratio * _warm_up_and_decay(step - start, end - start, self.args.get_warmup_steps(end - start))
 
             self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, factor)
             self._created_lr_scheduler = True

@@ -6,23 +6,24 @@ Hinton et al., 2015, https://arxiv.org/abs/1503.02531; hints: Romero et al., 201
 """
 
 import inspect
-from collections.abc import Iterable
-from functools import partial
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from transformers import PreTrainedModel
-from transformers.modeling_outputs import ModelOutput
+from torch import nn
+from transformers import PreTrainedModel, TrainerCallback
 
 from hf_compress.distillation.config import DistillationConfig
-from hf_compress.distillation.layer_map import parse_pairs
-from hf_compress.distillation.losses.sums import Loss, Unit, hidden_state_loss, noisy_teacher
+from hf_compress.distillation.items import ItemsMixin
+from hf_compress.distillation.losses.sums import Loss, noisy_teacher
+from hf_compress.distillation.methods.hints import Hints
+from hf_compress.distillation.phases import Phase, Phased, used
 from hf_compress.distillation.predictions import PredictionLosses
 from hf_compress.distillation.prompts import changes_positions, without_prompt
-from hf_compress.distillation.runs import NO_LOGITS, Run, accepted, flat_choices, named, predictions, projection
-from hf_compress.distillation.teachers.cached_teacher import CachedTeacher, complete
-from hf_compress.distillation.teachers.several_teachers import SeveralTeachers, mean_logits, teachers_of
+from hf_compress.distillation.runs import NO_LOGITS, Run, accepted, flat_choices, named, predictions
+from hf_compress.distillation.teachers.cached_teacher import CachedTeacher
+from hf_compress.distillation.teachers.running import RunsTeacher
+from hf_compress.distillation.teachers.several_teachers import teachers_of
 from hf_compress.distillation.teachers.sharded_student import gather_highest
 from hf_compress.distillation.teachers.teacher import (
     agree_on_problem,
@@ -32,21 +33,23 @@ from hf_compress.distillation.teachers.teacher import (
     frozen,
     open_teacher,
 )
-from hf_compress.distillation.terms import LoggedTermsMixin
-from hf_compress.model.anatomy import anatomy
+from hf_compress.distillation.terms import Term, bind_all, joint_signals
 from hf_compress.model.capture import capture, require_gradients
 from hf_compress.model.tasks import plain_model, problem_of
 from hf_compress.training.arguments import by_name, checked
 from hf_compress.training.state import TrainingState, TrainingStateMixin
 
 
-class DistillationTrainer(PredictionLosses, LoggedTermsMixin, TrainingStateMixin):
+class DistillationTrainer(RunsTeacher, PredictionLosses, Phased, ItemsMixin, TrainingStateMixin):
     """A `Trainer` whose model learns from a teacher as well as from labels.
 
     Args:
         teacher_model (`PreTrainedModel`, `str` or `Path`): the teacher, or its name or folder; or a cache of its
             outputs (`CachedTeacher`, or its folder); or a list of these, whose predictions are averaged. It is never
             changed but for being frozen, and never saved.
+        terms: losses of inner layers to learn besides, all the time, such as `hfc.PatientStates()`.
+        phases: what is learned in which share of the steps, in place of everything at once; `DistillationTrainer` alone
+            takes them, for other trainers are made of their own.
 
     All other arguments are those of `Trainer`. Each loss is logged under its own name, in training and evaluation.
     Raises ValueError, before any step, for a teacher and a student that cannot be matched.
@@ -54,9 +57,22 @@ class DistillationTrainer(PredictionLosses, LoggedTermsMixin, TrainingStateMixin
 
     config_class = DistillationConfig
     loss_is_scaled_for_ga = True  # losses are sums, divided once by the count over all micro-batches and ranks
+    takes_terms = True  # False where there is no teacher whose layers could be compared
 
-    def __init__(self, model=None, args=None, *positional, teacher_model=None, **kwargs):
+    def __init__(
+        self,
+        model=None,
+        args=None,
+        *positional,
+        teacher_model=None,
+        terms: Sequence[Term] = (),
+        phases: Sequence[Phase] | None = None,
+        **kwargs,
+    ):
         who = type(self).__name__
+        if terms and not self.takes_terms:
+            raise ValueError(f"{who} has no teacher whose layers could be compared: give terms to DistillationTrainer.")
+        self._given = terms, phases
         args, kwargs = checked(args, self.config_class, who), by_name(positional, kwargs, who)
         if teacher_model is None:
             raise ValueError(f"{type(self).__name__} needs a teacher: pass teacher_model= a model, a name or a folder.")
@@ -68,6 +84,7 @@ class DistillationTrainer(PredictionLosses, LoggedTermsMixin, TrainingStateMixin
         teacher_model = open_teacher(teacher_model, student, **options)
         check_match(student, teacher_model, self.processing_class)
         agree_on_problem(student, teacher_model)
+        self.phases = self._read_phases()
         check_heads(student, teacher_model, needs_logits=self.needs_logits)
         if self.label_smoother is not None and (self.task.kind == "spans" or problem_of(student) != "one_label"):
             raise ValueError(
@@ -78,7 +95,9 @@ class DistillationTrainer(PredictionLosses, LoggedTermsMixin, TrainingStateMixin
         self.teacher = self.prepare_teacher(teacher_model)
         self.check_layers()
         self._check_signals()
-        if args.torch_compile and any(self.student_signals().values()):
+        if any(type(term).after_step is not Term.after_step for term in self.all_terms):
+            self.add_callback(_AfterEachStep(self))
+        if args.torch_compile and (any(self.student_signals().values()) or joint_signals(self.all_terms, "student")):
             raise ValueError(
                 f"{type(self).__name__} reads inner layers of the student, which torch_compile hides. Set "
                 "torch_compile=False, or use DistillationTrainer without hints."
@@ -103,75 +122,77 @@ class DistillationTrainer(PredictionLosses, LoggedTermsMixin, TrainingStateMixin
     def prepare_teacher(self, teacher: nn.Module) -> nn.Module:
         return frozen(teacher, self.args.device, is_sharded=self.accelerator.is_fsdp2)
 
+    def own_terms(self) -> list[Term]:
+        """The terms of this trainer, made from its config."""
+        return [Hints(self.args)] if self.args.hints else []
+
+    def make_phases(self) -> list[Phase]:
+        return [Phase(1.0, self.own_terms())]
+
+    def _read_phases(self) -> list[Phase]:
+        """Those that were given, or this trainer's own; the terms that were given belong to each."""
+        terms, phases = self._given
+        if phases is not None and (self.own_terms() or type(self).make_phases is not DistillationTrainer.make_phases):
+            raise ValueError(
+                f"{type(self).__name__} with these settings has terms of its own, and phases= say what is learned: "
+                "use DistillationTrainer, with all terms, such as hfc.Hints(hints=...), in the phases."
+            )
+        phases = used(self.make_phases() if phases is None else phases)
+        return [replace(phase, terms=[*phase.terms, *terms]) for phase in phases]
+
     def check_layers(self) -> None:
         """Raise ValueError when the layers or widths that the losses need are not there."""
-        self.hints = parse_pairs(self.args.hints, self.model, self.teacher) if self.args.hints else []
+        self.phases = self._read_phases()
+        for phase in self.phases:
+            bind_all(phase.terms, plain_model(self.model), self.teacher)
 
     def student_signals(self) -> dict[str, Iterable[int]]:
         """Which `attention` and `hidden_states` of the student to capture for this step."""
-        return {"hidden_states": [mine for mine, _ in self.hints]}
+        return joint_signals(self.phase.terms, "student")
 
     def teacher_signals(self) -> dict[str, Iterable[int]]:
-        return {"hidden_states": [theirs for _, theirs in self.hints]}
+        return joint_signals(self.phase.terms, "teacher")
 
     def make_training_state(self, model: PreTrainedModel) -> TrainingState:
         state = TrainingState()
-        for mine, theirs in self.hints:
-            state.add(f"hint_{mine}_{theirs}", projection(model, self.teacher))
+        for term in self.all_terms:
+            for name, value in term.make_state(plain_model(model), self.teacher).items():
+                state.add(name, value)
         return state
 
     def distillation_losses(self, student: Run, teacher: Run, inputs: dict) -> dict[str, Loss]:
-        return {**self.prediction_losses(student, teacher, inputs), **self.hint_losses(student, teacher, inputs)}
+        own = self.prediction_losses(student, teacher, inputs) if self.phase.predictions else {}
+        return self.with_terms(own, student, teacher, inputs)
 
-    # Losses of inner layers; those of predictions are in `PredictionLosses`
+    # Terms; the losses of predictions are in `PredictionLosses`
 
-    def hint_losses(self, student: Run, teacher: Run, inputs: dict) -> dict[str, Loss]:
-        if not self.hints:
-            return {}
-        sums: dict[Unit, list[Tensor]] = {}
-        for mine, theirs in self.hints:
-            project = getattr(self.training_state, f"hint_{mine}_{theirs}")
-            states, targets = student.hidden_states[mine], teacher.hidden_states[theirs]
-            weights, unit = self.real_tokens(states, inputs, is_decoder=self.is_decoder_state(mine))
-            sums.setdefault(unit, []).append(hidden_state_loss(project(states.float()), targets, weights))
-        return {
-            "decoder_hint_loss" if unit == "prediction" else "hint_loss": Loss(
-                torch.stack(values).sum(), unit, self.args.hint_weight
-            )
-            for unit, values in sums.items()
-        }
+    @property
+    def all_terms(self) -> list[Term]:
+        """Those of all phases, each once."""
+        return list(dict.fromkeys(term for phase in self.phases for term in phase.terms))
 
-    def real_tokens(self, states: Tensor, inputs: dict, *, is_decoder: bool = False) -> tuple[Tensor, Unit]:
-        """The weight of each token of `states` (B, T, D), 0 for padding, as (B, T); and what they are counted in."""
-        if is_decoder:
-            counted = self.task.counted(inputs)
-            if counted is not None:
-                return counted, "prediction"
-            # one prediction an example: the decoder reads the text once more
-        if "input_ids" not in inputs:  # pixels: an example is the mean of its patches
-            return torch.full(states.shape[:2], 1 / states.shape[1], device=states.device), "example"
-        mask = inputs.get("attention_mask")
-        return torch.ones_like(states[..., 0], dtype=torch.bool) if mask is None else mask.bool(), "token"
-
-    def is_decoder_state(self, number: int) -> bool:
-        """Whether the student's hidden state `number` belongs to the decoder of an encoder-decoder."""
-        stacks = anatomy(plain_model(self.model)).stacks
-        return len(stacks) > 1 and number > len(stacks[0].layers)
+    def with_terms(self, losses: dict[str, Loss], student: Run, teacher: Run, inputs: dict) -> dict[str, Loss]:
+        """`losses` and those of the terms of this step."""
+        losses = dict(losses)
+        for term in self.phase.terms:
+            for name, loss in term.losses(student, teacher, inputs, self.training_state).items():
+                losses[f"{term.name}_{name}" if name in losses else name] = loss
+        return losses
 
     @property
     def needs_labels(self) -> bool:
         """Whether a loss of this step, or of an evaluation after it, reads labels."""
-        return self.args.alpha < 1
+        return self.phase.predictions and self.args.alpha < 1
 
     @property
     def needs_logits(self) -> bool:
         """Whether a loss of this training compares logits; the losses of a method may need none."""
-        return self.args.alpha > 0
+        return self.args.alpha > 0 and any(phase.predictions for phase in self.phases)
 
     @property
     def reads_logits(self) -> bool:
         """Whether the losses of this step do."""
-        return self.needs_logits
+        return self.phase.predictions and self.needs_logits
 
     def prediction_step(self, model, inputs, prediction_loss_only: bool, ignore_keys: list[str] | None = None):
         """As in `Trainer`, but losses that read no labels are told of batches without them as well."""
@@ -185,64 +206,6 @@ class DistillationTrainer(PredictionLosses, LoggedTermsMixin, TrainingStateMixin
         return loss, None if prediction_loss_only else logits[0] if len(logits) == 1 else logits, None
 
     # Running both models
-
-    def run_teacher(self, inputs: dict) -> Run:
-        """Outputs and signals of the teacher; of several teachers a list of outputs."""
-        if isinstance(self.teacher, SeveralTeachers):
-            return Run([self._run_one(one, inputs, {}).outputs for one in self.teacher.all], NO_LOGITS, {}, {})
-        return self._run_one(self.teacher, inputs, {} if self.is_finished else self.teacher_signals())
-
-    def _run_one(self, teacher: nn.Module, inputs: dict, signals: dict[str, Iterable[int]]) -> Run:
-        if isinstance(teacher, CachedTeacher):
-            outputs, hidden_states = teacher.look_up(inputs, signals.get("hidden_states", ()))
-            return Run(outputs, NO_LOGITS, hidden_states, {})
-        inputs = accepted(teacher, {k: v for k, v in inputs.items() if k not in self._label_columns})
-        if getattr(getattr(plain_model(teacher), "config", None), "use_cache", False):
-            inputs["use_cache"] = False
-        with torch.no_grad(), self.accelerator.autocast(), capture(teacher, **signals) as captured:
-            outputs = named(teacher(**inputs), teacher)
-        outputs = without_prompt(teacher, self.task, outputs, captured)
-        return Run(outputs, NO_LOGITS, captured.hidden_states, captured.attention)
-
-    def teacher_logits(self, outputs: ModelOutput | list[ModelOutput], student_logits: Tensor, inputs: dict) -> Tensor:
-        """The teacher's logits that count, (items, C), like the student's; of several teachers their mean."""
-        if isinstance(outputs, list):
-            pairs = zip(self.teacher.all, outputs, strict=True)
-            logits = [self._logits_of(one, theirs, student_logits, inputs) for one, theirs in pairs]
-            kind = self.prediction_kind
-            return mean_logits(logits, self.teacher.weights, temperature=self.args.temperature, kind=kind)
-        return self._logits_of(self.teacher, outputs, student_logits, inputs)
-
-    def _logits_of(self, teacher: nn.Module, outputs: ModelOutput, student_logits: Tensor, inputs: dict) -> Tensor:
-        if "top_logits" not in outputs:
-            return self.task.logits(outputs, inputs)
-        parts = [self.task.logits({"logits": outputs[n]}, inputs) for n in ("top_logits", "top_indices", "rest")]
-        return complete(*parts, student_logits.detach(), classes=teacher.manifest["classes"])
-
-    def _check_signals(self) -> None:
-        """Raise ValueError when caches lack signals that the losses need, or examples of the data."""
-        signals, who = self.teacher_signals(), type(self).__name__
-        if isinstance(self.teacher, SeveralTeachers) and any(map(list, signals.values())):
-            raise ValueError(
-                f"{who} learns from inner layers, and layers of {len(self.teacher.all)} teachers have no mean. Give it "
-                "one teacher, or learn from predictions alone: DistillationTrainer without hints."
-            )
-        caches = [one for one in teachers_of(self.teacher) if isinstance(one, CachedTeacher)]
-        for cache in caches:
-            cache.check_signals(signals, who)
-            cache.check_tokenizer(self.processing_class)
-        evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"evaluation set": self.eval_dataset}
-        prepare = partial(self._with_decoder_inputs, plain_model(self.model))
-        for what, data in {"training set": self.train_dataset, **evaluated}.items() if caches else ():
-            if hasattr(data, "__len__"):
-                has_columns = getattr(data, "column_names", None) is not None
-                collate = self.data_collator
-                if not has_columns:
-                    collate = self._get_collator_with_removed_columns(collate)
-                rows = self._remove_unused_columns(data) if has_columns else data
-                batches = DataLoader(rows, batch_size=64, collate_fn=collate, generator=torch.Generator())
-                for cache in caches:
-                    cache.check_examples(batches, prepare, what=what, quiet=self.args.disable_tqdm)
 
     @property
     def _label_columns(self) -> set[str]:
@@ -312,3 +275,14 @@ class DistillationTrainer(PredictionLosses, LoggedTermsMixin, TrainingStateMixin
             is_cached = isinstance(teacher, CachedTeacher)
             theirs = teacher.columns if is_cached else inspect.signature(plain_model(teacher).forward).parameters
             self._signature_columns += [name for name in theirs if name not in self._signature_columns]
+
+
+class _AfterEachStep(TrainerCallback):
+    """Tells terms that an optimiser step has ended."""
+
+    def __init__(self, trainer: DistillationTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, *args, **kwargs) -> None:
+        for term in self.trainer.phase.terms:
+            term.after_step(self.trainer.training_state, self.trainer.accelerator)

@@ -69,7 +69,7 @@ def _floats(x: Tensor, activation_range: Range) -> Tensor:
 def _steps(x: Tensor, activation_range: Range) -> tuple[Tensor, Tensor, int]:
     """x / scale, within the grid; the scale (M, 1) or (1, 1); the zero point."""
     if activation_range is None:
-        largest = torch.maximum(x.amax(1, keepdim=True), x.amin(1, keepdim=True).neg_())  # no copy of x, as abs would be
+        largest = torch.maximum(x.amax(1, keepdim=True), x.amin(1, keepdim=True).neg_())  # abs would copy x
         scale = largest.float().div_(LARGEST_INT8).clamp_(min=TINY)
         return x / scale, scale, MIDDLE
     scale, zero = activation_grid(*torch.tensor(activation_range, dtype=torch.float32))

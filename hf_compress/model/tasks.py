@@ -1,5 +1,6 @@
 """What a model predicts, and which of its logits count: sequences, tokens, spans."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -84,6 +85,18 @@ class Task:
             mask = inputs.get(f"{side}attention_mask")
             counted = torch.ones_like(inputs[f"{side}input_ids"]).bool() if mask is None else mask.bool()
         return counted[:, 1:] if self.is_shifted else counted
+
+    def tokens(self, states: Tensor, inputs: Mapping, *, is_decoder: bool = False) -> tuple[Tensor, str]:
+        """The weight of each token of `states` (B, T, D), 0 for padding, as (B, T); and what they are counted in."""
+        if is_decoder:
+            counted = self.counted(inputs)
+            if counted is not None:
+                return counted, "prediction"
+            # one prediction an example: the decoder reads the text once more
+        if "input_ids" not in inputs:  # pixels: an example is the mean of its patches
+            return torch.full(states.shape[:2], 1 / states.shape[1], device=states.device), "example"
+        mask = inputs.get("attention_mask")
+        return torch.ones_like(states[..., 0], dtype=torch.bool) if mask is None else mask.bool(), "token"
 
     def logits(self, outputs, inputs: dict) -> Tensor:
         """The logits that count: (items, C). Spans give 2 * B rows over the T real tokens."""

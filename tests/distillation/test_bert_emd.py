@@ -69,9 +69,10 @@ def test_a_run_computes_the_equation_and_padding_does_not_matter(tmp_path):
     flow = optimal_flow(d, torch.full((2,), 0.5), torch.full((4,), 0.25))
     for batch in (data, padded(data)):
         run = trainer(tmp_path, student, teacher, batch, attention_weight=0.0)
-        run._costs = {"hidden_state": d}
+        (term,) = run.phase.terms
+        term._costs = {"hidden_state": d}
         assert run.evaluate()["eval_hidden_state_loss"] == pytest.approx(d.mean().item() / int(real.sum()), rel=1e-5)
-        run.update_flow()
+        term.after_step(run.training_state, run.accelerator)
         torch.testing.assert_close(run.training_state.hidden_state_flow, flow.float())
         expected = (flow * d).sum().item() / int(real.sum())
         assert run.evaluate()["eval_hidden_state_loss"] == pytest.approx(expected, rel=1e-5)
@@ -105,8 +106,9 @@ def test_bad_input_is_refused_before_training(tmp_path):
         ValueError, match=r"student's layers have \[2\] heads, the teacher's \[4\]. .*attention_weight=0"
     ):
         trainer(tmp_path, two_heads)
-    assert trainer(tmp_path, two_heads, attention_weight=0.0).compared == ["hidden_state"]
-    with pytest.raises(ValueError, match="BertEmdTrainer maps the layers of one stack"):
+    (term,) = trainer(tmp_path, two_heads, attention_weight=0.0).phase.terms
+    assert term.compared == ["hidden_state"]
+    with pytest.raises(ValueError, match="BERT-EMD maps the layers of one stack"):
         trainer(tmp_path, *pair("bart"), rows(kind="seq2seq"))
     with pytest.raises(ValueError, match="weight_temperature must be above 0, got 0"):
         BertEmdConfig(str(tmp_path), weight_temperature=0.0)

@@ -72,7 +72,7 @@ def test_bad_input_is_refused_before_training(tmp_path):
         trainer(tmp_path, flows="1:2")
     with pytest.raises(ValueError, match="it has 4 layers, the teacher 2"):
         trainer(tmp_path, *pair()[::-1])
-    with pytest.raises(ValueError, match="FSPTrainer maps the layers of one stack"):
+    with pytest.raises(ValueError, match="FSP maps the layers of one stack"):
         trainer(tmp_path, *pair("bart"), rows(kind="seq2seq"))
     with pytest.raises(ValueError, match="fsp_weight must be 0 or more, got -1"):
         FSPConfig(str(tmp_path), fsp_weight=-1.0)

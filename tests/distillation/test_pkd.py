@@ -43,7 +43,8 @@ def test_layers_are_those_of_the_paper(layer_map, expected, tmp_path):
     """6 of 12 layers, section 3.2; the last layer of the student follows none."""
     teacher = tiny_model(num_hidden_layers=12, hidden_size=8, intermediate_size=8)
     student = make_student(teacher, num_hidden_layers=6, layers="first")
-    assert trainer(tmp_path, student, teacher, layer_map=layer_map).layer_map == expected
+    (term,) = trainer(tmp_path, student, teacher, layer_map=layer_map).phase.terms
+    assert term.layer_map == expected
 
 
 @pytest.mark.parametrize("width", [32, 16], ids=["equal", "projected"])
@@ -82,7 +83,7 @@ def test_bad_input_is_refused_before_training(tmp_path):
         trainer(tmp_path, layer_map="1,2")
     with pytest.raises(ValueError, match="which in GPT2LMHeadModel reads nothing but itself"):
         trainer(tmp_path, *pair("gpt2"), rows(kind="clm"))
-    with pytest.raises(ValueError, match="PKDTrainer maps the layers of one stack"):
+    with pytest.raises(ValueError, match="PKD maps the layers of one stack"):
         trainer(tmp_path, *pair("bart"), rows(kind="seq2seq"))
     with pytest.raises(ValueError, match="beta must be 0 or more, got -1"):
         PKDConfig(str(tmp_path), beta=-1.0)

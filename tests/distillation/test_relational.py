@@ -99,10 +99,10 @@ def test_a_run_computes_the_equation_and_padding_does_not_matter(tmp_path):
 
 
 def test_the_last_states_are_the_default_and_an_encoder_decoders_are_the_decoders(tmp_path):
-    assert trainer(tmp_path).relations == [(2, 4)]
+    assert trainer(tmp_path).phase.terms[0].relations == [(2, 4)]
     run = trainer(tmp_path, *pair("bart"), rows(4, kind="seq2seq"), max_steps=1, angle_weight=0.0)
     run.train()
-    assert run.relations == [(3, 5)]
+    assert run.phase.terms[0].relations == [(3, 5)]
     entry = run.state.log_history[0]
     parts = 0.5 * entry["task_loss"] + 0.5 * entry["soft_loss"] + 25 * entry["distance_loss"]
     assert entry["loss"] == pytest.approx(parts, rel=1e-5) and "angle_loss" not in entry

@@ -15,18 +15,19 @@ from the costs of a whole optimiser step and hold for the next one, so that all 
 the first step moves mass from every layer to every layer.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel, TrainerCallback
+from accelerate import Accelerator
+from torch import Tensor, nn
 
 from hf_compress.distillation.config import DistillationConfig
 from hf_compress.distillation.layer_map import check_one_stack
 from hf_compress.distillation.losses.sums import Loss, attention_loss, hidden_state_loss
 from hf_compress.distillation.losses.transport import optimal_flow
 from hf_compress.distillation.runs import Run, projection
+from hf_compress.distillation.terms import Term, TermOptions
 from hf_compress.distillation.trainer import DistillationTrainer
 from hf_compress.model.anatomy import anatomy
 from hf_compress.training.state import TrainingState
@@ -35,7 +36,7 @@ CHEAPEST = 0.01  # of all layers' cost: one below it, say 0, weighs no more than
 
 
 @dataclass
-class BertEmdConfig(DistillationConfig):
+class TransportOptions(TermOptions):
     hidden_state_weight: float = field(default=1.0, metadata={"help": "Weight of the hidden-state loss."})
     attention_weight: float = field(default=1.0, metadata={"help": "Weight of the attention loss; 0 leaves it out."})
     weight_temperature: float = field(
@@ -48,6 +49,11 @@ class BertEmdConfig(DistillationConfig):
             raise ValueError(f"weight_temperature must be above 0, got {self.weight_temperature}.")
 
 
+@dataclass
+class BertEmdConfig(TransportOptions, DistillationConfig):
+    """The settings of the trainer and of its term."""
+
+
 def cost_attention(costs: Tensor, flow: Tensor, weights: Tensor, temperature: float) -> Tensor:
     """New weights (M,) of the layers that the rows of `costs` and `flow` (M, L) stand for."""
     C = (flow * costs).sum(dim=1) / weights  # (M,)
@@ -57,27 +63,31 @@ def cost_attention(costs: Tensor, flow: Tensor, weights: Tensor, temperature: fl
     return (total / C.clamp(min=CHEAPEST * total) / temperature).softmax(dim=0)
 
 
-class BertEmdTrainer(DistillationTrainer):
-    """Predictions and all inner layers at once; widths may differ, numbers of layers too.
+class LayerTransport(Term):
+    """All inner layers of both models; widths may differ, numbers of layers too.
 
     `trainer.training_state.hidden_state_flow` and `.attention_flow` (M, L) tell which layer learned from which.
     """
 
-    config_class = BertEmdConfig
+    options_class, name = TransportOptions, "bert_emd"
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, options: TransportOptions | None = None, **given):
+        super().__init__(options, **given)
         self._costs: dict[str, Tensor] = {}  # of the running optimiser step, summed over tokens
-        super().__init__(*args, **kwargs)
-        self.add_callback(_AfterEachStep(self.update_flow))
 
-    def check_layers(self) -> None:
-        super().check_layers()
-        check_one_stack(self.model, self.teacher, type(self).__name__)
-        student, teacher = anatomy(self.model).layers, anatomy(self.teacher).layers
-        self.depths = len(student), len(teacher)
-        if not self.args.attention_weight:
+    @property
+    def compared(self) -> list[str]:
+        return ["hidden_state", "attention"] if self.options.attention_weight else ["hidden_state"]
+
+    def bind(self, student: nn.Module, teacher: nn.Module) -> None:
+        super().bind(student, teacher)
+        check_one_stack(student, teacher, "BERT-EMD")
+        layers = anatomy(student).layers, anatomy(teacher).layers
+        self.depths = len(layers[0]), len(layers[1])
+        self.student_signals, self.teacher_signals = map(self._all_layers, self.depths)
+        if not self.options.attention_weight:
             return
-        heads = {layer.attention.num_heads for layer in student}, {layer.attention.num_heads for layer in teacher}
+        heads = tuple({layer.attention.num_heads for layer in own} for own in layers)
         if heads[0] != heads[1] or len(heads[0]) > 1:
             raise ValueError(
                 f"The attention loss compares every two layers head by head: the student's layers have "
@@ -85,34 +95,23 @@ class BertEmdTrainer(DistillationTrainer):
                 "(hfc.make_student(..., num_attention_heads=...)), or set attention_weight=0."
             )
 
-    @property
-    def compared(self) -> list[str]:
-        return ["hidden_state", "attention"] if self.args.attention_weight else ["hidden_state"]
+    def _all_layers(self, depth: int) -> dict[str, range]:
+        return {"hidden_states": range(1, depth + 1), "attention": range(depth if "attention" in self.compared else 0)}
 
-    def make_training_state(self, model: PreTrainedModel) -> TrainingState:
-        state = super().make_training_state(model)
-        state.add("hidden_state", projection(model, self.teacher))
-        for who, depth in zip(("student", "teacher"), self.depths, strict=True):
-            state.add(f"{who}_weights", torch.full((depth,), 1 / depth))
-        for name in self.compared:
-            state.add(f"{name}_flow", torch.full(self.depths, 1 / (self.depths[0] * self.depths[1])))
-        return state
+    def make_state(self, student: nn.Module, teacher: nn.Module) -> dict[str, nn.Module | Tensor]:
+        M, L = self.depths
+        return {
+            "transport": projection(student, teacher),
+            "student_weights": torch.full((M,), 1 / M),
+            "teacher_weights": torch.full((L,), 1 / L),
+            **{f"{name}_flow": torch.full((M, L), 1 / (M * L)) for name in self.compared},
+        }
 
-    def student_signals(self) -> dict[str, Iterable[int]]:
-        return self._all_layers(super().student_signals(), self.depths[0])
-
-    def teacher_signals(self) -> dict[str, Iterable[int]]:
-        return self._all_layers(super().teacher_signals(), self.depths[1])
-
-    def _all_layers(self, signals: dict[str, Iterable[int]], depth: int) -> dict[str, Iterable[int]]:
-        states = sorted({*signals["hidden_states"], *range(1, depth + 1)})
-        return {"hidden_states": states, "attention": range(depth) if self.args.attention_weight else ()}
-
-    def distillation_losses(self, student: Run, teacher: Run, inputs: dict) -> dict[str, Loss]:
-        weights, unit = self.real_tokens(student.hidden_states[1], inputs)
-        project = self.training_state.hidden_state
-        projected = [project(student.hidden_states[i + 1].float()) for i in range(self.depths[0])]
-        scores = [{i: signals.scores for i, signals in run.attention.items()} for run in (student, teacher)]
+    def losses(self, student: Run, teacher: Run, inputs: Mapping, state: TrainingState) -> dict[str, Loss]:
+        weights, unit = self.tokens(student.hidden_states[1], inputs)
+        projected = [state.transport(student.hidden_states[i + 1].float()) for i in range(self.depths[0])]
+        own = student.attention, teacher.attention
+        scores = [{i: of.scores for i, of in run.items()} for run in own] if self.options.attention_weight else []
 
         def hidden_state_cost(i: int, j: int) -> Tensor:
             return hidden_state_loss(projected[i], teacher.hidden_states[j + 1], weights)
@@ -122,16 +121,17 @@ class BertEmdTrainer(DistillationTrainer):
             return attention_loss(scores[0][i], scores[1][j], allowed, weights)
 
         costs = {"hidden_state": hidden_state_cost, "attention": attention_cost}
-        losses = super().distillation_losses(student, teacher, inputs)
-        for name in self.compared:
-            weight = getattr(self.args, f"{name}_weight")
-            losses[f"{name}_loss"] = Loss(self.transport_loss(name, costs[name]), unit, weight)
-        return losses
+        return {
+            f"{name}_loss": Loss(
+                self.transport_loss(name, costs[name], state), unit, getattr(self.options, f"{name}_weight")
+            )
+            for name in self.compared
+        }
 
-    def transport_loss(self, name: str, cost: Callable[[int, int], Tensor]) -> Tensor:
+    def transport_loss(self, name: str, cost: Callable[[int, int], Tensor], state: TrainingState) -> Tensor:
         """What the flow of `name` costs; in training also remembers the costs of all pairs, for the next flow."""
-        flow = getattr(self.training_state, f"{name}_flow").tolist()
-        is_training, terms, seen = self.model.training, [], []
+        flow = getattr(state, f"{name}_flow").tolist()
+        is_training, terms, seen = torch.is_grad_enabled(), [], []
         for i, j in [(i, j) for i in range(self.depths[0]) for j in range(self.depths[1])]:
             if flow[i][j] > 0:
                 value = cost(i, j)
@@ -145,25 +145,26 @@ class BertEmdTrainer(DistillationTrainer):
             self._costs[name] = self._costs.get(name, 0.0) + torch.stack(seen).view(self.depths)
         return torch.stack(terms).sum()
 
-    def update_flow(self) -> None:
+    def after_step(self, state: TrainingState, accelerator: Accelerator) -> None:
         """New flows and layer weights from the costs of the optimiser step that just ended."""
-        state, new = self.training_state, []
+        new = []
         for name, own in self._costs.items():
-            costs = self.accelerator.reduce(own, reduction="sum").double().cpu()
+            costs = accelerator.reduce(own, reduction="sum").double().cpu()
             weights = [getattr(state, f"{who}_weights").double().cpu() for who in ("student", "teacher")]
             weights = [w / w.sum() for w in weights]
             flow = optimal_flow(costs, *weights)
             getattr(state, f"{name}_flow").copy_(flow)
-            tau = self.args.weight_temperature
+            tau = self.options.weight_temperature
             new.append((cost_attention(costs, flow, weights[0], tau), cost_attention(costs.T, flow.T, weights[1], tau)))
         for who, values in zip(("student", "teacher"), zip(*new, strict=True), strict=True):
             getattr(state, f"{who}_weights").copy_(torch.stack(values).mean(dim=0))
         self._costs = {}
 
 
-class _AfterEachStep(TrainerCallback):
-    def __init__(self, update: Callable[[], None]):
-        self.update = update
+class BertEmdTrainer(DistillationTrainer):
+    """Predictions and all inner layers at once."""
 
-    def on_step_end(self, *args, **kwargs) -> None:
-        self.update()
+    config_class = BertEmdConfig
+
+    def own_terms(self) -> list[Term]:
+        return [*super().own_terms(), LayerTransport(self.args)]

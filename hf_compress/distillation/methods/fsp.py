@@ -10,17 +10,17 @@ widths differ, the student's states go through a learned projection first. The p
 here both are learned at once.
 """
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from hf_compress.distillation.config import DistillationConfig
 from hf_compress.distillation.layer_map import check_one_stack, check_range, num_layers, uniform
 from hf_compress.distillation.losses.sums import Loss, exact
 from hf_compress.distillation.runs import Run, projection
+from hf_compress.distillation.terms import Term, TermOptions
 from hf_compress.distillation.trainer import DistillationTrainer
 from hf_compress.training.state import TrainingState
 
@@ -28,7 +28,7 @@ Flow = tuple[int, int]  # from one hidden state of a model to another
 
 
 @dataclass
-class FSPConfig(DistillationConfig):
+class FlowOptions(TermOptions):
     flows: str | None = field(
         default=None,
         metadata={
@@ -42,6 +42,11 @@ class FSPConfig(DistillationConfig):
         super().__post_init__()
         if self.fsp_weight < 0:
             raise ValueError(f"fsp_weight must be 0 or more, got {self.fsp_weight}.")
+
+
+@dataclass
+class FSPConfig(FlowOptions, DistillationConfig):
+    """The settings of the trainer and of its term."""
 
 
 def fsp_matrix(start: Tensor, end: Tensor, weights: Tensor) -> Tensor:
@@ -84,35 +89,36 @@ def parse_flows(flows: str | None, student_layers: int, teacher_layers: int) -> 
     return parsed
 
 
+class Flows(Term):
+    """The FSP loss: how features change from one layer to another."""
+
+    options_class, name = FlowOptions, "fsp"
+
+    def bind(self, student: nn.Module, teacher: nn.Module) -> None:
+        super().bind(student, teacher)
+        check_one_stack(student, teacher, "FSP")
+        self.flows = parse_flows(self.options.flows, num_layers(student), num_layers(teacher))
+        self.student_signals = {"hidden_states": [state for mine, _ in self.flows for state in mine]}
+        self.teacher_signals = {"hidden_states": [state for _, theirs in self.flows for state in theirs]}
+
+    def make_state(self, student: nn.Module, teacher: nn.Module) -> dict[str, nn.Module]:
+        return {"flow": projection(student, teacher)}
+
+    def losses(self, student: Run, teacher: Run, inputs: Mapping, state: TrainingState) -> dict[str, Loss]:
+        wanted = set(self.student_signals["hidden_states"])
+        projected = {n: state.flow(student.hidden_states[n].float()) for n in wanted}
+        weights, _ = self.tokens(next(iter(projected.values())), inputs)
+        sums = []
+        for (a, b), (c, d) in self.flows:
+            theirs = teacher.hidden_states[c], teacher.hidden_states[d]
+            sums.append(fsp_loss((projected[a], projected[b]), theirs, weights))
+        return {"fsp_loss": Loss(torch.stack(sums).sum(), "example", self.options.fsp_weight)}
+
+
 class FSPTrainer(DistillationTrainer):
     """Predictions, and the flow between layers."""
 
     config_class = FSPConfig
 
-    def check_layers(self) -> None:
-        super().check_layers()
-        check_one_stack(self.model, self.teacher, type(self).__name__)
-        self.flows = parse_flows(self.args.flows, num_layers(self.model), num_layers(self.teacher))
-
-    def make_training_state(self, model: PreTrainedModel) -> TrainingState:
-        state = super().make_training_state(model)
-        state.add("flow", projection(model, self.teacher))
-        return state
-
-    def student_signals(self) -> dict[str, Iterable[int]]:
-        own = [state for mine, _ in self.flows for state in mine]
-        return {"hidden_states": sorted({*super().student_signals()["hidden_states"], *own})}
-
-    def teacher_signals(self) -> dict[str, Iterable[int]]:
-        own = [state for _, theirs in self.flows for state in theirs]
-        return {"hidden_states": sorted({*super().teacher_signals()["hidden_states"], *own})}
-
-    def distillation_losses(self, student: Run, teacher: Run, inputs: dict) -> dict[str, Loss]:
-        losses = super().distillation_losses(student, teacher, inputs)
-        projected = {n: self.training_state.flow(state.float()) for n, state in student.hidden_states.items()}
-        weights, _ = self.real_tokens(next(iter(projected.values())), inputs)
-        sums = []
-        for (a, b), (c, d) in self.flows:
-            theirs = teacher.hidden_states[c], teacher.hidden_states[d]
-            sums.append(fsp_loss((projected[a], projected[b]), theirs, weights))
-        return {**losses, "fsp_loss": Loss(torch.stack(sums).sum(), "example", self.args.fsp_weight)}
+    def own_terms(self) -> list[Term]:
+        return [*super().own_terms(), Flows(self.args)]

@@ -13,19 +13,20 @@ there is; for a task, predictions follow in a second phase.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from hf_compress.distillation.layer_map import check_one_stack
 from hf_compress.distillation.losses.sums import Loss, exact
-from hf_compress.distillation.phases import TwoPhaseConfig, TwoPhaseTrainer
 from hf_compress.distillation.runs import Run
+from hf_compress.distillation.terms import Term, TermOptions
+from hf_compress.distillation.two_phases import TwoPhaseConfig, TwoPhaseTrainer
 from hf_compress.model.anatomy import Attention, anatomy
-from hf_compress.model.capture import AttentionSignals
+from hf_compress.training.state import TrainingState
 
 RELATION_HEAD_SIZE = 16  # of the teacher, in the paper: 48 relation heads for width 768, 64 for 1024
 SIGNALS = ("query", "key", "value")
@@ -35,14 +36,7 @@ DEVICE_SCORE_BYTES = 2**28
 
 
 @dataclass
-class MiniLMConfig(TwoPhaseConfig):
-    intermediate_share: float = field(
-        default=0.5,
-        metadata={
-            "help": "Share of the steps spent on relations, before predictions; 0 to 1. 1 is for plain text without "
-            "labels."
-        },
-    )
+class RelationOptions(TermOptions):
     version: int = field(
         default=2, metadata={"help": "1: attention distributions and value relations; 2: query, key, value relations."}
     )
@@ -67,6 +61,17 @@ class MiniLMConfig(TwoPhaseConfig):
                 f"relation_heads={self.relation_heads} is for version 2: version 1 compares the heads as they are. "
                 "Set version=2, or leave relation_heads out."
             )
+
+
+@dataclass
+class MiniLMConfig(RelationOptions, TwoPhaseConfig):
+    intermediate_share: float = field(
+        default=0.5,
+        metadata={
+            "help": "Share of the steps spent on relations, before predictions; 0 to 1. 1 is for plain text without "
+            "labels."
+        },
+    )
 
 
 def distribution_loss(student_scores: Tensor, teacher_scores: Tensor, allowed: Tensor, weights: Tensor) -> Tensor:
@@ -165,47 +170,51 @@ def _kl_and_gradient(student_scores: Tensor, teacher_scores: Tensor, weights: Te
     return loss, log_q.exp_().sub_(p).mul_(w)
 
 
-class MiniLMTrainer(TwoPhaseTrainer):
-    """Relations first, then predictions. Any two encoders or decoders that read the same tokens.
+class LastRelations(Term):
+    """Relations between tokens in the student's last layer and one of the teacher's.
 
-    Raises ValueError for a teacher layer that is not there, for version 1 with unequal heads, and for relation heads
-    that do not divide both models' widths.
+    For any two encoders or decoders that read the same tokens. Raises ValueError for a teacher layer that is not there,
+    for version 1 with unequal heads, and for relation heads that do not divide both models' widths.
     """
 
-    config_class = MiniLMConfig
+    options_class, name = RelationOptions, "minilm"
 
-    def check_layers(self) -> None:
-        super().check_layers()
-        check_one_stack(self.model, self.teacher, type(self).__name__)
-        student, teacher = anatomy(self.model).layers, anatomy(self.teacher).layers
-        number = len(teacher) if self.args.teacher_layer is None else self.args.teacher_layer
-        if not 1 <= number <= len(teacher):
-            raise ValueError(
-                f"teacher_layer must lie between 1 and {len(teacher)}, the teacher's layers, got {number}."
-            )
-        self.layers = len(student) - 1, number - 1
-        attentions = student[-1].attention, teacher[number - 1].attention
-        if self.args.version == 1:
+    def bind(self, student: nn.Module, teacher: nn.Module) -> None:
+        super().bind(student, teacher)
+        check_one_stack(student, teacher, "MiniLM")
+        mine, theirs = anatomy(student).layers, anatomy(teacher).layers
+        number = len(theirs) if self.options.teacher_layer is None else self.options.teacher_layer
+        if not 1 <= number <= len(theirs):
+            raise ValueError(f"teacher_layer must lie between 1 and {len(theirs)}, the teacher's layers, got {number}.")
+        self.layers = len(mine) - 1, number - 1
+        self.student_signals, self.teacher_signals = ({"attention": [layer]} for layer in self.layers)
+        attentions = mine[-1].attention, theirs[number - 1].attention
+        if self.options.version == 1:
             _check_equal_heads(*attentions)
             self.num_relation_heads = attentions[0].num_key_value_heads
         else:
-            self.num_relation_heads = _num_relation_heads(self.args.relation_heads, *attentions)
+            self.num_relation_heads = _num_relation_heads(self.options.relation_heads, *attentions)
 
-    def intermediate_signals(self) -> tuple[dict[str, Iterable[int]], dict[str, Iterable[int]]]:
-        return {"attention": self.layers[:1]}, {"attention": self.layers[1:]}
-
-    def intermediate_losses(self, student: Run, teacher: Run, inputs: dict) -> dict[str, Loss]:
+    def losses(self, student: Run, teacher: Run, inputs: Mapping, state: TrainingState) -> dict[str, Loss]:
         mine, theirs = student.attention[self.layers[0]], teacher.attention[self.layers[1]]
-        weights, unit = self.real_tokens(mine.query[:, 0], inputs)
-        losses = self._attention_losses(mine, theirs, weights) if self.args.version == 1 else {}
-        for signal in SIGNALS if self.args.version == 2 else ("value",):
+        weights, unit = self.tokens(mine.query[:, 0], inputs)
+        losses = {}
+        if self.options.version == 1:
+            allowed = mine.allowed & theirs.allowed
+            losses["attention_loss"] = distribution_loss(mine.scores, theirs.scores, allowed, weights)
+        for signal in SIGNALS if self.options.version == 2 else ("value",):
             states = getattr(mine, signal), getattr(theirs, signal)
             losses[f"{signal}_relation_loss"] = relation_loss(*states, self.num_relation_heads, weights)
         return {name: Loss(loss, unit) for name, loss in losses.items()}
 
-    def _attention_losses(self, mine: AttentionSignals, theirs: AttentionSignals, weights: Tensor) -> dict[str, Tensor]:
-        allowed = mine.allowed & theirs.allowed
-        return {"attention_loss": distribution_loss(mine.scores, theirs.scores, allowed, weights)}
+
+class MiniLMTrainer(TwoPhaseTrainer):
+    """Relations first, then predictions."""
+
+    config_class = MiniLMConfig
+
+    def intermediate_terms(self) -> list[Term]:
+        return [LastRelations(self.args)]
 
 
 def _check_equal_heads(mine: Attention, theirs: Attention) -> None:

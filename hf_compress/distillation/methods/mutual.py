@@ -52,6 +52,7 @@ class MutualTrainer(DistillationTrainer):
     """
 
     config_class = MutualConfig
+    takes_terms = False
     _starts: Sequence[dict[str, Tensor]] = ()  # the peers' weights before training, kept where `model_init` begins anew
 
     def __init__(self, model=None, args=None, *positional, peers: Sequence[nn.Module | str | Path] = (), **kwargs):

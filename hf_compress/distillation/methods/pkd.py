@@ -10,18 +10,18 @@ released code averages the patient loss over its layers and its D dimensions, so
 five layers) is 0.003 to 0.26 here.
 """
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from hf_compress.distillation.config import DistillationConfig
 from hf_compress.distillation.layer_map import check_one_stack, make_layer_map, num_layers
 from hf_compress.distillation.losses.sums import Loss, exact
 from hf_compress.distillation.runs import Run, projection
+from hf_compress.distillation.terms import Term, TermOptions
 from hf_compress.distillation.trainer import DistillationTrainer
 from hf_compress.model.anatomy import anatomy
 from hf_compress.model.tasks import plain_model
@@ -29,10 +29,7 @@ from hf_compress.training.state import TrainingState
 
 
 @dataclass
-class PKDConfig(DistillationConfig):
-    temperature: float = field(
-        default=5.0, metadata={"help": "Divides the logits before softmax; the paper's 5 to 20."}
-    )
+class PatientOptions(TermOptions):
     beta: float = field(
         default=0.1, metadata={"help": "Weight of the patient loss; the released code's beta / (its layers * D)."}
     )
@@ -53,6 +50,13 @@ class PKDConfig(DistillationConfig):
             raise ValueError(f"beta must be 0 or more, got {self.beta}.")
 
 
+@dataclass
+class PKDConfig(PatientOptions, DistillationConfig):
+    temperature: float = field(
+        default=5.0, metadata={"help": "Divides the logits before softmax; the paper's 5 to 20."}
+    )
+
+
 def patient_loss(student_states: Tensor, teacher_states: Tensor) -> Tensor:
     """Squared distance of normalised states (B, D), summed over the examples: eq. 7 for one pair of layers."""
     mine, theirs = F.normalize(exact(student_states), dim=-1), F.normalize(exact(teacher_states), dim=-1)
@@ -66,57 +70,53 @@ def first_token(states: Tensor, attention_mask: Tensor | None) -> Tensor:
     return states[torch.arange(len(states), device=states.device), attention_mask.bool().int().argmax(dim=1)]
 
 
-class PKDTrainer(DistillationTrainer):
-    """Patient knowledge distillation: predictions, and inner states of the first token.
+class PatientStates(Term):
+    """The patient loss. Widths that differ need `learn_projection=True`; the student has two layers or more, and is not
+    causal, where the first token reads nothing but itself: else ValueError."""
 
-    Raises ValueError for widths that differ (unless `learn_projection=True`), for a student of one layer, and for
-    causal models, whose first token reads nothing but itself.
-    """
+    options_class, name = PatientOptions, "patient"
 
-    config_class = PKDConfig
-
-    def check_layers(self) -> None:
-        super().check_layers()
-        check_one_stack(self.model, self.teacher, type(self).__name__)
-        depth, teacher_depth = num_layers(self.model), num_layers(self.teacher)
+    def bind(self, student: nn.Module, teacher: nn.Module) -> None:
+        super().bind(student, teacher)
+        check_one_stack(student, teacher, "PKD")
+        depth, teacher_depth = num_layers(student), num_layers(teacher)
         if depth < 2:
             raise ValueError(
                 f"PKD leaves the student's last layer out, so it needs 2 or more: the student has {depth}, the teacher "
                 f"{teacher_depth}. Give the student more layers, or use DistillationTrainer."
             )
-        if any(getattr(layer.attention.module, "is_causal", False) for layer in anatomy(self.model).layers):
+        if any(getattr(layer.attention.module, "is_causal", False) for layer in anatomy(student).layers):
             raise ValueError(
-                f"PKD imitates the first token, which in {type(plain_model(self.model)).__name__} reads nothing but "
+                f"PKD imitates the first token, which in {type(plain_model(student)).__name__} reads nothing but "
                 "itself. Use DistillationTrainer with hints."
             )
-        layers = "uniform" if self.args.layer_map == "skip" else self.args.layer_map
-        self.layer_map = make_layer_map(layers, self.model, self.teacher, without_last=True)
-        widths = [plain_model(model).config.hidden_size for model in (self.model, self.teacher)]
-        if widths[0] != widths[1] and not self.args.learn_projection:
+        layers = "uniform" if self.options.layer_map == "skip" else self.options.layer_map
+        self.layer_map = make_layer_map(layers, student, teacher, without_last=True)
+        widths = [plain_model(model).config.hidden_size for model in (student, teacher)]
+        if widths[0] != widths[1] and not self.options.learn_projection:
             raise ValueError(
                 f"PKD compares states of one width: the student's is {widths[0]}, the teacher's {widths[1]}. Make the "
                 "student as wide (hfc.make_student without hidden_size), or set learn_projection=True."
             )
+        self.student_signals = {"hidden_states": range(1, len(self.layer_map) + 1)}
+        self.teacher_signals = {"hidden_states": self.layer_map}
 
-    def make_training_state(self, model: PreTrainedModel) -> TrainingState:
-        state = super().make_training_state(model)
-        state.add("patient", projection(model, self.teacher))
-        return state
+    def make_state(self, student: nn.Module, teacher: nn.Module) -> dict[str, nn.Module]:
+        return {"patient": projection(student, teacher)}
 
-    def student_signals(self) -> dict[str, Iterable[int]]:
-        own = range(1, len(self.layer_map) + 1)
-        return {"hidden_states": sorted({*super().student_signals()["hidden_states"], *own})}
-
-    def teacher_signals(self) -> dict[str, Iterable[int]]:
-        return {"hidden_states": sorted({*super().teacher_signals()["hidden_states"], *self.layer_map})}
-
-    def distillation_losses(self, student: Run, teacher: Run, inputs: dict) -> dict[str, Loss]:
-        mask = inputs.get("attention_mask")
-        project = self.training_state.patient
-        sums = []
+    def losses(self, student: Run, teacher: Run, inputs: Mapping, state: TrainingState) -> dict[str, Loss]:
+        mask, sums = inputs.get("attention_mask"), []
         for j, number in enumerate(self.layer_map, start=1):
             mine = first_token(student.hidden_states[j], mask)
             theirs = first_token(teacher.hidden_states[number], mask)
-            sums.append(patient_loss(project(mine.float()), theirs))
-        losses = super().distillation_losses(student, teacher, inputs)
-        return {**losses, "patient_loss": Loss(torch.stack(sums).sum(), "example", self.args.beta)}
+            sums.append(patient_loss(state.patient(mine.float()), theirs))
+        return {"patient_loss": Loss(torch.stack(sums).sum(), "example", self.options.beta)}
+
+
+class PKDTrainer(DistillationTrainer):
+    """Patient knowledge distillation: predictions, and inner states of the first token."""
+
+    config_class = PKDConfig
+
+    def own_terms(self) -> list[Term]:
+        return [*super().own_terms(), PatientStates(self.args)]

@@ -12,22 +12,24 @@ x are hidden states averaged over an example's real tokens. Nothing is learned b
 Relations are those of one micro-batch: gradient accumulation shows fewer of them than a batch of the same size.
 """
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_compress.distillation.config import DistillationConfig
 from hf_compress.distillation.layer_map import num_hidden_states, parse_pairs
 from hf_compress.distillation.losses.sums import Loss, exact
 from hf_compress.distillation.runs import Run
+from hf_compress.distillation.terms import Term, TermOptions
 from hf_compress.distillation.trainer import DistillationTrainer
+from hf_compress.training.state import TrainingState
 
 
 @dataclass
-class RelationalConfig(DistillationConfig):
+class ExampleRelationOptions(TermOptions):
     relations: str | None = field(
         default=None,
         metadata={"help": "Hidden states to compare, as pairs student:teacher such as `1:2,3:6`; the last by default."},
@@ -42,6 +44,11 @@ class RelationalConfig(DistillationConfig):
                 "distance_weight and angle_weight must be 0 or more, and one of them above 0, got "
                 f"{self.distance_weight} and {self.angle_weight}."
             )
+
+
+@dataclass
+class RelationalConfig(ExampleRelationOptions, DistillationConfig):
+    """The settings of the trainer and of its term."""
 
 
 def distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -75,33 +82,36 @@ def pooled(states: Tensor, weights: Tensor) -> Tensor:
     return (states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1e-12)
 
 
-class RelationalTrainer(DistillationTrainer):
-    """Predictions, and how the examples of a batch lie to each other in the hidden states of both models."""
+class ExampleRelations(Term):
+    """How the examples of a batch lie to each other in the hidden states of both models."""
 
-    config_class = RelationalConfig
+    options_class, name = ExampleRelationOptions, "relational"
 
-    def check_layers(self) -> None:
-        super().check_layers()
-        last = ":".join(str(num_hidden_states(model) - 1) for model in (self.model, self.teacher))
-        self.relations = parse_pairs(self.args.relations or last, self.model, self.teacher, option="relations")
+    def bind(self, student: nn.Module, teacher: nn.Module) -> None:
+        super().bind(student, teacher)
+        last = ":".join(str(num_hidden_states(model) - 1) for model in (student, teacher))
+        self.relations = parse_pairs(self.options.relations or last, student, teacher, option="relations")
+        self.student_signals = {"hidden_states": [mine for mine, _ in self.relations]}
+        self.teacher_signals = {"hidden_states": [theirs for _, theirs in self.relations]}
 
-    def student_signals(self) -> dict[str, Iterable[int]]:
-        own = [mine for mine, _ in self.relations]
-        return {"hidden_states": sorted({*super().student_signals()["hidden_states"], *own})}
-
-    def teacher_signals(self) -> dict[str, Iterable[int]]:
-        own = [theirs for _, theirs in self.relations]
-        return {"hidden_states": sorted({*super().teacher_signals()["hidden_states"], *own})}
-
-    def distillation_losses(self, student: Run, teacher: Run, inputs: dict) -> dict[str, Loss]:
-        losses = super().distillation_losses(student, teacher, inputs)
+    def losses(self, student: Run, teacher: Run, inputs: Mapping, state: TrainingState) -> dict[str, Loss]:
         pairs = []
         for mine, theirs in self.relations:
             states = student.hidden_states[mine]
-            weights, _ = self.real_tokens(states, inputs, is_decoder=self.is_decoder_state(mine))
+            weights, _ = self.tokens(states, inputs, mine)
             pairs.append((pooled(exact(states), weights), pooled(exact(teacher.hidden_states[theirs]), weights)))
+        losses = {}
         for name, loss in (("distance", distance_loss), ("angle", angle_loss)):
-            if weight := getattr(self.args, f"{name}_weight"):
+            if weight := getattr(self.options, f"{name}_weight"):
                 total = torch.stack([loss(*pair) for pair in pairs]).sum()
                 losses[f"{name}_loss"] = Loss(total, "example", weight)
         return losses
+
+
+class RelationalTrainer(DistillationTrainer):
+    """Predictions, and the relations between examples."""
+
+    config_class = RelationalConfig
+
+    def own_terms(self) -> list[Term]:
+        return [*super().own_terms(), ExampleRelations(self.args)]

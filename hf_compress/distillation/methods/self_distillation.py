@@ -56,6 +56,7 @@ class SelfDistillationTrainer(DistillationTrainer):
     """
 
     config_class = SelfDistillationConfig
+    takes_terms = False
     needs_labels = needs_logits = True
 
     def __init__(self, model=None, args=None, *positional, **kwargs):
@@ -108,7 +109,7 @@ class SelfDistillationTrainer(DistillationTrainer):
                 losses[f"exit_{layer}_{name}"] = loss
             if self.args.hint_weight:
                 states = getattr(self.training_state, f"hint_{layer}")(run.hidden_states[layer].float())
-                weights, unit = self.real_tokens(states, inputs)
+                weights, unit = self.task.tokens(states, inputs)
                 distance = hidden_state_loss(states, last, weights)
                 losses[f"exit_{layer}_hint_loss"] = Loss(distance, unit, self.args.hint_weight)
         return losses

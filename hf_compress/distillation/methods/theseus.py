@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from hf_compress.distillation.layer_map import check_one_stack, uniform
 from hf_compress.distillation.losses.sums import Loss
-from hf_compress.distillation.phases import TwoPhaseConfig, TwoPhaseTrainer
+from hf_compress.distillation.phases import Phase
 from hf_compress.distillation.runs import Run
 from hf_compress.distillation.teachers.cached_teacher import CachedTeacher
 from hf_compress.distillation.teachers.several_teachers import SeveralTeachers
 from hf_compress.distillation.teachers.teacher import frozen
+from hf_compress.distillation.two_phases import TwoPhaseConfig, TwoPhaseTrainer
 from hf_compress.model.anatomy import anatomy
 from hf_compress.model.tasks import plain_model
 
@@ -84,6 +85,7 @@ class TheseusTrainer(TwoPhaseTrainer):
     """
 
     config_class = TheseusConfig
+    takes_terms = False
     needs_labels = True
     needs_logits = False  # its layers run inside the student
 
@@ -125,8 +127,14 @@ class TheseusTrainer(TwoPhaseTrainer):
         start = self.args.replacing_rate
         return min(1.0, start + (1 - start) * self.state.global_step / max(steps - 1, 1))
 
-    def intermediate_signals(self):
-        return {}, {}
+    def make_phases(self) -> list[Phase]:
+        share, rate = self.args.intermediate_share, self.args.prediction_learning_rate
+        return [Phase(share), Phase(1 - share, learning_rate=rate)]
+
+    @property
+    def is_intermediate(self) -> bool:
+        """Whether layers are replaced at this step."""
+        return self.args.intermediate_share > 0 and self.phase is self.phases[0]
 
     def run_teacher(self, inputs: dict) -> Run:
         return Run({}, torch.empty(0), {}, {})  # its layers run inside the student

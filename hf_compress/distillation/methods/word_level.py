@@ -168,7 +168,7 @@ class WordLevelTrainer(DistillationTrainer):
         losses = {} if labels is None else {"task_loss": Loss(task, "label", 1 - args.alpha)}
         # Both parts' gradient is that of `total`: a term of value zero carries it, at the weight of the soft loss.
         losses["soft_loss"] = Loss(soft + (total - total.detach()) / args.alpha, "label", args.alpha)
-        return {**losses, **self.hint_losses(student, teacher, inputs)}
+        return self.with_terms(losses, student, teacher, inputs)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         self._keeps_logits = not prediction_loss_only
