@@ -15,41 +15,23 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from urllib.parse import unquote
 
-NAME = r"[^\s\\/\"'`<>|:;,*?()\[\]{}]+"  # a part of a path
-TOKEN = re.compile(
-    r"\b(?:hf|api_org|gh[pousr]|github_pat|glpat|npm|pypi|sk|pk|rk|xox[abeprs]|xapp|dop_v1|shp(?:at|ss|ca)|ya29|SG|r8|nvapi|"
-    r"gsk|tvly|lsv2|pcsk|figd|sntrys|dckr_pat|oauth|whsec|AC|key)[-_.][\w.-]{16,}"  # prefix, then chance
-    r"|\bA(?:KIA|SIA|IDA|ROA)[0-9A-Z]{16}\b|\bAIza[\w-]{30,}|\beyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]+"
-    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----|\b[Bb]earer +[\w.~+/-]{8,}|://[^\s/:@\"']+:[^\s/@\"']+@"
+from hf_compress.report.leak_patterns import (
+    FOLDER,
+    HOME,
+    LONG,
+    MAIL,
+    PICTURE,
+    PRIVATE,
+    SECRET,
+    SECRET_NAME,
+    TOKEN,
+    VALUE,
+    holds_secret,
+    is_random,
 )
-# an option or key that says of itself what it holds; `pad_token` and the like are none
-SECRET_NAME = (
-    r"(?:--?[\w-]*token|\b(?:[\w-]*[_-])?(?:pass(?:word|wd|phrase)?|secret|api[_-]?key|access[_-]?key|private[_-]?key|"
-    r"(?:hf|hub|auth|access|api|bearer|refresh|session)[_-]?token|credentials?))"
-)
-SECRET = re.compile(
-    rf"(?i){SECRET_NAME}[\"']?(?:\s*[=:]\s*|\s+(?=[\"']?[^\s-]))"
-    r"(?P<value>\"[^\"]+\"|'[^']+'|[^\s,;\"'}]{6,})"
-)
-LONG = re.compile(r"(?<![\w+/=-])[A-Za-z0-9]{20,}(?![\w+/=-])")  # of which `_is_random` says more
-PICTURE = re.compile(r"base64,[A-Za-z0-9+/=]+")
-MAIL = re.compile(r"(?<![\w.@/:])[\w.+-]+@[\w-]+(?:\.[\w-]+)+")
-HOME = re.compile(
-    r"(?i)(?<![\w.-])(?:file:/+)?(?:/(?:mnt/|cygdrive/)?[a-z](?=/))?(?:[a-z]:)?[\\/]+"
-    rf"(?:home|users|documents and settings)[\\/]+{NAME}[^\s\"'<>]*"
-    rf"|(?<![\w.])/root/{NAME}|(?<![\w./~])~[\w.-]*[\\/]+{NAME}"
-)
-FOLDER = re.compile(
-    rf"(?<![\w.:/<~\\-])(?:file:/+)?/+{NAME}(?:/+{NAME})+/?|(?<!\w)[A-Za-z]:[\\/]+(?!/){NAME}[^\s\"'<>]*"
-    rf"|(?<![\w\\])\\\\[\w.$-]{{2,}}\\[\w$.-]+[^\s\"'<>]*"
-)
-PRIVATE = re.compile(
-    r"(?i)(?<![\w.-])(?:localhost|127(?:\.\d+){3}|10(?:\.\d{1,3}){3}|192\.168(?:\.\d+){2}|172\.(?:1[6-9]|2\d|3[01])(?:\.\d+){2})"
-    r"(?![\w.])(?::\d+)?|\bhttps?://[\w-]+(?=[:/\s\"'<]|$)[^\s\"'<]*"
-    r"|\b(?:https?://)?(?:[\w-]+\.)+(?:local|internal|intranet|corp|lan)\b[^\s\"'<]*"
-    r"|\b(?:s3a?|gs|gcs|abfss?|wasbs?|hdfs|dbfs|smb|nfs|ssh|sftp|ftp|oss|r2)://[^\s\"'<]+"
-)
+
 COMMON = {"root", "user", "users", "admin", "ubuntu", "runner", "jovyan", "app", "home", "localhost", "model", "test"}
+MOST_LEAKS = 100  # of one text: it is not published for one of them
 IN_ALL, IN_OURS = ("token", "home folder", "folder"), ("mail address", "private address", "user or machine name")
 
 
@@ -77,14 +59,26 @@ def find_leaks(text: str, *, kinds: Sequence[str] = (*IN_ALL, *IN_OURS), allow: 
         line = PICTURE.sub("", line)
         for reading in dict.fromkeys((line, _unescaped(line), unquote(line), html.unescape(line))):
             matches = [(kind, m.group()) for kind, pattern in patterns.items() for m in pattern.finditer(reading)]
-            matches += [("token", m.group("value")) for m in SECRET.finditer(reading) if "*" not in m.group("value")]
-            matches += [("token", m.group()) for m in LONG.finditer(reading) if _is_random(m.group())]
+            matches += [("token", secret) for secret in _secrets(reading)]
             for kind, what in matches:
                 what = what.strip("\"'")
                 is_allowed = any(what.lower() in one and one in reading.lower() for one in allowed)
                 if kind in kinds and not is_allowed and not _is_known(found, what, number):
                     found[Leak(kind, what, number)] = None
+                if len(found) == MOST_LEAKS:
+                    return list(found)
     return list(found)
+
+
+def _secrets(line: str) -> list[str]:
+    """What follows a name that says so, and what looks like chance wherever it stands."""
+    found = [m.group("value") for m in SECRET.finditer(line) if "*" not in m.group("value")]
+    for match in VALUE.finditer(line):
+        told = match.group("value")
+        if told is None and holds_secret(match.group("token")):
+            told = match.group("token")
+        found += [told] if told and "*" not in told else []
+    return found + [m.group() for m in LONG.finditer(line) if is_random(m.group())]
 
 
 def _is_known(found: Iterable[Leak], what: str, line: int) -> bool:
@@ -93,12 +87,8 @@ def _is_known(found: Iterable[Leak], what: str, line: int) -> bool:
 
 
 def _unescaped(line: str) -> str:
+    line = re.sub(r"\\u([0-9a-fA-F]{4})", lambda code: chr(int(code.group(1), 16)), line)
     return line.replace("\\/", "/").replace("\\\\", "\\")
-
-
-def _is_random(word: str) -> bool:
-    """Letters of both cases and digits in no order that a name has, as in tokens of any make."""
-    return sum(map(str.isdigit, word)) >= 3 and word != word.lower() and word != word.upper()
 
 
 def _names() -> set[str]:
@@ -112,18 +102,28 @@ def _names() -> set[str]:
 def public_word(word: str) -> str:
     """A word of a command, or the value of an option, fit for everyone: of a folder its last part, no token.
 
-    A folder may follow `name=`, and several may be joined by commas; blanks belong to them.
+    A folder is what is spelled as one, and what is one here, such as `customers/acme.csv`. It may follow `name=`, and
+    several may be joined by commas; blanks belong to them.
     """
     start, equals, value = word.partition("=")
     if equals and not re.search(r"[\\/]", start):
         return f"{start}={'***' if re.fullmatch(f'(?i)-*{SECRET_NAME}', start) else public_word(value)}"
     if "," in word:
         return ",".join(map(public_word, word.split(",")))
-    if TOKEN.search(word) or (LONG.fullmatch(word) and _is_random(word)):
+    if TOKEN.search(word) or (LONG.fullmatch(word) and is_random(word)):
         return "***"
     if re.match(r"(?:file:/+|~[\w.-]*)?/|~", word) and "://" not in word.removeprefix("file://"):
         return PurePosixPath(word).name or word
-    return PureWindowsPath(word).name if re.match(r"[A-Za-z]:[\\/]|\\\\", word) else word
+    is_folder = re.match(r"[A-Za-z]:[\\/]|\\\\|\.\.?[\\/]", word) or _is_here(word)
+    return (PureWindowsPath(word).name if is_folder else "") or word
+
+
+def _is_here(word: str) -> bool:
+    """Whether `word` is a path with folders that are there, and not only something like `org/name`."""
+    try:
+        return len(PureWindowsPath(word).parts) > 1 and Path(word).exists()
+    except (OSError, ValueError):  # too long, or no name at all
+        return False
 
 
 def public_command(words: Sequence[str]) -> str:
