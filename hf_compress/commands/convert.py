@@ -7,10 +7,11 @@ from pathlib import Path
 from transformers import AutoConfig, AutoTokenizer
 
 from hf_compress.commands.parser import Parser
+from hf_compress.files.whole import check_free, whole_folder
 from hf_compress.formats.compressed_tensors.read import load_compressed_tensors
 from hf_compress.formats.export import FORMATS, RUNTIMES, export
 from hf_compress.formats.gptq import load_gptq
-from hf_compress.formats.runtimes.whole_folder import RECORD
+from hf_compress.formats.runtimes.folder import RECORD
 from hf_compress.measuring.measure import load_model
 from hf_compress.recipe.options import RecipeError
 
@@ -23,21 +24,19 @@ def run(verb: str, arguments: list[str]) -> int:
     source, output = given.model, Path(given.output)
     if given.format not in (OWN, *FORMATS):
         raise RecipeError(f"--format must be one of {', '.join((OWN, *FORMATS))}, got {given.format!r}.")
-    if output.exists() and any(output.iterdir()):
-        raise RecipeError(f"{output} is not empty. Choose another folder, so that nothing is lost.")
+    check_free(output)
     method = (getattr(AutoConfig.from_pretrained(source), "quantization_config", None) or {}).get("quant_method")
     model = READERS[method](source) if method in READERS else load_model(source, device="cpu")
     tokenizer = AutoTokenizer.from_pretrained(source) if has_tokenizer(source) else None
-    if given.format in RUNTIMES:
+    if given.format != OWN:
         export(model, output, format=given.format, tokenizer=tokenizer)
-        sys.stdout.write(agreement(output))
     else:
-        if given.format == OWN:
-            model.save_pretrained(output)
-        else:
-            export(model, output, format=given.format)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(output)
+        with whole_folder(output) as beside:
+            model.save_pretrained(beside)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(beside)
+    if given.format in RUNTIMES:
+        sys.stdout.write(agreement(output))
     sys.stdout.write(f"{given.format}  {output}\n")
     return 0
 

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 WRITING = ".writing"  # ends the name of a file until it is whole
 REPLACED = ".replaced-"  # a folder of the same name, until the new one is in its place
 DISCARDED = ".discarded-"  # before the name of what is being deleted: half of it is nothing
@@ -32,6 +34,41 @@ def write_whole(file: Path, content: str | bytes) -> None:
     """Write `file`, text as UTF-8, so that a kill leaves what was there or all of `content`."""
     with beside(file) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def check_free(folder: Path) -> None:
+    """Raise ValueError unless `folder` is new, or empty and can be replaced: nothing of anyone's is lost."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is not empty. Choose another folder, so that nothing is lost.")
+    if folder.resolve() == Path.cwd() or folder.is_mount():
+        raise ValueError(f"{folder} cannot be replaced by a folder that is whole. Name a new one in it.")
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder beside `folder` that takes its name when the block ends well, and goes when it does not.
+
+    One process at a time; what a killed one left goes first. Raises ValueError for a `folder` that holds something.
+    """
+    check_free(folder)
+    place = folder.resolve()
+    new, lock = place.with_name(f".{place.name}{WRITING}"), place.with_name(f".{place.name}.lock")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        held = FileLock(lock)
+        held.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"Another process writes {folder}. Wait for it, or choose another folder.") from None
+    try:
+        check_free(folder)  # of the process that held the lock before
+        remove(new)
+        new.mkdir()
+        yield new
+        replace_folder(new, place)
+    finally:
+        remove(new)
+        lock.unlink(missing_ok=True)
+        held.release()
 
 
 def remove_leftovers(folder: Path) -> None:

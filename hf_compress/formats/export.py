@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_compress.files.whole import check_free, whole_folder
 from hf_compress.formats.compressed_tensors.write import compressed_tensors
 from hf_compress.formats.gemma import gemma_tensors
 from hf_compress.formats.gptq import gptq_tensors
@@ -22,7 +23,9 @@ FORMATS = ("compressed-tensors", "gemma", "gptq", "plain", *RUNTIMES)
 
 def export(model: PreTrainedModel, folder: str | Path, *, format: str,
            tokenizer: PreTrainedTokenizerBase | None = None, calibration: Iterable | None = None) -> Path:  # fmt: skip
-    """Write `model` into `folder` in a format of the ecosystem. `model` stays as it is.
+    """Write `model` into an empty or new `folder` in a format of the ecosystem, with its `tokenizer` if one is given.
+
+    `model` stays as it is. The folder is there when all of it is, and a kill leaves none.
 
     gptq                read by GPTQModel, vLLM and others: zero points minus one (v1) where all weights are symmetric,
                         else as they are (v2), since readers refuse asymmetric v1 files that others wrote
@@ -33,23 +36,35 @@ def export(model: PreTrainedModel, folder: str | Path, *, format: str,
                         is complete: tokenizer, labels, a README with the lines that run it, hf_compress.json
     gguf                a file that llama.cpp runs
 
-    The last three want an empty or new `folder` and the `tokenizer` (by default that of the folder which `model` came
-    from), run what they wrote beside `model`, on 64 texts of `calibration` (texts, rows or batches) or random tokens,
-    and keep nothing when the two differ.
+    The last three want the tokenizer (by default that of the folder which `model` came from), run what they wrote
+    beside `model`, on 64 texts of `calibration` (texts, rows or batches) or random tokens, and keep nothing when both
+    differ.
 
-    Raises ValueError, naming the module, for what the format cannot express, ImportError for a missing runtime, naming
-    the extra that brings it, and RuntimeError, naming the layer, where the runtime gives other outputs.
+    Raises ValueError for a folder that holds something and, naming the module, for what the format cannot express,
+    ImportError for a missing runtime, naming the extra that brings it, and RuntimeError, naming the layer, where the
+    runtime gives other outputs.
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {FORMATS}, got {format!r}.")
-    if format not in RUNTIMES and (tokenizer is not None or calibration is not None):
-        raise ValueError(f"tokenizer and calibration are for {RUNTIMES}, not for {format!r}.")
+    if format not in RUNTIMES and calibration is not None:
+        raise ValueError(f"calibration is for {RUNTIMES}, not for {format!r}.")
     if pieces_of(model) or forms_of(model):
         raise ValueError("This model is in its training form: call `hfc.finish(model)` before it leaves.")
     folder = Path(folder)
+    check_free(folder)
     if format in RUNTIMES:
         installed(format).write(model, folder, tokenizer=tokenizer, calibration=calibration)
-    elif format == "plain":
+        return folder
+    with whole_folder(folder) as beside:
+        write_weights(model, beside, format)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(beside)
+    return folder
+
+
+def write_weights(model: PreTrainedModel, folder: Path, format: str) -> None:
+    """Config and tensors, in a format that loaders of Python read."""
+    if format == "plain":
         plain = copy.deepcopy(model)
         if getattr(plain, "hf_quantizer", None) is not None:
             plain = plain.dequantize()
@@ -62,7 +77,6 @@ def export(model: PreTrainedModel, folder: str | Path, *, format: str,
         save_as(model, folder, *compressed_tensors(model))
     else:
         save_as(model, folder, *gemma_tensors(model))
-    return folder
 
 
 def installed(format: str, module: str | None = None) -> ModuleType:

@@ -18,10 +18,10 @@ import gguf
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_compress.files.whole import check_free, whole_folder
 from hf_compress.formats.runtimes import gguf_bert, gguf_llama
-from hf_compress.formats.runtimes.folder import tokenizer_beside, warn_of_other_versions
+from hf_compress.formats.runtimes.folder import RECORD, tokenizer_beside, warn_of_other_versions
 from hf_compress.formats.runtimes.gguf_blocks import Matrix
-from hf_compress.formats.runtimes.whole_folder import RECORD, check_free, whole_folder
 from hf_compress.model.record import read_record
 from hf_compress.version import __version__
 

@@ -5,7 +5,15 @@ import os
 import pytest
 
 from hf_compress.files import whole
-from hf_compress.files.whole import beside, discard, remove, remove_leftovers, replace_folder, write_whole
+from hf_compress.files.whole import (
+    beside,
+    discard,
+    remove,
+    remove_leftovers,
+    replace_folder,
+    whole_folder,
+    write_whole,
+)
 
 
 class Killed(BaseException):
@@ -80,3 +88,52 @@ def test_leftovers_of_a_killed_writer_go(tmp_path):
     (tmp_path / ".hidden").write_bytes(b"mine")
     remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [".hidden"]
+
+
+@pytest.mark.parametrize("is_there", [False, True], ids=["new", "empty"])
+@pytest.mark.parametrize("number", range(3))
+def test_a_kill_while_a_folder_is_made_leaves_none_or_all_of_it(number, is_there, tmp_path, monkeypatch):
+    folder = tmp_path / "out"
+    if is_there:
+        folder.mkdir()
+
+    def make():
+        with whole_folder(folder) as new:
+            (new / "a").write_bytes(b"1")
+            (new / "b").write_bytes(b"2")
+
+    with monkeypatch.context() as patched:
+        kill_at(patched, number)
+        patched.setattr(whole, "remove", lambda path: None)  # nor does a `finally` run
+        patched.setattr(whole.FileLock, "release", lambda lock, force=False: None)
+        try:
+            make()
+        except Killed:
+            assert not folder.exists() or not any(folder.iterdir())
+    if not folder.exists() or not any(folder.iterdir()):
+        make()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {"a": b"1", "b": b"2"}
+    with pytest.raises(ValueError, match="out is not empty"):
+        make()
+
+
+def test_one_process_makes_a_folder_at_a_time(tmp_path):
+    with whole_folder(tmp_path / "out") as new:
+        (new / "a").write_bytes(b"1")
+        with pytest.raises(ValueError, match="Another process writes .*out"), whole_folder(tmp_path / "out"):
+            pass
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "a"]
+
+
+def test_the_folder_one_stands_in_is_not_taken_away(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="cannot be replaced by a folder that is whole"), whole_folder(tmp_path):
+        pass
+
+
+def test_a_link_to_an_empty_folder_stays_a_link(tmp_path):
+    (tmp_path / "big disk").mkdir()
+    (tmp_path / "out").symlink_to("big disk")
+    with whole_folder(tmp_path / "out") as new:
+        (new / "a").write_bytes(b"1")
+    assert (tmp_path / "out").is_symlink() and (tmp_path / "big disk" / "a").read_bytes() == b"1"

@@ -5,9 +5,12 @@ import json
 import pytest
 import torch
 from hf_compress_kernels.packing import unpack_gptq
+from runtime_models import tiny_tokenizer
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerBase
 
 import hf_compress as hfc
+from hf_compress.commands.convert import run as convert
 from hf_compress.formats.gptq import gptq_tensors, load_gptq
 from tests.helpers import tiny_batch, tiny_model
 
@@ -159,3 +162,34 @@ def test_a_model_in_its_training_form_stays(format, tmp_path):
     with pytest.raises(ValueError, match=r"call `hfc\.finish\(model\)` before it leaves"):
         hfc.export(model, tmp_path / "model", format=format)
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("format", ["gptq", "compressed-tensors", "gemma", "plain"])
+def test_a_folder_that_holds_something_stays_as_it_is(format, tmp_path):
+    """A model of somebody else would be half replaced: its config gone, its other shards still there."""
+    model = hfc.quantize(tiny_model("bert", **WIDE["bert"]), 4, symmetric=True, group_size=-1)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_bytes(b"{}")
+    with pytest.raises(ValueError, match="model is not empty. Choose another folder"):
+        hfc.export(model, tmp_path / "model", format=format)
+    assert (tmp_path / "model" / "config.json").read_bytes() == b"{}"
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("format", ["hf_compress", "gptq", "plain"])
+def test_what_is_converted_is_there_whole_or_not_at_all(format, tmp_path, monkeypatch):
+    model = hfc.quantize(tiny_model("bert", **WIDE["bert"]), 4, symmetric=True)
+    model.save_pretrained(tmp_path / "packed")
+    tiny_tokenizer().save_pretrained(tmp_path / "packed")
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    command = [str(tmp_path / "packed"), str(tmp_path / "out"), "--format", format]
+    with monkeypatch.context() as patched:  # what comes last
+        patched.setattr(PreTrainedTokenizerBase, "save_pretrained", full)
+        with pytest.raises(OSError, match="No space left"):
+            convert("convert", command)
+    assert [path.name for path in tmp_path.iterdir()] == ["packed"]
+    assert convert("convert", command) == 0
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in (tmp_path / "out").iterdir()}

@@ -201,7 +201,7 @@ def test_what_has_no_place_is_refused_before_anything_is_written(tmp_path, class
     (tmp_path / "taken" / "mine.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(ValueError, match="is not empty"):
         hfc.export(classifier, tmp_path / "taken", format="openvino")
-    with pytest.raises(ValueError, match="calibration are for"):
+    with pytest.raises(ValueError, match="calibration is for"):
         hfc.export(classifier, tmp_path / "model", format="plain", calibration=[])
     assert {path.name for path in tmp_path.iterdir()} == {"taken"}
 

@@ -165,8 +165,9 @@ def test_a_full_disk_leaves_no_half_folder(tmp_path, monkeypatch):
 
 
 def test_what_a_killed_process_left_is_no_hindrance(tmp_path):
-    (tmp_path / ".model.partial").mkdir()
-    (tmp_path / ".model.partial" / "half").write_text("half", encoding="utf-8")
+    (tmp_path / ".model.writing").mkdir()
+    (tmp_path / ".model.writing" / "half").write_text("half", encoding="utf-8")
+    (tmp_path / ".model.lock").touch()
     (tmp_path / "model").mkdir()
     write_folder(tiny_model("bert", **SMALL), tmp_path / "model", echo(), tiny_tokenizer(), None)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -16,14 +16,15 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from hf_compress.checkpoint.bits import packed_modules
+from hf_compress.files.whole import check_free, whole_folder
 from hf_compress.formats.runtimes.agreement import BOUND, Session, check_batches, first_difference, measure_agreement
 from hf_compress.formats.runtimes.readme import readme, write_readme
-from hf_compress.formats.runtimes.whole_folder import RECORD, check_free, whole_folder
 from hf_compress.layers.block_sparse import BlockSparseLinear
 from hf_compress.model.record import read_record
 from hf_compress.version import __version__
 
 logger = logging.getLogger(__name__)
+RECORD = "hf_compress.json"  # what is inside, and how far it agreed with the model it was written from
 
 
 class Exported(Protocol):
