@@ -7,13 +7,13 @@ import re
 
 NAME = r"[^\s\\/\"'`<>|:;,*?()\[\]{}]{1,255}"  # a part of a path
 PREFIXES = (  # of tokens: then `-`, `_` or `.`, then chance, digits among it
-    r"hf|api|api_org|hf_jwt|gh[pousr]|github_pat|gl(?:pat|dt|cbt|ptt|rt|soat|ft|imt|agent|oas)|npm|pypi|rubygems|[spr]k|SK"
+    r"api|api_org|hf_jwt|gh[pousr]|github_pat|gl(?:pat|dt|cbt|ptt|rt|soat|ft|imt|agent|oas)|npm|pypi|rubygems|[spr]k|SK"
     r"|sess|xox[abceprs]|xapp|do[opr]_v1|shp(?:at|ss|ca|pa)|ya29|GOCSPX|SG|r8|nvapi|gsk|tvly|lsv2|pcsk|figd|sntry[su]"
     r"|dckr_[op]at|oauth|whsec|AC|key|secret|ntn|lin_(?:api|oauth)|pul|pulumi|gls?[ac]|pplx|xai|fw|jina|ph[cx]|rnd"
     r"|NRAK|NRJS|NRII|HRKU|hv[bsr]|dp\.(?:pt|st|ct|sa|scim|audit)|sq0(?:atp|csp|idp)|tskey|v1\.0|sl|cfut|ctx7sk"
 )
 TOKEN = re.compile(
-    rf"\b(?:{PREFIXES})[-_.](?=[A-Za-z_.-]{{0,60}}\d)[\w.-]{{16,}}"
+    rf"\b(?:{PREFIXES})[-_.](?=[A-Za-z_.-]{{0,60}}\d)[\w.-]{{16,}}|\bhf_[A-Za-z0-9]{{16,}}"
     r"|\bA(?:KIA|SIA|IDA|ROA)[0-9A-Z]{16}\b|\bAIza[\w-]{30,}|\bATATT3[\w=-]{20,}|\bATBB\w{20,}|\bEAA[A-Za-z0-9]{30,}"
     r"|\b(?:SK|AC|dapi|dkea)[0-9a-f]{32}\b|\b[0-9a-f]{32}-us\d{1,2}\b|\b\d{8,10}:[\w-]{35}\b|\b1//0[\w-]{20,}"
     r"|\beyJ[\w-]{8,400}\.eyJ[\w-]{8,2000}\.[\w-]+|\bssh-(?:rsa|dss|ed25519) {1,4}AAAA[\w+/=]+"
