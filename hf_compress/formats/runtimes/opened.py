@@ -17,7 +17,7 @@ from transformers.utils.generic import ModelOutput
 from hf_compress.checkpoint import bits, structure
 from hf_compress.formats.export import installed
 from hf_compress.formats.runtimes.agreement import Session, feed
-from hf_compress.formats.runtimes.whole_folder import RECORD
+from hf_compress.formats.runtimes.folder import RECORD
 
 FILES = {"openvino": "openvino_model.xml", "onnx": "model.onnx", "gguf": "model.gguf"}
 RUNTIMES = {"openvino": ("OpenVINO", "openvino"), "onnx": ("ONNX Runtime", "onnxruntime")}  # name, package
