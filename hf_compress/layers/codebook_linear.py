@@ -3,14 +3,42 @@
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_compress.engines.ops import pack_gptq, unpack_gptq, words_per_row
+from hf_compress.engines.ops import pack_gptq, unpack_gptq
 from hf_compress.engines.routes import choose_dense
 from hf_compress.layers.packed_linear import unpacked_linear
 from hf_compress.layers.packed_module import Multiplies
 from hf_compress.layers.scheme import SCALE_DTYPES, WeightScheme
+
+OCTET = (
+    8  # indices of one bit that are packed as one integer: the same stream of bits, and packing knows no single ones
+)
+
+
+def num_words(in_features: int, bits: int) -> int:
+    return -(-in_features * bits // 32)
+
+
+def pack_indices(index: Tensor, bits: int) -> Tensor:
+    """Indices (N, K) below 2^bits as int32 words (ceil(K * bits / 32), N), in the order of `pack_gptq`."""
+    if bits > 1:
+        return pack_gptq(index.to(torch.uint8), bits)
+    if int(index.max()) > 1 or int(index.min()) < 0:
+        raise ValueError(f"Indices of one bit are 0 or 1, got {int(index.min())} to {int(index.max())}.")
+    octets = F.pad(index.int(), (0, -index.shape[1] % OCTET)).unflatten(1, (-1, OCTET))  # (N, K / 8, 8)
+    return pack_gptq((octets << torch.arange(OCTET, device=index.device)).sum(-1).to(torch.uint8), OCTET)
+
+
+def unpack_indices(words: Tensor, bits: int, in_features: int) -> Tensor:
+    """The inverse of `pack_indices`: uint8 (N, in_features)."""
+    if bits > 1:
+        return unpack_gptq(words, bits, in_features)
+    octets = unpack_gptq(words, OCTET, -(-in_features // OCTET))  # (N, K / 8)
+    shifts = torch.arange(OCTET, dtype=torch.uint8, device=words.device)
+    return ((octets[..., None] >> shifts) & 1).flatten(1)[:, :in_features].contiguous()
 
 
 class Levels(NamedTuple):
@@ -30,7 +58,7 @@ class Levels(NamedTuple):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight (N, K)."""
-        index = unpack_gptq(self.words, self.bits, self.in_features).long().unflatten(1, (len(self.levels), -1))
+        index = unpack_indices(self.words, self.bits, self.in_features).long().unflatten(1, (len(self.levels), -1))
         return self.levels.transpose(0, 1).gather(2, index).flatten(1).to(dtype)  # (N, K)
 
 
@@ -48,7 +76,7 @@ class CodebookLinear(Multiplies, nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.scheme, self.is_conv1d = in_features, out_features, scheme, is_conv1d
         self.compute_dtype = dtype
-        groups, words = scheme.num_groups(in_features), words_per_row(in_features, scheme.bits)
+        groups, words = scheme.num_groups(in_features), num_words(in_features, scheme.bits)
         levels = torch.zeros(
             groups, out_features, scheme.num_levels, dtype=SCALE_DTYPES[scheme.scale_dtype], device=device
         )
@@ -68,13 +96,13 @@ class CodebookLinear(Multiplies, nn.Linear):
     def fill(self, index: Tensor, levels: Tensor) -> "CodebookLinear":
         """Pack indices (N, K) into the levels (G, N, L), in place."""
         device = self.qweight.device
-        self.qweight = pack_gptq(index.to(torch.uint8), self.scheme.bits).to(device)
+        self.qweight = pack_indices(index, self.scheme.bits).to(device)
         self.levels = levels.to(device, self.levels.dtype)
         self.prepare()
         return self
 
     def indices(self) -> Tensor:
-        return unpack_gptq(self.qweight, self.scheme.bits, self.in_features)
+        return unpack_indices(self.qweight, self.scheme.bits, self.in_features)
 
     @property
     def in_columns(self) -> int:

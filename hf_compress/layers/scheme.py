@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, fields
 
 import torch
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 8)  # and 1 for a codebook of two levels
 SCALE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
@@ -32,7 +32,8 @@ class WeightScheme:
     activation_range: tuple[float, float] | None = None  # calibrated; None: each token's own range, when it comes
 
     def __post_init__(self):
-        check_bits(self.bits)
+        if (self.bits, self.num_levels) != (1, 2) or isinstance(self.bits, bool):
+            check_bits(self.bits)
         if not _is_whole(self.group_size) or (self.group_size < 1 and self.group_size != -1):
             raise ValueError(f"group_size must be a positive whole number or -1, got {self.group_size!r}.")
         if not isinstance(self.symmetric, bool) or not isinstance(self.desc_act, bool):

@@ -1,20 +1,20 @@
 """Grids whose levels need not be evenly spaced: each row of weights has its own few values.
 
 Every function takes rows (..., g) and gives their `levels` (..., L) in ascending order; `nearest_level` says which of
-them each weight takes. Such a grid is stored as packed indices and its levels.
+them each weight takes, unless the method has a rule of its own (`RULES`). Such a grid is stored as packed indices and
+its levels.
 
     balanced       the same number of weights at each level (Zhou et al., 2017, https://arxiv.org/abs/1706.07145)
-    k-means        levels are centroids (Han et al., 2016, https://arxiv.org/abs/1510.00149)
+    k-means        levels are centroids (Han et al., 2016, https://arxiv.org/abs/1510.00149), of weights that count by
+                   the Hessian's diagonal if it is known (Choi et al., 2017, https://arxiv.org/abs/1612.01543)
     power of two   plus and minus a power of two, so products are shifts (Zhou et al., 2017, https://arxiv.org/abs/1702.03044)
     binary         plus and minus the mean magnitude (Rastegari et al., 2016, https://arxiv.org/abs/1603.05279)
     ternary        zero too, below 0.7 of the mean magnitude (Li et al., 2016, https://arxiv.org/abs/1605.04711)
     multi-bit      sums of plus and minus b coefficients (Xu et al., 2018, https://arxiv.org/abs/1802.00150)
-    product        centroids of whole sub-vectors (Jegou et al., 2011; Gong et al., 2014, https://arxiv.org/abs/1412.6115)
 """
 
 import itertools
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -47,15 +47,28 @@ def balanced_levels(values: Tensor, bits: int) -> Tensor:
     return torch.stack(parts + [parts[-1]] * (2**bits - len(parts)), -1)
 
 
-def kmeans_levels(values: Tensor, bits: int) -> Tensor:
-    """Centroids by Lloyd's rounds, from evenly spaced ones (Han et al. find these the best start)."""
+def part_of_rank(values: Tensor, num_levels: int) -> Tensor:
+    """Index (..., g) of the part of equal population that each value falls into, equal values in their order."""
+    sizes = [len(part) for part in torch.arange(values.shape[-1]).tensor_split(num_levels)]
+    parts = torch.arange(num_levels).repeat_interleave(torch.tensor(sizes)).to(values.device)  # (g,), of each rank
+    order = values.sort(dim=-1, stable=True).indices
+    return torch.empty_like(order).scatter_(-1, order, parts.expand_as(order))
+
+
+def kmeans_levels(values: Tensor, bits: int, importance: Tensor | None = None) -> Tensor:
+    """Centroids by Lloyd's rounds, from evenly spaced ones (Han et al. find these the best start).
+
+    `importance`, of the shape of `values`, is how much each squared error counts: h_ii, the Hessian's diagonal. A
+    centroid is then sum h_ii w_i / sum h_ii (Choi et al., eq. 7).
+    """
+    h = torch.ones_like(values) if importance is None else importance.to(values.dtype).expand_as(values)
     low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
     levels = low + (high - low) * torch.linspace(0, 1, 2**bits, dtype=values.dtype, device=values.device)
     for _ in range(KMEANS_ROUNDS):
         index = nearest_level(values, levels)
-        sums = torch.zeros_like(levels).scatter_add_(-1, index, values)
-        counts = torch.zeros_like(levels).scatter_add_(-1, index, torch.ones_like(values))
-        levels = torch.where(counts > 0, sums / counts.clamp(min=1), levels).sort(-1).values
+        sums = torch.zeros_like(levels).scatter_add_(-1, index, h * values)
+        mass = torch.zeros_like(levels).scatter_add_(-1, index, h)
+        levels = torch.where(mass > 0, sums / mass, levels).sort(-1).values
     return levels
 
 
@@ -80,10 +93,19 @@ def binary_levels(values: Tensor, bits: int = 1) -> Tensor:
 
 def ternary_levels(values: Tensor, bits: int = 2) -> Tensor:
     """-alpha, 0 and alpha, the mean magnitude of the weights above the threshold. Three levels."""
-    magnitudes = values.abs()
-    is_large = magnitudes > TERNARY_THRESHOLD * magnitudes.mean(-1, keepdim=True)
+    magnitudes, is_large = values.abs(), _is_large(values)
     alpha = (magnitudes * is_large).sum(-1, keepdim=True) / is_large.sum(-1, keepdim=True).clamp(min=1)
     return torch.cat([-alpha, torch.zeros_like(alpha), alpha], -1)
+
+
+def sign_above_threshold(values: Tensor, num_levels: int = 3) -> Tensor:
+    """Index of 0 up to the threshold, else of the sign: eq. 3 of Li et al., where the nearest level may be another."""
+    return 1 + (values.sign() * _is_large(values)).long()
+
+
+def _is_large(values: Tensor) -> Tensor:
+    magnitudes = values.abs()
+    return magnitudes > TERNARY_THRESHOLD * magnitudes.mean(-1, keepdim=True)
 
 
 def multibit_levels(values: Tensor, bits: int) -> Tensor:
@@ -115,19 +137,54 @@ CODEBOOKS: dict[str, Callable[[Tensor, int], Tensor]] = {
     "power_of_two": power_of_two_levels,
     "ternary": ternary_levels,
 }
+RULES: dict[str, Callable[[Tensor, int], Tensor]] = {"balanced": part_of_rank, "ternary": sign_above_threshold}
+WIDTHS = {"binary": 1, "ternary": 2}  # bits that an index takes, where the method leaves no choice
+NUM_LEVELS = {"binary": 2, "ternary": 3}
 
 
-def install_codebook(model: nn.Module, name: str, scheme: WeightScheme, grid: str) -> None:
-    """Put a layer of indices in the place of the linear module `name`. `scheme` says bits and groups."""
+def corrected_levels(values: Tensor, index: Tensor, levels: Tensor) -> Tensor:
+    """Levels with which each row has the mean and the spread that it had.
+
+    Bias correction of Banner et al., 2019, https://arxiv.org/abs/1810.05723, section 5: with w' what w is rounded to,
+    w' becomes mean w + xi (w' - mean w'), xi = |w - mean w| / |w' - mean w'|. Exact, since levels can be moved.
+    """
+    rounded = take_level(index, levels)
+    mean, middle = values.mean(-1, keepdim=True), rounded.mean(-1, keepdim=True)
+    spread, rounded_spread = ((x - m).norm(dim=-1, keepdim=True) for x, m in ((values, mean), (rounded, middle)))
+    xi = torch.where(rounded_spread > 0, spread / rounded_spread, 1.0)
+    return mean + xi * (levels - middle)
+
+
+def num_codebook_levels(grid: str, bits: int, name: str) -> int:
+    """How many levels a row of module `name` has. Raises ValueError for bits that the grid is not stored in."""
+    if grid in WIDTHS and bits != WIDTHS[grid]:
+        raise ValueError(f"{name}: a {grid} grid is stored in {WIDTHS[grid]} bits a weight, got bits={bits}.")
+    return NUM_LEVELS.get(grid, 2**bits)
+
+
+def install_codebook(
+    model: nn.Module,
+    name: str,
+    scheme: WeightScheme,
+    grid: str,
+    *,
+    importance: Tensor | None = None,
+    bias_correction: bool = False,
+) -> None:
+    """Put a layer of indices in the place of the linear module `name`. `scheme` says bits, groups and levels.
+
+    importance  (K,), how much the squared error of each column counts; for "kmeans"
+    """
     module = model.get_submodule(name)
     weight = matrix(module).float()
     if not weight.isfinite().all():
         raise ValueError(f"The weight of {name} holds NaN or infinity; it cannot be quantized.")
-    if grid in ("binary", "ternary") and scheme.bits != 2:
-        raise ValueError(f"{name}: a {grid} grid is stored in 2 bits, got bits={scheme.bits}.")
-    groups = group_rows(weight, scheme.group_size)  # (N, G, g)
-    levels = CODEBOOKS[grid](groups, scheme.bits).to(SCALE_DTYPES[scheme.scale_dtype]).float()  # (N, G, L)
-    scheme = replace(scheme, num_levels=levels.shape[-1])
+    groups, dtype = group_rows(weight, scheme.group_size), SCALE_DTYPES[scheme.scale_dtype]  # (N, G, g)
+    weighing = {} if importance is None else {"importance": group_rows(importance[None], scheme.group_size)}
+    levels = CODEBOOKS[grid](groups, scheme.bits, **weighing).to(dtype).float()  # (N, G, L)
+    index = RULES[grid](groups, levels.shape[-1]) if grid in RULES else nearest_level(groups, levels)
+    if bias_correction:
+        levels = corrected_levels(groups, index, levels).to(dtype).float()
     layer = CodebookLinear.like(module, scheme)
-    layer.fill(nearest_level(groups, levels).flatten(1), levels.transpose(0, 1).contiguous())
+    layer.fill(index.flatten(1), levels.transpose(0, 1).contiguous())
     model.set_submodule(name, layer.train(module.training))

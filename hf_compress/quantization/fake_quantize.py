@@ -81,11 +81,13 @@ class WeightQuantizer(nn.Module):
     """Keeps the grid of one weight (N, K), one scale and zero point for each block of `rows` x `columns` weights.
 
     Q-BERT bundles output rows (columns = K); GPTQ's groups are runs of columns (rows = 1). The grid is chosen anew by
-    `refresh`, or learned. Scales are rounded to float16 where they are used, since they are stored so.
+    `refresh`, or learned. Scales are rounded to float16 where they are used, since they are stored so. While it trains
+    a random share `rounded_share` of the weights is rounded in each pass, and the others are as they are.
     """
 
     def __init__(self, weight: Tensor, bits: int, *, rows: int = 1, columns: int = -1, symmetric: bool = False,
-                 range_method: str = "mse", learned: bool = False, scale_dtype: str = "float16"):  # fmt: skip
+                 range_method: str = "mse", learned: bool = False, scale_dtype: str = "float16",
+                 rounded_share: float = 1.0):  # fmt: skip
         super().__init__()
         N, K = weight.shape
         columns = K if columns == -1 else columns
@@ -93,7 +95,7 @@ class WeightQuantizer(nn.Module):
             raise ValueError(f"Blocks of {rows} x {columns} do not divide a weight of {N} x {K}.")
         self.bits, self.rows, self.columns, self.shape = bits, rows, columns, (N, K)
         self.symmetric, self.range_method, self.learned = symmetric, range_method, learned
-        self.scale_dtype = scale_dtype
+        self.scale_dtype, self.rounded_share = scale_dtype, rounded_share
         scale = torch.ones(N // rows, K // columns, 1, device=weight.device)
         if learned:
             self.scale = nn.Parameter(scale)
@@ -153,15 +155,22 @@ class WeightQuantizer(nn.Module):
         return self.scale + (rounded - self.scale).detach() if self.learned and self.training else rounded
 
     def forward(self, weight: Tensor) -> Tensor:
-        values = fake_quantize(self.blocks(weight.float()), self.stored_scale(), self.zero_point, self.bits,
-                               learned=self.learned)  # fmt: skip
-        return self.unblocks(values).to(weight.dtype)
+        blocks = self.blocks(weight.float())
+        values = fake_quantize(blocks, self.stored_scale(), self.zero_point, self.bits, learned=self.learned)
+        return self.unblocks(self._some_of(values, blocks)).to(weight.dtype)
+
+    def _some_of(self, rounded: Tensor, exact: Tensor) -> Tensor:
+        """Quant-Noise (Fan et al., 2021, https://arxiv.org/abs/2004.07320): those of a random share are rounded."""
+        if not self.training or self.rounded_share == 1:
+            return rounded
+        return torch.where(torch.rand_like(exact) < self.rounded_share, rounded, exact)
 
     def look_up(self, input: Tensor, weight: Tensor, padding_idx: int | None) -> Tensor:
         """`forward(weight)[input]` for a grid of one scale a row, without a pass over the rows that nobody asks for."""
-        rows = F.embedding(input, weight, padding_idx)
+        rows = F.embedding(input, weight, padding_idx).float()
         scale, zero_point = self.stored_scale()[:, 0][input], self.zero_point[:, 0][input]  # (..., 1)
-        return fake_quantize(rows.float(), scale, zero_point, self.bits, learned=self.learned).to(weight.dtype)
+        values = fake_quantize(rows, scale, zero_point, self.bits, learned=self.learned)
+        return self._some_of(values, rows).to(weight.dtype)
 
     @torch.no_grad()
     def quantize(self, weight: Tensor) -> QuantizedWeight:

@@ -27,8 +27,12 @@ def choose_modules(
     *,
     embedding_bits: int | None = None,
     skip_modules: Sequence[str] = (),
+    one_bit: bool = False,
 ) -> dict[str, int]:
-    """{module name: bits}: those named in `bits`, or all linear maps inside the layers of the model."""
+    """{module name: bits}: those named in `bits`, or all linear maps inside the layers of the model.
+
+    `one_bit` allows 1 for linear maps, which codebooks of two levels take.
+    """
     check_no_adapters(model)
     if isinstance(bits, Mapping):
         chosen = dict(bits)
@@ -47,6 +51,8 @@ def choose_modules(
             raise ValueError(f"skip_modules: no module of {type(model).__name__} is called {pattern.pattern!r}.")
     chosen = {name: b for name, b in chosen.items() if not any(p.fullmatch(name) for p in patterns)}
     for name, width in chosen.items():
+        if one_bit and width == 1 and is_linear(model.get_submodule(name)):
+            continue
         try:
             check_bits(width)
         except ValueError as error:

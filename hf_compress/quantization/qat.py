@@ -125,6 +125,7 @@ def prepare_qat(
     dynamic_activations: bool = False,
     embedding_bits: int | None = 8,
     learned_steps: bool = False,
+    rounded_share: float = 1.0,
     range_method: str = "mse",
     skip_modules: tuple[str, ...] = (),
 ) -> PreTrainedModel:
@@ -139,6 +140,8 @@ def prepare_qat(
         dynamic_activations: each token's own range instead of a running one.
         embedding_bits: of all embedding tables, one scale a row; None leaves them alone.
         learned_steps: scales are parameters (LSQ); else they are chosen anew from time to time by `range_method`.
+        rounded_share: the share of the weights that each training pass rounds, drawn anew; below 1 the gradient of the
+            others is exact (Quant-Noise, Fan et al., 2021). In evaluation and in the end all are rounded.
 
     Train it with a trainer that knows `TrainingState` (all of ours) and the callback `QuantizationAware`, then
     `finish` turns it into a packed model with the same logits. Raises ValueError for a model that is packed, stored in
@@ -151,6 +154,8 @@ def prepare_qat(
         )
     if num_groups == "auto":
         num_groups = 128 if group_size == -1 else None
+    if not 0 < rounded_share <= 1:
+        raise ValueError(f"rounded_share is a share of the weights, above 0 and up to 1, got {rounded_share}.")
     if activation_bits not in (None, 8):
         raise ValueError(f"activation_bits must be 8 or None, got {activation_bits}.")
     if any(isinstance(m, FakeQuantized) for m in model.modules()):
@@ -172,7 +177,7 @@ def prepare_qat(
             rows = 1 if num_groups is None else bundle_size(module, num_groups, heads.get(module))
             layout = dict(rows=rows, columns=group_size, symmetric=symmetric, range_method=range_method,
                           learned=learned_steps)  # fmt: skip
-        quantizer = WeightQuantizer(weight, width, **layout)
+        quantizer = WeightQuantizer(weight, width, rounded_share=rounded_share, **layout)
         is_quiet = activation_bits is None or isinstance(module, nn.Embedding)
         inputs = None if is_quiet else ActivationQuantizer(dynamic=dynamic_activations)
         Quantizers(type(module), quantizer, inputs).put_on(module)

@@ -11,8 +11,9 @@ from hf_compress.checkpoint.packed_ties import untie_packed
 from hf_compress.layers.packed_linear import PackedLinear
 from hf_compress.model.calibration_data import calibration_batches
 from hf_compress.quantization.block_by_block import GPTQOptions, quantize_block_by_block
-from hf_compress.quantization.codebooks import CODEBOOKS, install_codebook
+from hf_compress.quantization.codebooks import CODEBOOKS, install_codebook, num_codebook_levels
 from hf_compress.quantization.from_blocks import dense_blocks
+from hf_compress.quantization.importance import input_importance
 from hf_compress.quantization.modules import choose_modules, install, matrix, scheme_for
 from hf_compress.quantization.offloaded import bring_in, finish_offloaded
 from hf_compress.quantization.round_to_nearest import round_to_nearest
@@ -34,6 +35,7 @@ def quantize(
     activation_bits: int | None = None,
     skip_modules: Sequence[str] = (),
     grid: str = "uniform",
+    bias_correction: bool = False,
     range_method: str = "mse",
     scale_dtype: str = "float16",
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -48,15 +50,17 @@ def quantize(
         group_size (`int` or `str`): consecutive weights along the columns that share a scale; -1 for the whole row;
             "auto" for the largest of 128, 64 and 32 that divides the columns, the whole row where none does.
         symmetric (`bool`): fix the zero point at mid-range instead of storing one for each group.
-        calibration: for "gptq": rows with `input_ids` (pixels for image models), a data loader's batches, arrays, or
-            texts, which need `tokenizer`; the same text gives the same model. 128 rows of 512 tokens will do.
+        calibration: for "gptq", and for grid "kmeans", whose centroids then weigh by the Hessian's diagonal: rows with
+            `input_ids` (pixels for image models), a data loader's batches, arrays, or texts, which need `tokenizer`.
+            The same text gives the same model; 128 rows of 512 tokens will do.
         embedding_bits (`int`, *optional*): also pack the embedding tables, one scale a row, rounded to nearest.
         activation_bits (`int`, *optional*): 8 rounds the inputs of each packed linear layer to the token's own 8-bit
             grid as they come; with 8-bit symmetric weights and one scale a row, products are those of integers.
         skip_modules: names, or regular expressions that match whole names, of modules to leave alone.
-        grid (`str`): "uniform", or for method "rtn" a codebook: "balanced", "kmeans", "power_of_two", "multibit", and
-            at 2 bits "ternary" and "binary". Levels are stored for each group, so let groups be large (-1).
-        range_method (`str`): "mse", "minmax", "percentile" or "kl".
+        grid (`str`): "uniform", or for method "rtn" a codebook: "balanced", "kmeans", "power_of_two", "multibit", at 2
+            bits "ternary", and at 1 bit "binary". Levels are stored for each group, so let groups be large (-1).
+        bias_correction (`bool`): of a codebook: move the levels so that each group keeps its mean and spread.
+        range_method (`str`): "mse", "minmax", "percentile", "kl", or "aciq", the best clip of a bell of that width.
         scale_dtype (`str`): "float16", or "float32" for weights too small or too large for it.
         tokenizer: the model's own, where `calibration` holds texts.
         gptq_options: the fields of `GPTQOptions`.
@@ -69,8 +73,15 @@ def quantize(
         raise ValueError(f"method must be one of {METHODS}, got {method!r}.")
     if method == "gptq" and calibration is None:
         raise ValueError("method='gptq' needs `calibration`: a dataset of rows with `input_ids`.")
-    if method == "rtn" and (gptq_options or calibration is not None):
-        raise ValueError(f"method='rtn' takes no calibration and no options {sorted(gptq_options)}; use method='gptq'.")
+    if method == "rtn" and (gptq_options or (calibration is not None and grid != "kmeans")):
+        raise ValueError(
+            f"method='rtn' takes no options {sorted(gptq_options)}, and calibration only with grid='kmeans'; use "
+            "method='gptq'."
+        )
+    if method == "rtn" and calibration is not None and any(p.is_meta for p in model.parameters()):
+        raise ValueError("Centroids are weighed with the whole model in memory, and some of this one is on disk.")
+    if bias_correction and grid not in CODEBOOKS:
+        raise ValueError(f"bias_correction moves the levels of a codebook: use one of {sorted(CODEBOOKS)} as grid.")
     if grid not in ("uniform", *CODEBOOKS) or (grid != "uniform" and (method != "rtn" or symmetric or activation_bits)):
         raise ValueError(
             f"grid must be 'uniform' or, with method='rtn' and without symmetric and activation_bits, one of "
@@ -88,11 +99,20 @@ def quantize(
                 "method='rtn' and grid='uniform', or quantize in place of `to_block_sparse`."
             )
         schemes = {}
-        chosen = choose_modules(model, bits, embedding_bits=embedding_bits, skip_modules=skip_modules)
+        chosen = choose_modules(
+            model, bits, embedding_bits=embedding_bits, skip_modules=skip_modules, one_bit=grid == "binary"
+        )
         for name, width in chosen.items():
-            schemes[name] = scheme_for(model.get_submodule(name), name, width, group_size=group_size,
-                                       symmetric=symmetric, desc_act=stores_g_idx, scale_dtype=scale_dtype,
+            module, num_levels = model.get_submodule(name), None
+            if grid != "uniform" and not isinstance(module, nn.Embedding):
+                num_levels = num_codebook_levels(grid, width, name)
+            schemes[name] = scheme_for(module, name, width, group_size=group_size, symmetric=symmetric,
+                                       desc_act=stores_g_idx, scale_dtype=scale_dtype, num_levels=num_levels,
                                        activation_bits=activation_bits)  # fmt: skip
+        importance = {}
+        if method == "rtn" and calibration is not None:
+            linear = [name for name, scheme in schemes.items() if scheme.num_levels is not None]
+            importance = input_importance(model, linear, calibration_batches(calibration, model, tokenizer=tokenizer))
         if method == "gptq":
             linear = {n: s for n, s in schemes.items() if not isinstance(model.get_submodule(n), nn.Embedding)}
             batches = calibration_batches(calibration, model, batch_size=options.batch_size, tokenizer=tokenizer)
@@ -102,8 +122,9 @@ def quantize(
             if isinstance(module, PackedLinear):
                 continue
             bring_in(module)
-            if grid != "uniform" and not isinstance(module, nn.Embedding):
-                install_codebook(model, name, scheme, grid)
+            if scheme.num_levels is not None:
+                install_codebook(model, name, scheme, grid, importance=importance.get(name),
+                                 bias_correction=bias_correction)  # fmt: skip
             else:
                 rounded = round_to_nearest(matrix(module), scheme, range_method=range_method, name=name)
                 install(model, name, rounded, scheme)

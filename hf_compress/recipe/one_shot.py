@@ -170,7 +170,7 @@ class RoundOptions:
     activation_bits: int | None = field(default=None, metadata={"help": "8 rounds the inputs of each layer as well."})
     heads_too: bool = field(default=False, metadata={"help": "Pack the pooler and the head of the task as well."})
     skip_modules: str | None = field(default=None, metadata={"help": "Regular expressions of names, with commas."})
-    range_method: str = field(default="mse", metadata={"help": "mse, minmax, percentile or kl."})
+    range_method: str = field(default="mse", metadata={"help": "mse, minmax, percentile, kl or aciq."})
     scale_dtype: str = field(default="float16", metadata={"help": "float16 or float32."})
     dtype: str | None = field(default=None, metadata={"help": DTYPE_HELP})
     sensitivity_examples: int = field(default=64, metadata={"help": "Examples of the Hessian for average_bits."})

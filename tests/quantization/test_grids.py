@@ -1,15 +1,20 @@
 """Uniform grids: values by hand, and the range searches against what they claim."""
 
+import math
+
 import pytest
 import torch
 
 from hf_compress.quantization.grids import (
     RANGES,
+    aciq_range,
     dequantize_from_grid,
     find_grid,
     grid_error,
     grid_from_range,
     group_rows,
+    laplace_clip,
+    normal_clip,
     quantize_to_grid,
 )
 
@@ -72,6 +77,45 @@ def test_percentile_range_drops_the_tails():
     assert low.item() == pytest.approx(-0.999, abs=1e-6)
     assert high.item() == pytest.approx(0.999, abs=1e-6)
     torch.testing.assert_close(high, torch.quantile(values, 0.9995, dim=-1, keepdim=True))
+
+
+def test_aciq_clips_are_those_that_minimise_the_error_of_the_distribution():
+    """The expected error by numerical integration, on a grid of clips; and the paper's multiples at 2, 3 and 4 bits."""
+    x = torch.linspace(0, 40, 400_001, dtype=torch.float64)
+    densities = {
+        laplace_clip: torch.exp(-x) / 2,  # mean distance 1
+        normal_clip: torch.exp(-(x**2) / 2) / math.sqrt(2 * math.pi),
+    }
+    for clip, density in densities.items():
+        for bits in (2, 4):
+
+            def expected_error(a, density=density, bits=bits):
+                return float(2 * torch.trapezoid((x - a).clamp(min=0) ** 2 * density, x)) + a**2 / (3 * 4**bits)
+
+            best = clip(bits)
+            assert expected_error(best) < min(expected_error(best - 0.01), expected_error(best + 0.01))
+    assert [laplace_clip(bits) for bits in (2, 3, 4)] == pytest.approx([2.83, 3.89, 5.03], abs=0.01)
+    assert [normal_clip(bits) for bits in (2, 3, 4)] == pytest.approx([1.71, 2.15, 2.55], abs=0.01)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_aciq_range_is_near_the_best_one_and_follows_shift_and_scale(symmetric):
+    generator = torch.Generator().manual_seed(0)
+    normal = torch.randn(4, 4000, generator=generator, dtype=torch.float64)
+    laplace = -torch.empty(4, 4000, dtype=torch.float64).exponential_(generator=generator)
+    laplace *= torch.randn(4, 4000, generator=generator, dtype=torch.float64).sign()
+    for values in (normal, laplace):
+        errors = {}
+        for name in ("aciq", "mse", "minmax"):
+            grid = find_grid(values, 4, symmetric=symmetric, range_method=name, scale_dtype=torch.float64)
+            errors[name] = grid_error(values, *grid, 4, None)
+        assert (errors["aciq"] < errors["minmax"]).all()
+        assert (errors["aciq"] < 1.15 * errors["mse"]).all()  # without its search over twenty ranges
+        low, high = aciq_range(values, 4)
+        moved = aciq_range(3 * values + 5, 4)
+        torch.testing.assert_close(moved[0], 3 * low + 5)
+        torch.testing.assert_close(moved[1], 3 * high + 5)
+    assert [float(x) for x in aciq_range(torch.full((1, 8), 2.0), 4)] == [2.0, 2.0]
 
 
 def test_kl_range_clips_an_outlier_and_keeps_a_uniform_range():

@@ -47,6 +47,36 @@ def test_a_part_of_a_weight_keeps_its_part_of_the_grid(rows, columns, learned):
             whole.select(None, [0, 1, 2])
 
 
+@pytest.mark.parametrize("learned", [False, True], ids=["searched", "learned"])
+def test_quantization_noise_rounds_a_share_and_leaves_the_others_exact(learned):
+    torch.manual_seed(0)
+    weight = torch.randn(50, 80, requires_grad=True)
+    quantizer = WeightQuantizer(weight.detach(), 2, range_method="percentile", learned=learned, rounded_share=0.3)
+    rounded = quantizer.eval()(weight).detach()
+    assert (rounded != weight).float().mean() > 0.99  # in evaluation all are rounded
+    noisy = quantizer.train()(weight)
+    is_rounded = noisy != weight
+    assert torch.equal(noisy[is_rounded], rounded[is_rounded])
+    assert is_rounded.float().mean() == pytest.approx(0.3, abs=4 * (0.3 * 0.7 / 4000) ** 0.5)  # four deviations
+    assert not torch.equal(quantizer(weight) != weight, is_rounded)  # another draw each time
+    noisy.sum().backward()
+    assert (weight.grad[~is_rounded] == 1).all()  # exact, also where rounding would clip
+    table = WeightQuantizer(weight.detach(), 2, rounded_share=0.3).train()
+    looked_up = table.look_up(torch.arange(50), weight, None)
+    assert 0.2 < (looked_up != weight).float().mean() < 0.4
+
+
+def test_a_model_trained_with_noise_is_packed_with_its_evaluated_logits():
+    model = prepare_qat(tiny_model("bert"), 3, rounded_share=0.5, activation_bits=None, embedding_bits=8)
+    batch = tiny_batch(model)
+    assert not torch.equal(model.train()(**batch).logits, model(**batch).logits)
+    logits = model.eval()(**batch).logits
+    torch.testing.assert_close(finish(model).eval()(**batch).logits, logits, rtol=1e-4, atol=1e-5)
+    for share in (0.0, 1.5):
+        with pytest.raises(ValueError, match="rounded_share is a share"):
+            prepare_qat(tiny_model("bert"), 3, rounded_share=share)
+
+
 @pytest.mark.parametrize(("rows", "columns"), [(1, -1), (4, -1), (1, 8), (2, 4)])
 def test_weight_quantizer_and_its_packed_form_agree(rows, columns):
     weight = torch.randn(8, 16)
