@@ -8,7 +8,6 @@ The stages are those of the ready recipe `few-labels`; `--set distil.num_train_e
 an earlier run is kept.
 """
 
-import logging
 import os
 import random
 import re
@@ -22,9 +21,9 @@ from pathlib import Path
 import pandas
 import torch
 from transformers import AutoTokenizer, HfArgumentParser, pipeline
-from transformers import logging as transformers_logging
 
 import hf_compress as hfc
+from hf_compress.commands.main import guarded, leave
 from hf_compress.commands.publish import records
 from hf_compress.commands.run import changed_stages
 from hf_compress.measuring.measure import load_model
@@ -32,6 +31,7 @@ from hf_compress.measuring.stored import stored_size
 from hf_compress.measuring.timing import time_interleaved
 from hf_compress.model.inputs import example_batch
 from hf_compress.recipe.data import CLASSIFICATION, DataOptions, RecipeData
+from hf_compress.report.headline import headline
 from hf_compress.report.report import Report
 from hf_compress.report.tables import aligned, main_rows, number_text, size_text
 
@@ -50,18 +50,17 @@ class DemoArguments:
     split: int = field(default=0, metadata={"help": "Another number shuffles the sentences otherwise."})
     max_length: int = field(default=64, metadata={"help": "Texts are cut after this many tokens."})
     set: list[str] = field(default_factory=list, metadata={"help": "STAGE.OPTION=VALUE, as of `hf-compress run`."})
+    verbose: bool = field(default=False, metadata={"help": "Show what libraries tell, too."})
+    debug: bool = field(default=False, metadata={"help": "Show where an error came from."})
     say: str | None = field(default=None, metadata={"help": "What teacher and student of an earlier run say to this."})
 
 
-def main():
+def main() -> int:
     args = HfArgumentParser(DemoArguments).parse_args_into_dataclasses()[0]
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")  # stages say where they are
-    transformers_logging.set_verbosity_error()  # a new classifier on an old model is expected here
     output = Path(args.output_dir)
-    if args.say:
-        say(args.say, output / "run")
-    else:
-        run(args, output)
+    return guarded(
+        lambda: say(args.say, output / "run") if args.say else run(args, output), verbose=args.verbose, debug=args.debug
+    )
 
 
 def run(args: DemoArguments, output: Path) -> None:
@@ -77,7 +76,7 @@ def run(args: DemoArguments, output: Path) -> None:
     rows = [*main_rows(report), in_openvino(result.output, data, folder)]
     python = Path(sys.executable)
     python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python.name
-    print("\n".join(["", *aligned(rows), ""]))
+    print("\n".join(["", *aligned(rows), "", f"8 bit beside the teacher: {headline(report)}"]))
     print(f"picture            {result.report}/report.png\npage               {result.report}/report.html")
     print(f"try a sentence     {python} scripts/demo.py --output_dir {output} --say 'a film to forget'")
     print("your own data      make demo TEACHER=bert-base-uncased DATASET=reviews.csv")
@@ -186,4 +185,4 @@ def named(argument: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    leave(main())

@@ -46,7 +46,7 @@ def test_demo_on_own_model_and_texts(tiny_folder, tmp_path, monkeypatch, capsys)
 
     def called(*words):
         monkeypatch.setattr(sys, "argv", ["demo.py", "--output_dir", str(output), *map(str, words)])
-        demo.main()
+        assert demo.main() == 0
         return capsys.readouterr().out
 
     printed = called(*names)

@@ -1,16 +1,20 @@
 """`hf-compress <verb> ...`: chooses the verb, and says in a sentence what went wrong.
 
-Exit codes: 0, 2 for what the user can mend (options, files, data, rights), 1 for what failed.
+Exit codes: 0, 2 for what the user can mend (options, files, data, rights), 1 for what failed, 130 for Ctrl-C.
 """
 
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from typing import NoReturn
 
 from hf_compress.training.ranks import is_main
+from hf_compress.version import __version__
 
+INTERRUPTED = 130  # as shells count it: 128 and the number of the signal
 VERBS = {  # verb -> (module, what it does)
     "run": ("hf_compress.commands.run", "run a recipe: a file, or one that comes with the package"),
     "distill": ("hf_compress.commands.stage", "train a student to follow its teacher"),
@@ -24,22 +28,41 @@ VERBS = {  # verb -> (module, what it does)
     "vary": ("hf_compress.commands.vary", "run a recipe with several values of some options"),
     "tune": ("hf_compress.commands.tune", "measure the kernels' tiles on this machine's GPU"),
 }
-USAGE = "hf-compress VERB [options]\n\n{verbs}\n\n`hf-compress VERB --help` tells more of each."
+USAGE = """hf-compress VERB [options]
+
+{verbs}
+
+`hf-compress VERB --help` tells more of each. With every verb, --verbose shows what libraries tell too, --debug where an
+error came from. Exit codes: 0; 2 for what you can mend (options, files, data, rights); 1 for what failed; 130 for
+Ctrl-C.
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in arguments
-    arguments = [word for word in arguments if word != "--debug"]
+    flags = {flag for flag in ("--debug", "--verbose") if flag in arguments}
+    arguments = [word for word in arguments if word not in flags]
+    if not arguments or arguments[0] in ("-h", "--help", "help", "--version"):
+        sys.stdout.write(f"hf_compress {__version__}\n" if arguments[:1] == ["--version"] else usage())
+        return 0
+    return guarded(lambda: _run(arguments), verbose="--verbose" in flags, debug="--debug" in flags)
+
+
+def guarded(run: Callable[[], int | None], *, verbose: bool = False, debug: bool = False) -> int:
+    """Run something long for a person: what libraries tell stays away, and an error is a sentence. Returns the exit
+    code."""
+    from hf_compress.training.progress import quiet  # heavy, and `--help` needs none of it
+
     level = logging.WARNING if is_main() else logging.ERROR  # of several processes one tells how far they are
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     try:
-        return _run(arguments)
+        with quiet(enabled=not verbose):
+            return run() or 0
     except SystemExit as stop:  # of --help
         return int(stop.code or 0)
     except KeyboardInterrupt:
-        return _fail("Interrupted. Run the same command again to go on.", 130)
+        return _fail("Interrupted. Run the same command again to go on: what is finished is kept.", INTERRUPTED)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         sys.stderr.close()
         return 0
@@ -50,16 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    verb = arguments[0] if arguments else "--help"
-    if verb in ("-h", "--help", "help"):
-        sys.stdout.write(usage() + "\n")
-        return 0
-    if verb == "--version":
-        from hf_compress import __version__
-
-        sys.stdout.write(f"hf_compress {__version__}\n")
-        return 0
-    verb = {"distil": "distill"}.get(verb, verb)
+    verb = {"distil": "distill"}.get(arguments[0], arguments[0])
     if verb not in VERBS:
         from hf_compress.recipe.options import unknown
 
@@ -105,7 +119,16 @@ def _fail(text: str, code: int) -> int:
 
 
 def entry_point() -> None:
-    sys.exit(main())
+    leave(main())
+
+
+def leave(code: int) -> NoReturn:
+    """End this process; after Ctrl-C at once: what is on disk is whole, and threads would only be waited for."""
+    if code == INTERRUPTED:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

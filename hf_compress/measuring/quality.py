@@ -11,6 +11,7 @@ from hf_compress.measuring.measure import Source, evaluating, local_folder
 from hf_compress.measuring.metrics import Metric, metric_for, metric_of_each
 from hf_compress.model.inputs import forward_arguments, forward_names
 from hf_compress.model.reading import LABEL_COLUMNS, PaddingCollator, open_tokenizer
+from hf_compress.training.progress import progress_bar
 
 
 @torch.inference_mode()
@@ -27,7 +28,7 @@ def example_scores(
     order = sorted(range(len(rows)), key=lambda i: _length(rows[i], model.main_input_name))
     kept: Tensor | None = None
     with evaluating([model]):
-        for start in range(0, len(rows), batch_size):
+        for start in progress_bar(range(0, len(rows), batch_size), desc="Answering", unit="batch"):
             chosen = order[start : start + batch_size]
             own = [rows[i] for i in chosen]
             taken = [{name: value for name, value in row.items() if _is_read(name, model)} for row in own]

@@ -12,6 +12,7 @@ import torch
 
 from hf_compress.measuring.isolated import How
 from hf_compress.measuring.measure import Local, evaluating, load_model, local_folder
+from hf_compress.training.progress import quiet
 
 
 def serve(request: dict, answer: Callable[[str], None]) -> None:
@@ -34,4 +35,5 @@ def main() -> None:
         out.write(f"{line}\n")
         out.flush()
 
-    serve(json.loads(sys.stdin.readline()), answer)
+    with quiet():  # the process that asks says what matters
+        serve(json.loads(sys.stdin.readline()), answer)

@@ -1,15 +1,13 @@
 """What a model takes on the disk."""
 
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from transformers import PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from hf_compress.formats.runtimes.opened import runtime_of
 from hf_compress.measuring.identity import model_identity, read_header, weight_files
+from hf_compress.training.progress import our_bars_alone
 
 
 def stored_size(model: PreTrainedModel, folder: Path | None = None) -> tuple[int, int, str | None]:
@@ -24,24 +22,12 @@ def stored_size(model: PreTrainedModel, folder: Path | None = None) -> tuple[int
         return size + (runtime.folder / "config.json").stat().st_size, size, None
     weights = weight_files(folder) if folder else []
     if not weights:
-        with tempfile.TemporaryDirectory() as temporary, _no_progress_bar():
+        with tempfile.TemporaryDirectory() as temporary, our_bars_alone():
             model.save_pretrained(temporary)
             return stored_size(model, Path(temporary))
     others = [folder / name for name in ("config.json", "model.safetensors.index.json")]
     size = sum(file.stat().st_size for file in [*weights, *others] if file.is_file())
     return size, sum(_tensor_bytes(file) for file in weights), model_identity(folder)
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Saving for the sake of its size is not what the user waits for."""
-    was_enabled = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            transformers_logging.enable_progress_bar()
 
 
 def _tensor_bytes(file: Path) -> int:

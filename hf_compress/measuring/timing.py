@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from hf_compress.training.progress import progress_bar
+
 WARMUP_ROUNDS = 3
 
 
@@ -57,7 +59,8 @@ def time_interleaved(
     if rounds < 1 or warmup_rounds < 0:
         raise ValueError(f"rounds must be at least 1 and warmup_rounds 0, got {rounds} and {warmup_rounds}.")
     seconds: list[list[float]] = [[] for _ in calls]
-    for turn, order in enumerate(_orders(len(calls), warmup_rounds + rounds)):
+    turns = progress_bar(_orders(len(calls), warmup_rounds + rounds), desc="Timing", total=warmup_rounds + rounds)
+    for turn, order in enumerate(turns):
         for i in order:
             start = clock()
             calls[i]()

@@ -22,6 +22,7 @@ from hf_compress.pruning.masks import Blocks, check_prunable, layer_projections
 from hf_compress.pruning.methods.weights import check_bank
 from hf_compress.pruning.saliency import damage_saliency, surgery
 from hf_compress.pruning.selection import keep_largest
+from hf_compress.training.progress import progress_bar
 
 METHODS = ("magnitude", "wanda", "obd", "obs")
 
@@ -66,7 +67,7 @@ def prune_weights(
     with evaluating([model]):
         for stack in anatomy(model).stacks:
             inputs = capture_stack_inputs(model, stack, batches)
-            for layer in stack.layers:
+            for layer in progress_bar(stack.layers, desc="Scoring weights", unit="layer"):
                 mine = [m for m in matrices if m.module in set(layer.module.modules()) and is_projection(m.module)]
                 for matrix, moments in zip(mine, _moments(inputs, mine), strict=True):
                     matrix.weight.copy_(pruned_weight(matrix.weight, moments, sparsity, method, bank_size))

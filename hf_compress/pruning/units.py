@@ -11,6 +11,7 @@ from hf_compress.measuring.measure import evaluating
 from hf_compress.model.anatomy import Anatomy, Attention, Layer, Projection, anatomy, in_features, out_features
 from hf_compress.pruning.importance.gates import labelled_batch, loss_shares, mean_absolute_gradients
 from hf_compress.pruning.importance.layers import skipped
+from hf_compress.training.progress import progress_bar
 
 NEURON_BUNDLES = 64  # the neurons of a layer, sorted by importance, are taken in so many bundles
 
@@ -59,7 +60,7 @@ def _layer_worths(model: PreTrainedModel, parts: Anatomy, batches: Sequence[Mapp
     A first-order estimate fails for so much at once: the parts' gradients cancel, and it would call most layers free.
     """
     sums, num_examples = [0.0] * len(parts.layers), 0
-    for batch in batches:
+    for batch in progress_bar(batches, desc="Leaving layers out", unit="batch"):
         batch = labelled_batch(model, batch)
         valid = loss_shares(model, batch) > 0
         for row in valid.nonzero().flatten().tolist():

@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from hf_compress.layers.scheme import SCALE_DTYPES, WeightScheme
 from hf_compress.model.anatomy import Layer, Stack, anatomy, in_features, is_readable
@@ -31,6 +30,7 @@ from hf_compress.quantization.finished import FinishedLayers
 from hf_compress.quantization.gptq import DAMP_PERCENT, QuantizedWeight, output_error, quantize_weight
 from hf_compress.quantization.modules import install, is_linear, matrix, set_matrix
 from hf_compress.quantization.offloaded import bring_in, check_offloaded
+from hf_compress.training.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ def quantize_block_by_block(
     check_offloaded(model)
     was_training = model.training
     model.eval()
-    progress = transformers_logging.tqdm(total=len(schemes), desc="Quantizing", unit="module")
+    progress = progress_bar(total=len(schemes), desc="Quantizing", unit="module")
     matmul = fast_matmul(enabled=not options.exact_products)
     try:
         with progress, matmul, working_folder(options.offload == "disk") as folder, torch.no_grad():

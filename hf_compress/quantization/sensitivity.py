@@ -22,11 +22,11 @@ from itertools import islice
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from hf_compress.model.adapters import check_no_adapters
 from hf_compress.model.anatomy import layer_maps
 from hf_compress.quantization.modules import check_quantizable, is_linear
+from hf_compress.training.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ def _fishers(model: PreTrainedModel, weights: Mapping[str, Tensor], batches: lis
         for i in range(len(next(iter(batch.values()))))
     ]
     squares = dict.fromkeys(weights, 0.0)
-    for example in transformers_logging.tqdm(examples, desc="Gradients", unit="example"):
+    for example in progress_bar(examples, desc="Gradients", unit="example"):
         for name, gradient in _gradients_of(model, weights, example):
             squares[name] += float(gradient.square().mean()) / len(examples)
     return squares
@@ -109,7 +109,7 @@ def _omegas(model: PreTrainedModel, weights: Mapping[str, Tensor], batches: list
             generator: torch.Generator) -> dict[str, float]:  # fmt: skip
     count = min(parts, len(batches))
     subsets = [list(islice(batches, i, None, count)) for i in range(count)]
-    progress = transformers_logging.tqdm(total=len(weights), desc="Hessian eigenvalues", unit="module")
+    progress = progress_bar(total=len(weights), desc="Hessian eigenvalues", unit="module")
     omegas = {}
     with progress:
         for name, weight in weights.items():
@@ -164,7 +164,7 @@ def _traces(model: PreTrainedModel, weights: Mapping[str, Tensor], batches: list
             generator: torch.Generator) -> dict[str, float]:  # fmt: skip
     traces = dict.fromkeys(weights, 0.0)
     product = _product(model, weights, batches)
-    for _ in transformers_logging.tqdm(range(probes), desc="Hessian traces", unit="probe"):
+    for _ in progress_bar(range(probes), desc="Hessian traces", unit="probe"):
         signs = {name: torch.randint(0, 2, w.shape, generator=generator).to(w) * 2 - 1 for name, w in weights.items()}
         for name, image in product(signs).items():
             traces[name] += float((signs[name] * image).sum()) / probes

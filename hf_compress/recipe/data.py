@@ -128,6 +128,11 @@ class RecipeData:
         if not self.labels or all(number is None for number in labels_of(self.texts[split])):
             raise RecipeError(f"The {split} split of {self.options.source} has no labels: choose another split.")
 
+    def count(self, split: str, *, labelled: bool) -> int:
+        """Texts of a split; with `labelled`, those with a label, where any has one."""
+        texts = self.texts[split]
+        return sum(one is not None for one in labels_of(texts)) if labelled and self.labels else len(texts)
+
     def training_texts(self) -> Iterator[str]:
         """All texts of the train split, both of a pair."""
         train = self.texts["train"]

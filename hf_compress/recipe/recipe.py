@@ -23,6 +23,8 @@ from hf_compress.recipe.publish import card_stages, evaluation_of
 from hf_compress.recipe.stages import Stage, StudentOptions, read_stages
 from hf_compress.recipe.store import Store
 from hf_compress.recipe.training import Work, change_model
+from hf_compress.report.headline import headline
+from hf_compress.training.progress import our_bars_alone
 from hf_compress.training.ranks import is_main, wait_for_all
 from hf_compress.version import __version__
 
@@ -127,7 +129,7 @@ class Recipe:
         data = RecipeData(options, task, needs_labels=need_labels(self.stages))
         if needs_data:
             check_data(data, self.model, self.stages, INPUT)
-        with Store(output_dir) as store:
+        with Store(output_dir) as store, our_bars_alone():
             return self._run_stages(store, made, data, command)
 
     def _run_stages(self, store: Store, made: list[Made], data: RecipeData, command: str | None) -> RecipeResult:
@@ -143,7 +145,7 @@ class Recipe:
                     self._leave(store, made, records)
                 if stage.kind not in ("evaluate", "publish") and is_main():
                     store.check(["model"])
-                logger.warning("%d/%d %s", number, len(self.stages), stage.name)
+                logger.warning("%d/%d %s", number, len(self.stages), self._announce(stage, data, store))
                 record = self._run_stage(stage, store, folder, fingerprint, made, data, records, command)
             else:
                 logger.warning("%d/%d %s: kept from an earlier run", number, len(self.stages), stage.name)
@@ -153,6 +155,18 @@ class Recipe:
         source = self._leave(store, made, records) if is_main() else made[-1].source
         report = None if evaluation_of(made[-1].fingerprint, records) is None else store.folder
         return RecipeResult(store.folder, source, tuple(records), report)
+
+    @staticmethod
+    def _announce(stage: Stage, data: RecipeData, store: Store) -> str:
+        """What a stage does, on how much, and how long it took last time."""
+        does = " and ".join(part.kind if part.kind == part.method.name else f"{part.kind} by {part.method.name}"
+                            for part in stage.parts or (stage,))  # fmt: skip
+        line = does if does == stage.name else f"{stage.name}: {does}"
+        if stage.parts or stage.method.trains or stage.kind == "evaluate":
+            split = stage.own.split if stage.kind == "evaluate" else "train"
+            line += f", {data.count(split, labelled=stage.part('distil') is None):,} {split} texts"
+        seconds = store.seconds_before(stage.name)
+        return line if seconds is None else f"{line}, {seconds:.0f} s last time"
 
     def _leave(self, store: Store, made: Sequence[Made], records: Sequence[Mapping[str, Any]]) -> Path | str:
         """Write what the output holds beside the stages: the last model, and a report of that model if there is one.
@@ -192,7 +206,7 @@ class Recipe:
                 for name, content in report.files().items():
                     write_whole(partial / name, content)
                 figures = main_figures(report)
-                record["model"] = made[-1].fingerprint
+                record |= {"model": made[-1].fingerprint, "told": headline(report)}
         elif stage.kind == "publish":
             figures = self._publish(stage, made, before, partial) if is_main() else {}
         else:

@@ -7,12 +7,15 @@ output/model/                                       a copy of the last stage's m
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hf_compress.files.inside import inside
 from hf_compress.files.output import Output
 from hf_compress.files.whole import DISCARDED, discard, remove, replace_folder, write_whole
+from hf_compress.measuring.identity import weight_files
+from hf_compress.report.tables import is_share, size_text
 from hf_compress.training.ranks import is_main
 
 logger = logging.getLogger(__name__)
@@ -54,6 +57,12 @@ class Store(Output):
             return None
         return {**record, "folder": folder.name}
 
+    def seconds_before(self, name: str) -> float | None:
+        """What a stage of that name took last time, with other options or on other texts."""
+        folders = sorted((self.folder / "stages").glob(f"??-{name}-*/{RECORD}"), key=lambda file: file.stat().st_mtime)
+        records = [record for record in map(self.record, (file.parent for file in folders)) if record]
+        return records[-1].get("seconds") if records else None
+
     def begin(self, folder: Path) -> Path:
         """The folder to work in; what an interrupted run left there is kept for the stage to go on from."""
         if folder.exists():  # not whole, see `record`: what somebody put there or changed is not ours to delete
@@ -76,3 +85,17 @@ class Store(Output):
         files.pop(RECORD, None)
         write_whole(partial / RECORD, json.dumps({**record, "files": files}, indent=2))
         replace_folder(partial, folder)
+        logger.warning("    %s", reached(record, folder / "model"))
+
+
+def reached(record: Mapping[str, Any], model: Path) -> str:
+    """What a finished stage came to, in a line: how its model does, how large it is, how long it took."""
+    figures, parts = record["figures"], [record["told"]] if "told" in record else []
+    if found := figures.get("validation"):
+        value = f"{found['value']:.1%}" if is_share(found["metric"]) else f"{found['value']:.4g}"
+        parts.append(f"{value} {found['metric']} on {found['texts']:,} validation texts")
+    if "last_losses" in figures:
+        parts.append(f"loss {figures['last_losses']['loss']:.4g}")
+    if model.is_dir():
+        parts.append(size_text(sum(file.stat().st_size for file in weight_files(model))))
+    return ", ".join([*parts, f"{record['seconds']:.0f} s"])

@@ -22,12 +22,15 @@ from transformers import (
 from hf_compress.distillation.students import make_student
 from hf_compress.distillation.teachers.cache import cache_teacher
 from hf_compress.distillation.teachers.cached_teacher import CachedTeacher
+from hf_compress.measuring.metrics import metric_for
+from hf_compress.measuring.quality import example_scores, usable_rows
 from hf_compress.model.precision import fast_forward
 from hf_compress.recipe.data import CLASSIFICATION, TASKS, RecipeData
 from hf_compress.recipe.labels import has_head
 from hf_compress.recipe.one_shot import Samples, cast
 from hf_compress.recipe.qat import QATOptions
 from hf_compress.recipe.stages import Stage, StudentOptions
+from hf_compress.training.bar import with_own_bar
 from hf_compress.training.resume import last_complete_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -88,10 +91,10 @@ def train(stage: Stage, work: Work, tokenizer: PreTrainedTokenizerBase) -> tuple
     if qat:
         model = qat.prepare(model)
     callbacks = pruning + ([qat.callback()] if qat else [])
-    trainer = main.method.trainer(
+    trainer = with_own_bar(main.method.trainer(
         model, arguments, train_dataset=rows["train"], eval_dataset=rows["validation"], processing_class=tokenizer,
         data_collator=work.data.collator(tokenizer), **({"callbacks": callbacks} if callbacks else {}), **extra,
-    )  # fmt: skip
+    ), stage.name)  # fmt: skip
     checkpoint = last_complete_checkpoint(arguments.output_dir)
     if checkpoint:
         logger.warning("%s goes on from %s.", stage.name, Path(checkpoint).name)
@@ -100,7 +103,19 @@ def train(stage: Stage, work: Work, tokenizer: PreTrainedTokenizerBase) -> tuple
     if qat:
         model = cast(model, qat.dtype)
     losses = [entry for entry in trainer.state.log_history if "loss" in entry]
-    return model, {"steps": trainer.state.global_step, **({"last_losses": losses[-1]} if losses else {})}
+    figures = {"steps": trainer.state.global_step, **({"last_losses": losses[-1]} if losses else {})}
+    return model, figures | validated(model, rows["validation"], work, tokenizer)
+
+
+def validated(model: PreTrainedModel, rows: Dataset, work: Work, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """How a classifier does on the validation texts, 1,000 at most; nothing where they have no labels."""
+    if work.data.task != CLASSIFICATION or "labels" not in rows.column_names or not work.saves:
+        return {}
+    rows = usable_rows(rows.select(range(min(len(rows), 1000))), model)
+    metric = metric_for(model, rows)
+    with fast_forward(model.device):
+        scores = example_scores(model, rows, work.data.collator(tokenizer), metric=metric, batch_size=32)
+    return {"validation": {"metric": metric.name, "value": float(metric.total(scores)), "texts": len(rows)}}
 
 
 def kept_outputs(

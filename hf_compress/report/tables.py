@@ -86,7 +86,7 @@ def verdicts(report: Results) -> list[str]:
         if difference is None:
             continue
         interval = difference.interval
-        scale, unit = _scale(report)
+        scale, unit = scale_of(report)
         finding = {
             "no difference": f"no difference from {report.reference} found",
             "better": f"better than {report.reference}",
@@ -143,7 +143,8 @@ def is_share(metric: str) -> bool:
     return metric.endswith(("accuracy", "F1"))
 
 
-def _scale(report: Results) -> tuple[float, str]:
+def scale_of(report: Results) -> tuple[float, str]:
+    """What a difference of the metric is multiplied by to be read, and the unit it has then."""
     return (100.0, " points of") if is_share(report.metric) else (1.0, "")
 
 

@@ -11,7 +11,6 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PretrainedConfig, default_data_collator
 
 from hf_compress.distillation.layer_map import num_hidden_states
@@ -36,6 +35,7 @@ from hf_compress.distillation.teachers.example_keys import example_keys
 from hf_compress.files.whole import remove_leftovers
 from hf_compress.model.reading import PaddingCollator
 from hf_compress.model.tasks import plain_model
+from hf_compress.training.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ def _missing(
     """Shards with this rank's part of the examples that are not `known` yet."""
     chunk = min(ROWS_AT_ONCE, -(-len(rows) // state.num_processes))
     held: list[dict[str, Tensor]] = []
-    with tqdm(total=len(rows), desc="Caching the teacher", disable=not state.is_main_process) as progress:
+    with progress_bar(total=len(rows), desc="Running the teacher", unit="text") as progress:
         for start in range(state.process_index * chunk, len(rows), state.num_processes * chunk):
             examples = rows.read(range(start, min(start + chunk, len(rows))))
             examples.sort(key=_length)  # little padding

@@ -10,7 +10,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
@@ -23,6 +22,7 @@ from hf_compress.distillation.teachers.cache_files import (
 )
 from hf_compress.distillation.teachers.example_keys import MASKS, example_keys, real_tokens
 from hf_compress.distillation.teachers.manifest import check_shard
+from hf_compress.training.progress import progress_bar
 
 
 class CachedTeacher(nn.Module):
@@ -131,7 +131,7 @@ class CachedTeacher(nn.Module):
         Reads the data once, without any model.
         """
         missing = seen = 0
-        for batch in tqdm(batches, desc=f"Looking up the {what}", disable=quiet or len(batches) < 100):
+        for batch in progress_bar(batches, desc=f"Looking up the {what}", disable=quiet or len(batches) < 100):
             found = self._find(prepare(batch))[1]
             missing, seen = missing + int((~found).sum()), seen + len(found)
         if missing:

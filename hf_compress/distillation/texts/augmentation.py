@@ -14,7 +14,6 @@ from pathlib import Path
 from datasets import Dataset, Features, Value, concatenate_datasets
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from hf_compress.distillation.teachers.cache_files import teacher_fingerprint, tokenizer_fingerprint
 from hf_compress.distillation.teachers.shards import Shards, data_fingerprint, row_ranges
@@ -27,6 +26,7 @@ from hf_compress.distillation.texts.proposals import (
     find_words,
     written_like,
 )
+from hf_compress.training.progress import progress_bar
 
 ROWS_PER_SHARD = 500
 MARKS = {"original_row": Value("int64"), "is_augmented": Value("bool")}
@@ -105,7 +105,7 @@ def augment(
     neighbours = ModelNeighbours(vectors, vocabulary) if is_model else Neighbours.of_file(vectors)
     augmentation.learn_words(dataset, neighbours, keep_frequent)
     parts = _Parts(dataset, augmentation, ranges)
-    progress = transformers_logging.tqdm(total=sum(len(ranges[i]) for i in missing), desc="Augmenting", unit="text")
+    progress = progress_bar(total=sum(len(ranges[i]) for i in missing), desc="Augmenting", unit="text")
     made = []
     for number, part in zip(missing, DataLoader(parts, None, sampler=missing, num_workers=num_workers), strict=True):
         made.append(part) if shards is None else shards.write(number, part)

@@ -10,12 +10,12 @@ import torch
 from datasets import Dataset, Features, List, Value
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from hf_compress.distillation.teachers.cache_files import teacher_fingerprint
 from hf_compress.distillation.teachers.shards import Shards, data_fingerprint
 from hf_compress.measuring.measure import evaluating
 from hf_compress.model.reading import IGNORED
+from hf_compress.training.progress import progress_bar
 
 FEATURES = Features({n: List(Value("int64")) for n in ("input_ids", "attention_mask", "labels")})
 
@@ -62,9 +62,7 @@ def generate_targets(
     _check_room(teacher, dataset, shard_size, max_new_tokens)
     shards = Shards(path, settings, num_rows=len(dataset), rows_per_shard=shard_size)
     missing = shards.missing
-    progress = transformers_logging.tqdm(
-        total=sum(len(shards.ranges[i]) for i in missing), desc="Generating", unit="row"
-    )
+    progress = progress_bar(total=sum(len(shards.ranges[i]) for i in missing), desc="Generating", unit="row")
     with torch.no_grad(), evaluating([teacher]):
         for number in missing:
             rows = shards.ranges[number]

@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from hf_compress.model.anatomy import Projection, in_features
 from hf_compress.model.inputs import forward_names
+from hf_compress.training.progress import progress_bar
 
 IGNORED_LABEL = -100
 
@@ -59,7 +60,7 @@ def mean_absolute_gradients(
     sizes = [in_features(module) // width for module, width in zip(modules, widths, strict=True)]
     sums = [torch.zeros(size, dtype=torch.float64, device=model.device) for size in sizes]
     num_examples = 0
-    for batch in dataloader:
+    for batch in progress_bar(dataloader, desc="Scoring", unit="batch"):
         batch = labelled_batch(model, batch)
         shares = loss_shares(model, batch)  # (B,)
         gates = [torch.ones(len(shares), size, device=model.device, requires_grad=True) for size in sizes]
