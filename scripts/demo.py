@@ -11,15 +11,12 @@ an earlier run is kept.
 import os
 import random
 import re
-import statistics
 import sys
 from dataclasses import dataclass, field
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import pandas
-import torch
 from transformers import AutoTokenizer, HfArgumentParser, pipeline
 
 import hf_compress as hfc
@@ -27,13 +24,12 @@ from hf_compress.commands.main import guarded, leave
 from hf_compress.commands.publish import records
 from hf_compress.commands.run import changed_stages
 from hf_compress.measuring.measure import load_model
-from hf_compress.measuring.stored import stored_size
-from hf_compress.measuring.timing import time_interleaved
-from hf_compress.model.inputs import example_batch
 from hf_compress.recipe.data import CLASSIFICATION, DataOptions, RecipeData
+from hf_compress.recipe.evaluate import EvaluateOptions, evaluate
+from hf_compress.recipe.options import build
 from hf_compress.report.headline import headline
 from hf_compress.report.report import Report
-from hf_compress.report.tables import aligned, main_rows, number_text, size_text
+from hf_compress.report.tables import aligned, main_rows
 
 ALONE = {"name": "without-teacher", "num_train_epochs": 4, "learning_rate": 3e-4}
 SPEED = {"sequence_length": 32, "latency_rounds": 60, "throughput_rounds": 12, "isolate": False}
@@ -68,19 +64,18 @@ def run(args: DemoArguments, output: Path) -> None:
     texts = film_sentences(output / "data", args) if args.dataset == "film-sentences" else args.dataset
     data = {"source": str(texts), "max_length": args.max_length, "dataset_name": named(args.dataset)}
     recipe = hfc.Recipe.from_yaml("few-labels")
-    stages = changed_stages(beside_one_without_a_teacher(recipe.written), args.set)
-    recipe = recipe.changed(model=source, data=data, task=CLASSIFICATION, stages=stages)
-    result = recipe.run(output / "run", command=command())
-    report = Report.from_json((result.report / "report.json").read_text(encoding="utf-8"))
-    folder = output / f"openvino-{result.stages[-2]['fingerprint']}"
-    rows = [*main_rows(report), in_openvino(result.output, data, folder)]
+    *stages, last = changed_stages(beside_one_without_a_teacher(recipe.written), args.set)
+    result = recipe.changed(model=source, data=data, task=CLASSIFICATION, stages=stages).run(output / "run")
+    place = output / f"result-{result.stages[-1]['fingerprint']}"
+    options = build(EvaluateOptions, last["evaluate"], "evaluate")
+    report = compared(result.output, RecipeData(DataOptions(**data), CLASSIFICATION), options, place)
     python = Path(sys.executable)
     python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python.name
-    print("\n".join(["", *aligned(rows), "", f"8 bit beside the teacher: {headline(report)}"]))
-    print(f"picture            {result.report}/report.png\npage               {result.report}/report.html")
+    print("\n".join(["", *aligned(main_rows(report)), "", headline(report), ""]))
+    print(f"picture            {place}/report/report.png\npage               {place}/report/report.html")
     print(f"try a sentence     {python} scripts/demo.py --output_dir {output} --say 'a film to forget'")
     print("your own data      make demo TEACHER=bert-base-uncased DATASET=reviews.csv")
-    print(f"the exported file  less {folder}/README.md")
+    print(f"the exported file  less {place}/openvino/README.md")
 
 
 def beside_one_without_a_teacher(stages: list) -> list:
@@ -89,8 +84,7 @@ def beside_one_without_a_teacher(stages: list) -> list:
     before = kinds.index("distil")
     alone = {"fine-tune": {**stages[0]["fine-tune"], **ALONE}}
     distil = {"distil": {**stages[before]["distil"], "student": "structure"}}
-    evaluate = {"evaluate": {"models": f"teacher,{ALONE['name']}", **SPEED}}
-    return [*stages[:before], alone, distil, *stages[before + 1 : -1], evaluate]
+    return [*stages[:before], alone, distil, *stages[before + 1 : -1], {"evaluate": dict(SPEED)}]
 
 
 def film_sentences(folder: Path, args: DemoArguments) -> Path:
@@ -119,37 +113,19 @@ def film_sentences(folder: Path, args: DemoArguments) -> Path:
     return folder
 
 
-def in_openvino(run: Path, data: dict, folder: Path) -> list[str]:
-    """The row of the student in OpenVINO, timed beside the teacher in turns; of dashes where it cannot go there."""
-    teacher, student = (load_model(made(run, name), device="cpu") for name in ("teacher", "student-8-bit"))
-    tokenizer = AutoTokenizer.from_pretrained(made(run, "student-8-bit"))
-    try:
-        if not folder.exists():
-            hfc.export(student, folder, format="openvino", tokenizer=tokenizer)
-    except (ValueError, ImportError) as error:
-        print(f"not in OpenVINO: {error}")
-        return ["student in OpenVINO", *"-----"]
-    from hf_compress.formats.runtimes.agreement import feed
-    from hf_compress.formats.runtimes.openvino_session import open_folder  # needs openvino
-
-    session = open_folder(folder, threads=torch.get_num_threads())
-    rows = RecipeData(DataOptions(**data), CLASSIFICATION)
-    test, collate = rows.tokenized(tokenizer, student.config)["test"], rows.collator(tokenizer)
-    order, right = sorted(test, key=lambda row: len(row["input_ids"])), 0
-    for start in range(0, len(order), 32):
-        batch = collate(order[start : start + 32])
-        right += (session.run(feed(session, batch))["logits"].argmax(1) == batch["labels"].numpy()).sum()
-    size, large = sum(file.stat().st_size for file in folder.iterdir()), stored_size(teacher, made(run, "teacher"))[0]
-    row = ["student in OpenVINO", f"{right / len(test):.1%}", "-", f"{size_text(size)} ({large / size:.2f}x)"]
-    for texts in 1, 32:
-        whole = [example_batch(model, sequence_length=SPEED["sequence_length"]) for model in (teacher, student)]
-        long, short = ({name: value[:texts] for name, value in batch.items()} for batch in whole)
-        with torch.inference_mode():
-            calls = partial(teacher, **long), partial(session.run, feed(session, short))
-            before, now = map(statistics.median, time_interleaved(calls, rounds=SPEED["throughput_rounds"]))
-        speed = f"{1e3 * now:.2f} ms" if texts == 1 else f"{number_text(texts / now)}/s"
-        row.append(f"{speed} ({before / now:.2f}x)")
-    return row
+def compared(run: Path, data: RecipeData, options: EvaluateOptions, place: Path) -> Report:
+    """Teacher, students and the export, in turns on the test texts; what an earlier run measured is kept."""
+    if (place / "report" / "report.json").is_file():
+        return Report.from_json((place / "report" / "report.json").read_text(encoding="utf-8"))
+    models = {name: made(run, name) for name in ("teacher", ALONE["name"], "student-8-bit")}
+    model, tokenizer = load_model(models["student-8-bit"], device="cpu"), data.tokenizer(models["student-8-bit"])
+    if not (place / "openvino").exists():
+        print("the student in OpenVINO", file=sys.stderr)
+        hfc.export(model, place / "openvino", format="openvino", tokenizer=tokenizer)
+    print(f"{len(models) + 1} models on {data.count('test', labelled=True):,} test texts", file=sys.stderr)
+    report = evaluate(options, {**models, "student-openvino": place / "openvino"}, data, command())
+    report.save(place / "report")
+    return report
 
 
 def say(text: str, run: Path) -> None:

@@ -39,7 +39,7 @@ def test_demo_on_own_model_and_texts(tiny_folder, tmp_path, monkeypatch, capsys)
     (tmp_path / "reviews.csv").write_text("\n".join(["text,label", *rows]), encoding="utf-8")
     few = [f"{stage}.max_steps=2" for stage in ("teacher", "without-teacher", "student")]
     few += ["evaluate.latency_rounds=2", "evaluate.throughput_rounds=2", "structure.scoring_examples=8"]
-    names = ["--teacher", tiny_folder, "--dataset", tmp_path / "reviews.csv", "--max_length", 16, "--set", *few]
+    words = ["--teacher", tiny_folder, "--dataset", tmp_path / "reviews.csv", "--max_length", 16, "--set", *few]
     output = tmp_path / "run"
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     import demo
@@ -49,17 +49,20 @@ def test_demo_on_own_model_and_texts(tiny_folder, tmp_path, monkeypatch, capsys)
         assert demo.main() == 0
         return capsys.readouterr().out
 
-    printed = called(*names)
-    assert "student in OpenVINO" in printed and len([line for line in printed.splitlines() if "MB" in line]) <= 5
-    report = json.loads((output / "run" / "report.json").read_text(encoding="utf-8"))
-    assert [entry["name"] for entry in report["entries"]] == ["teacher", "without-teacher", "student-8-bit"]
-    assert str(tmp_path) not in json.dumps(report) and (output / "run" / "report.png").stat().st_size > 5000
+    printed = called(*words)
+    table = printed.partition("\n\n")[0].strip().splitlines()
+    assert len(table) == 6 and table[-1].startswith("student-openvino") and "smaller" in printed
+    (place,) = output.glob("result-*")
+    report = json.loads((place / "report" / "report.json").read_text(encoding="utf-8"))
+    names = ["teacher", "without-teacher", "student-8-bit", "student-openvino"]
+    assert [entry["name"] for entry in report["entries"]] == names
+    assert str(tmp_path) not in json.dumps(report) and (place / "report" / "report.png").stat().st_size > 5000
     student = AutoModelForSequenceClassification.from_pretrained(output / "run" / "model")
     teacher = AutoModelForSequenceClassification.from_pretrained(tiny_folder)
     assert student.config.num_hidden_layers == teacher.config.num_hidden_layers // 2
     assert student.config.vocab_size < teacher.config.vocab_size
     begun = {path: path.stat().st_mtime_ns for path in output.rglob("*.safetensors")}
-    assert "student in OpenVINO" in called(*names) and begun == {path: path.stat().st_mtime_ns for path in begun}
+    assert called(*words) == printed and begun == {path: path.stat().st_mtime_ns for path in begun}
     assert [line.split()[0] for line in called("--say", "the film was bad").splitlines()] == [
         "teacher",
         "student-8-bit",
