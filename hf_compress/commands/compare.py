@@ -11,7 +11,8 @@ from hf_compress.files.output import Output
 from hf_compress.recipe.data import DataOptions, RecipeData
 from hf_compress.recipe.evaluate import EvaluateOptions, evaluate
 from hf_compress.recipe.options import RecipeError, build
-from hf_compress.recipe.recipe import REPORT_FILES, Recipe, task_of
+from hf_compress.recipe.recipe import REPORT_FILES, Recipe
+from hf_compress.recipe.tasks.table import task_of
 
 
 def run(verb: str, arguments: list[str]) -> int:
@@ -34,8 +35,8 @@ def run(verb: str, arguments: list[str]) -> int:
     names = {field.name for field in fields(EvaluateOptions)} - {"models"}
     options = build(EvaluateOptions, {n: v for n, v in given.items() if n in names}, f"hf-compress {verb}")
     first = next(iter(models.values()))[0]
-    task = shared.get("task") or task_of(first)
-    data = RecipeData(build(DataOptions, shared["data"], "data"), task, needs_labels=True)
+    data_options = build(DataOptions, shared["data"], "data")
+    data = RecipeData(data_options, shared.get("task") or task_of(first, data_options), needs_labels=True)
     data.tell()
     report = evaluate(options, models, data, command_line(verb, arguments))
     report.save(output)

@@ -11,6 +11,7 @@ from hf_compress.recipe.data import DataOptions
 from hf_compress.recipe.options import RecipeError, option_fields, read_yaml
 from hf_compress.recipe.recipe import Recipe, RecipeResult, ready_recipes
 from hf_compress.recipe.stages import ALIASES, DEFAULT_METHODS, name_of, numbered
+from hf_compress.recipe.tasks.table import TASKS
 from hf_compress.report.privacy import public_command
 from hf_compress.training.ranks import is_main
 
@@ -47,7 +48,8 @@ def add_shared(parser: Parser, *, output: str | None = None) -> None:
     group.add_argument("--data", default=argparse.SUPPRESS, help="A CSV, JSON or text file, a folder of train, "
                        "validation and test files, `bbc-news`, or a dataset of the Hub.")  # fmt: skip
     group.add_argument("--output", required=output is None, default=output, help="Folder for models and reports.")
-    group.add_argument("--task", default=argparse.SUPPRESS, help="sequence-classification or causal-lm.")
+    group.add_argument("--task", default=argparse.SUPPRESS, help=f"{', '.join(TASKS)}. By default what the model's "
+                       "class says, or where it may get any head, the data's columns.")  # fmt: skip
     group.add_argument("--recipe_seed", default=argparse.SUPPRESS, metavar="N", help="Seed of all stages. Default: 0.")
     add_options(parser, DataOptions, "data", hide=("source",))
 

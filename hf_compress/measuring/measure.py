@@ -45,7 +45,7 @@ class Local:
         counted = self.model if runtime is None else skeleton(runtime.folder)
         parameters = num_parameters(counted)
         stored_bytes, tensor_bytes, identity = stored_size(self.model, self.folder)
-        length = single["input_ids"].shape[1] if "input_ids" in single else None
+        length = single["input_ids"].shape[-1] if "input_ids" in single else None
         return Measurement(
             parameters=parameters,
             stored_bytes=stored_bytes,

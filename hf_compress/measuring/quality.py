@@ -113,7 +113,9 @@ def unknown_tokens(rows: Sequence[Mapping], tokenizer: PreTrainedTokenizerBase |
     special = {getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos", "cls", "sep", "mask")}
     if unknown in special:  # GPT-2 calls the end of a text unknown as well
         return None
-    tokens = [token for row in rows for token in row["input_ids"] if token not in special]
+    several = isinstance(rows[0]["input_ids"][0], list)  # choices
+    texts = (text for row in rows for text in (row["input_ids"] if several else [row["input_ids"]]))
+    tokens = [token for text in texts for token in text if token not in special]
     return tokens.count(unknown), len(tokens)
 
 

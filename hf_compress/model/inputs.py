@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_compress.model.reading import num_positions
+from hf_compress.model.tasks import auto_class_name
 
 THROUGHPUT_BATCH = 32
 
@@ -42,7 +43,8 @@ def example_batch(
         raise ValueError(
             f"sequence_length must lie between 1 and the {longest} positions that the model has, got {sequence_length}."
         )
-    input_ids = _random_tokens(model, (THROUGHPUT_BATCH, sequence_length))
+    choices = (1,) if auto_class_name(model) == "AutoModelForMultipleChoice" else ()  # an example is one of them
+    input_ids = _random_tokens(model, (THROUGHPUT_BATCH, *choices, sequence_length))
     batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
     if model.config.is_encoder_decoder:
         batch["decoder_input_ids"] = input_ids

@@ -22,7 +22,7 @@ def labels_of(data: Dataset) -> Iterator:
         yield from rows["label"]
 
 
-def _named(name: str, columns: Sequence[str], source: str) -> str:
+def named_column(name: str, columns: Sequence[str], source: str) -> str:
     """The column of that name, whatever the case and the white space around it."""
     alike = [column for column in columns if column == name] or [
         column for column in columns if column.strip().lower() == name.strip().lower()
@@ -42,7 +42,7 @@ def find_text_columns(name: str | None, columns: Sequence[str], source: str, *, 
         if len(names) > 1 + pairs:
             most = "one name or the two of a pair" if pairs else "one name for a language model"
             raise ValueError(f"text_column takes {most}, got {name!r}.")
-        return [_named(one, columns, source) for one in names]
+        return [named_column(one, columns, source) for one in names]
     known = {column.strip().lower() for column in columns}
     chosen = next((pair for pair in PAIRS if pairs and known.issuperset(pair)), None)
     chosen = chosen or next(((one,) for one in TEXT_COLUMNS if one in known), None)
@@ -51,13 +51,13 @@ def find_text_columns(name: str | None, columns: Sequence[str], source: str, *, 
             f"{source} needs a column named one of {list(TEXT_COLUMNS)}; it has {list(columns)}. Pairs are "
             f"{' or '.join(map('/'.join, PAIRS))}. Name the columns with text_column and label_column."
         )
-    return [_named(one, columns, source) for one in chosen]
+    return [named_column(one, columns, source) for one in chosen]
 
 
 def find_label_column(name: str | None, columns: Sequence[str], source: str) -> str | None:
     known = [column.strip().lower() for column in columns]
     name = name or next((one for one in LABEL_COLUMNS if one in known), None)
-    return None if name is None else _named(name, columns, source)
+    return None if name is None else named_column(name, columns, source)
 
 
 def select_rows(

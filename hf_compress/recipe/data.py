@@ -3,27 +3,27 @@
 import copy
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Literal
 
-from datasets import DatasetDict, Features, Value
+import numpy as np
+from datasets import DatasetDict
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from hf_compress.model.reading import IGNORED, PaddingCollator, num_positions_of, open_tokenizer
+from hf_compress.model.reading import num_positions_of, open_tokenizer
 from hf_compress.recipe.columns import labels_of
-from hf_compress.recipe.labels import has_head, numbers_in
 from hf_compress.recipe.options import RecipeError
-from hf_compress.recipe.texts import Texts, open_texts, text_columns, tokenize
+from hf_compress.recipe.tasks.classification import Classification
+from hf_compress.recipe.tasks.table import TASKS
+from hf_compress.recipe.texts import Texts
 from hf_compress.training.ranks import is_main
 
 logger = logging.getLogger(__name__)
 
-CLASSIFICATION, LANGUAGE_MODEL = "sequence-classification", "causal-lm"
-TASKS = {CLASSIFICATION: "AutoModelForSequenceClassification", LANGUAGE_MODEL: "AutoModelForCausalLM"}
+CLASSIFICATION = Classification.name
 MAX_LENGTH = 128  # where none is given
 HASHED_ROWS = 1000  # read at one time
 
@@ -35,12 +35,16 @@ class DataOptions:
     text_column: str | None = field(
         default=None,
         metadata={
-            "help": "Column of the texts, where it is not called text, sentence, review, ...; two "
-            "with a comma for pairs."
+            "help": "Column of the texts (questions, words), where it is not called text, sentence, review, ...; two "
+            "with a comma for pairs, and for question and context."
         },
     )
     label_column: str | None = field(
-        default=None, metadata={"help": "Column of the labels, where it is not called label, class, topic, ..."}
+        default=None, metadata={"help": "Column of the labels, tags, answers or target texts, where it is not called "
+                                        "label, class, topic, tags, answers, target, ..."}
+    )  # fmt: skip
+    choices_column: str | None = field(
+        default=None, metadata={"help": "Column of the lists of choices, or the columns of each, with commas."}
     )
     label_names: list[str] | None = field(
         default=None, metadata={"help": "The classes in the order of the model's numbers, where it does not name them, "
@@ -67,13 +71,13 @@ class RecipeData:
     def __init__(
         self,
         options: DataOptions,
-        task: Literal["sequence-classification", "causal-lm"],
+        task: str,
         *,
         needs_labels: bool = False,
     ):
-        self.options, self.task = options, task
+        self.options, self.task, self.kind = options, task, TASKS[task]()
         self.max_length = options.max_length or MAX_LENGTH  # see `check_length`
-        self.use_of_labels = "not used" if task == LANGUAGE_MODEL else "needed" if needs_labels else "used"
+        self.use_of_labels = "needed" if needs_labels else "used"
 
     @property
     def name(self) -> str:
@@ -82,10 +86,7 @@ class RecipeData:
     @cached_property
     def opened(self) -> Texts:
         options = self.options
-        opened = open_texts(
-            options.source, text_column=options.text_column, label_column=options.label_column,
-            label_names=options.label_names, labels=self.use_of_labels,
-        )  # fmt: skip
+        opened = self.kind.open(options, self.use_of_labels)
         splits, notes, most = opened.splits, list(opened.notes), options.max_examples
         if most is not None:
             notes += [f"{n}: the first {most} of {len(s)} rows alone" for n, s in splits.items() if len(s) > most]
@@ -96,7 +97,7 @@ class RecipeData:
 
     @property
     def texts(self) -> DatasetDict:
-        """Columns `text`, `text_pair` for pairs, and `label`, which is None in rows without one."""
+        """Examples under the usual names of their columns. A classification's `label` is None where there is none."""
         return self.opened.splits
 
     @property
@@ -123,8 +124,8 @@ class RecipeData:
 
     def check_labelled(self, split: str) -> None:
         """Raise ValueError where a split has no label, which training on labels and measuring need."""
-        if self.task == LANGUAGE_MODEL:
-            return
+        if self.task != CLASSIFICATION:
+            return  # rows that lack anything are left out
         if not self.labels or all(number is None for number in labels_of(self.texts[split])):
             raise RecipeError(f"The {split} split of {self.options.source} has no labels: choose another split.")
 
@@ -134,98 +135,58 @@ class RecipeData:
         return sum(one is not None for one in labels_of(texts)) if labelled and self.labels else len(texts)
 
     def training_texts(self) -> Iterator[str]:
-        """All texts of the train split, both of a pair."""
-        train = self.texts["train"]
-        return chain.from_iterable(train[name] for name in text_columns(train))
+        """All texts of the train split that a model reads or writes."""
+        return chain.from_iterable(self.kind.texts(row) for row in self.texts["train"])
 
     def tokenizer(self, source: str | Path) -> PreTrainedTokenizerBase:
         """That beside a model, or the one that the options name. A classifier of last tokens gets one that pads."""
         tokenizer = load_tokenizer(source, self.options.tokenizer)
-        if self.task == CLASSIFICATION and tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        if self.kind.pads and tokenizer.pad_token is None and tokenizer.eos_token is not None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
     def tokenized(
-        self, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig | None = None, *, unlabelled: bool = False
-    ) -> DatasetDict:
-        """Rows for `Trainer`. With `config`, labels are numbered as that model numbers them.
+        self, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig | None = None, *, unlabelled: bool = False,
+        measured: bool = False,
+    ) -> DatasetDict:  # fmt: skip
+        """Rows for `Trainer`, or with `measured` for a metric. With `config`, labels are numbered as that model does.
 
-        Rows without a label are left out; with `unlabelled` they stay in the train split, where their label is -100, or
-        where no row has one, there is no such column.
+        With `unlabelled`, rows of a classification that have no label stay in the train split.
         """
         tokenizer = copy.deepcopy(tokenizer)  # cutting texts is remembered by a tokenizer, and saved with it
-        is_classifier = self.task == CLASSIFICATION
-        encoded = self._examples(tokenizer, config, unlabelled) if is_classifier else self._blocks(tokenizer)
+        encoded = self.kind.encode(self.opened, tokenizer, config, max_length=self.max_length, unlabelled=unlabelled,
+                                   measured=measured)  # fmt: skip
         size = getattr(config.get_text_config(), "vocab_size", None) if config is not None else None
         for split in encoded.values() if size else ():
-            largest = max((max(ids) for rows in split.iter(HASHED_ROWS) for ids in rows["input_ids"] if ids), default=0)
+            rows = (ids for rows in split.iter(HASHED_ROWS) for ids in rows["input_ids"])
+            largest = max((np.max(np.concatenate(ids) if isinstance(ids[0], list) else ids) for ids in rows if ids),
+                          default=0)  # fmt: skip
             if largest >= size:
                 raise RecipeError(
                     f"The tokenizer gives a token {largest}, but the model has {size}: they do not belong together."
                 )
         return encoded
 
-    def _examples(
-        self, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig | None, unlabelled: bool
-    ) -> DatasetDict:
-        if not self.labels:
-            columns = text_columns(self.texts["train"])
-            bare = DatasetDict({name: split.select_columns(columns) for name, split in self.texts.items()})
-            return tokenize(bare, tokenizer, self.max_length)
-        numbers = list(range(len(self.labels))) if config is None else self._numbers(config)
-        if numbers is None:
-            raise RecipeError(self._misfit(config, "The model"))
-        splits = {
-            name: split if unlabelled and name == "train" else split.filter(lambda row: row["label"] is not None)
-            for name, split in self.texts.items()
-        }
-        features = Features({**self.texts["train"].features, "label": Value("int64")})
-        numbered = DatasetDict(splits).map(
-            lambda row: {"label": IGNORED if row["label"] is None else numbers[row["label"]]}, features=features
-        )
-        return tokenize(numbered, tokenizer, self.max_length)
-
-    def _blocks(self, tokenizer: PreTrainedTokenizerBase) -> DatasetDict:
-        length = self.max_length
-
-        def blocks(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-            end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-            ids = list(chain.from_iterable(tokenizer(text)["input_ids"] + end for text in rows["text"]))
-            starts = range(0, max(len(ids) - length + 1, min(len(ids), 1)), length)
-            return {"input_ids": [ids[start : start + length] for start in starts]}
-
-        columns = self.texts["train"].column_names
-        encoded = self.texts.map(blocks, batched=True, remove_columns=columns, desc="Tokenizing")
-        return encoded.map(lambda row: {"attention_mask": [1] * len(row["input_ids"])}, desc="Tokenizing")
-
-    def collator(self, tokenizer: PreTrainedTokenizerBase) -> PaddingCollator:
-        return PaddingCollator(tokenizer, tokens_are_labels=self.task == LANGUAGE_MODEL)
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable:
+        return self.kind.collator(tokenizer)
 
     def tell(self) -> None:
         """Say, in the first of several processes, what was read."""
         for note in self.notes if is_main() else ():
             logger.warning("data: %s", note)
 
-    def _numbers(self, config: PretrainedConfig) -> list[int] | None:
-        return numbers_in(config, self.labels, shared_order=self.opened.shared_order)
-
     def fits(self, config: PretrainedConfig) -> bool:
         """Whether a model has a head that predicts the labels of this data."""
-        return has_head(config) and self._numbers(config) is not None
+        return self.kind.fits(config, self.opened)
 
     def check_labels(self, config: PretrainedConfig, what: str) -> None:
         """Raise RecipeError when a model cannot have learned the labels of this data."""
-        if self.task == CLASSIFICATION and not (self.fits(config) if self.labels else has_head(config)):
-            raise RecipeError(self._misfit(config, what))
-
-    def _misfit(self, config: PretrainedConfig, what: str) -> str:
-        known = list(config.id2label.values())
-        knows = f"predicts the labels {known}" if has_head(config) else "has no head for labels"
-        return (
-            f"{what} {knows}, but {self.options.source} has {self.labels}. Begin with a fine-tune stage, which "
-            "gives it a new head, or use a model of this task. Where only the names differ, give those of the data in "
-            "the order of the model's numbers as label_names."
-        )
+        if not self.fits(config):
+            raise RecipeError(
+                f"{what} {self.kind.misfit(config, self.opened)}. Begin with a fine-tune stage, which gives it a new "
+                "head, or use a model of this task, or say another --task. Where only the names of labels differ, give "
+                "those of the data in the order of the model's numbers as label_names."
+            )
 
     def check_length(self, source: str | Path) -> None:
         """Raise RecipeError where texts are cut after more tokens than the model at `source` has positions.

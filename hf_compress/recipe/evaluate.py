@@ -76,7 +76,7 @@ def evaluate(options: EvaluateOptions, models: Mapping[str, Sources], data: Reci
         config = AutoConfig.from_pretrained(source)
         data.check_labels(config, name)
         tokenizer = data.tokenizer(source)
-        rows[name] = data.tokenized(tokenizer, config)[options.split]
+        rows[name] = data.tokenized(tokenizer, config, measured=True)[options.split]
         collators[name] = data.collator(tokenizer)
     report = compare(
         models,

@@ -42,15 +42,11 @@ def in_order(names: Iterable[str], source: str) -> tuple[list[str], bool]:
         shown = sorted(names, key=float)[:5]
         raise ValueError(
             f"The labels of {source} are fractions, such as {shown}: numbers to predict, not classes. Name the "
-            "column of the classes with label_column."
+            "column of the classes with label_column, or choose the task regression."
         )
     if {name.lower() for name in names} == set(TRUTH) and len(names) == len(TRUTH):
         return sorted(names, key=str.lower), True
     return sorted(names), False
-
-
-def has_head(config: PretrainedConfig) -> bool:
-    return any("ForSequenceClassification" in name for name in config.architectures or [])
 
 
 def numbers_in(config: PretrainedConfig, names: Sequence[str], *, shared_order: bool) -> list[int] | None:

@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import AutoConfig
 
 from hf_compress.files.whole import write_whole
 from hf_compress.publishing.hub import publish
 from hf_compress.recipe.checks import check_data, need_labels
-from hf_compress.recipe.data import CLASSIFICATION, LANGUAGE_MODEL, TASKS, DataOptions, RecipeData
+from hf_compress.recipe.data import DataOptions, RecipeData
 from hf_compress.recipe.evaluate import chosen_models, evaluate, main_figures
 from hf_compress.recipe.fingerprints import code_fingerprint, digest, model_fingerprint, settings
 from hf_compress.recipe.options import RecipeError, build, read_yaml, unknown
 from hf_compress.recipe.publish import card_stages, evaluation_of
 from hf_compress.recipe.stages import Stage, StudentOptions, read_stages
 from hf_compress.recipe.store import Store
+from hf_compress.recipe.tasks.table import TASKS, task_of
 from hf_compress.recipe.training import Work, change_model
 from hf_compress.report.headline import headline
 from hf_compress.training.progress import our_bars_alone
@@ -64,7 +64,7 @@ class Recipe:
             Kinds are fine-tune, distil, prune, quantize, evaluate, publish, and together, whose value is a list.
         model: a folder or Hub name, where the recipe begins.
         data: a file, folder or Hub name, or a mapping with `source`, `text_column`, `label_column`, `max_length`.
-        task: `sequence-classification` or `causal-lm`; told by the model's config when not given.
+        task: one of `recipe.tasks.table.TASKS`; told by the model's class or the data's columns when not given.
         seed: of every stage that draws.
 
     Raises RecipeError, a ValueError, naming the stage and the nearest name that is known, before anything runs.
@@ -125,8 +125,8 @@ class Recipe:
         if needs_data and not self.data.get("source"):
             raise RecipeError("The recipe names no data: give a file, a folder or a Hub name (`data:`, or --data).")
         made = [Made(INPUT, self.model, model_fingerprint(self.model))]
-        options, task = build(DataOptions, self.data, "data"), self.task or task_of(self.model)
-        data = RecipeData(options, task, needs_labels=need_labels(self.stages))
+        options = build(DataOptions, self.data, "data") if needs_data else DataOptions(source="")
+        data = RecipeData(options, self.task or task_of(self.model, options), needs_labels=need_labels(self.stages))
         if needs_data:
             check_data(data, self.model, self.stages, INPUT)
         with Store(output_dir) as store, our_bars_alone():
@@ -287,13 +287,6 @@ def _source(name: str, made: Sequence[Made]) -> str | Path:
 @dataclass
 class _Seed:
     seed: int = 0
-
-
-def task_of(model: str | Path) -> str:
-    """What a model is for, by the class that its config names."""
-    names = AutoConfig.from_pretrained(model).architectures or []
-    is_language_model = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
-    return LANGUAGE_MODEL if is_language_model else CLASSIFICATION
 
 
 def ready_recipes() -> dict[str, str]:

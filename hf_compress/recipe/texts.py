@@ -34,6 +34,7 @@ class Texts:
     names: list[str]  # of the classes; empty where no row has a label
     shared_order: bool
     notes: tuple[str, ...]
+    source: str = ""
 
     def labelled(self) -> DatasetDict:
         return self.splits.filter(lambda row: row["label"] is not None) if self.names else DatasetDict()
@@ -63,11 +64,7 @@ def open_texts(
     Raises ValueError for a source, split or column that is not there, for one class alone, for fractions as labels, and
     for classes too small to be in every split.
     """
-    splits, notes = (_bbc_news(), []) if source == BBC_NEWS else open_source(source)
-    splits, left = _usual_splits(splits)
-    notes += [f"left alone: the splits {', '.join(left)}"] * bool(left)
-    if "train" not in splits:
-        raise ValueError(f"{source} has the splits {sorted([*splits, *left])}, but a train split is needed.")
+    splits, notes = open_splits(source)
     columns = splits["train"].column_names
     texts = find_text_columns(text_column, columns, source, pairs=labels != "not used")
     label = find_label_column(label_column, columns, source) if labels != "not used" else None
@@ -88,9 +85,19 @@ def open_texts(
         if labels == "needed" and not names:
             raise ValueError(f"No row of {source} has a label in the column {label!r}.")
         rows = {name: _numbered(split, names) for name, split in rows.items()}
-    named = _with_all_splits(DatasetDict(rows), names, source)
+    named = with_all_splits(DatasetDict(rows), names, source)
     notes += [f"{name}: {_summary(split, names)}" for name, split in named.items()]
-    return Texts(named, names, shared, tuple(notes))
+    return Texts(named, names, shared, tuple(notes), source)
+
+
+def open_splits(source: str) -> tuple[DatasetDict, list[str]]:
+    """The splits of a source under their usual names, and how they were read. Raises ValueError without `train`."""
+    splits, notes = (_bbc_news(), []) if source == BBC_NEWS else open_source(source)
+    splits, left = _usual_splits(splits)
+    notes += [f"left alone: the splits {', '.join(left)}"] * bool(left)
+    if "train" not in splits:
+        raise ValueError(f"{source} has the splits {sorted([*splits, *left])}, but a train split is needed.")
+    return splits, notes
 
 
 def tokenize(splits: DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: int) -> DatasetDict:
@@ -179,7 +186,7 @@ def _numbered(data: Dataset, names: list[str]) -> Dataset:
     return data.map(lambda row: {"label": numbers.get(row["label"])}, features=features, desc="Reading")
 
 
-def _with_all_splits(splits: DatasetDict, names: list[str], source: str) -> DatasetDict:
+def with_all_splits(splits: DatasetDict, names: list[str], source: str) -> DatasetDict:
     """Cut what is missing from the labelled rows of the train split, class by class, the same at every call."""
     missing = [name for name in HELD_OUT_SHARES if name not in splits]
     if not missing:

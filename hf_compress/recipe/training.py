@@ -25,8 +25,7 @@ from hf_compress.distillation.teachers.cached_teacher import CachedTeacher
 from hf_compress.measuring.metrics import metric_for
 from hf_compress.measuring.quality import example_scores, usable_rows
 from hf_compress.model.precision import fast_forward
-from hf_compress.recipe.data import CLASSIFICATION, TASKS, RecipeData
-from hf_compress.recipe.labels import has_head
+from hf_compress.recipe.data import RecipeData
 from hf_compress.recipe.one_shot import Samples, cast
 from hf_compress.recipe.qat import QATOptions
 from hf_compress.recipe.stages import Stage, StudentOptions
@@ -148,19 +147,16 @@ def load(
 
     A model without a head gets one for the labels of `teacher`, where one is given.
     """
-    auto_class = getattr(transformers, TASKS[data.task])
-    options, names = {}, None
-    if data.task == CLASSIFICATION:
-        config = AutoConfig.from_pretrained(source)
-        if fresh_head and not data.fits(config):
-            names = dict(enumerate(data.labels))
-        elif teacher is not None and not has_head(config):
-            names = teacher.id2label
-        if names:
-            options = {"num_labels": len(names), "id2label": names, "label2id": {n: i for i, n in names.items()}}
-            options["ignore_mismatched_sizes"] = len(names) != config.num_labels
-    model = auto_class.from_pretrained(source, **options)
-    if data.task == CLASSIFICATION and model.config.pad_token_id is None:  # a decoder finds a text's end by it
+    kind, config = data.kind, AutoConfig.from_pretrained(source)
+    options = {}
+    if fresh_head and not data.fits(config):
+        options = kind.head(data.opened)
+    elif teacher is not None and not kind.has_head(config):
+        options = kind.of_teacher(teacher)
+    if options:
+        options["ignore_mismatched_sizes"] = options["num_labels"] != config.num_labels
+    model = getattr(transformers, kind.auto_class).from_pretrained(source, **options)
+    if kind.pads and model.config.pad_token_id is None:  # a decoder finds a text's end by it
         model.config.pad_token_id = data.tokenizer(source).pad_token_id
     return model
 

@@ -64,7 +64,9 @@ def mean_absolute_gradients(
         batch = labelled_batch(model, batch)
         shares = loss_shares(model, batch)  # (B,)
         gates = [torch.ones(len(shares), size, device=model.device, requires_grad=True) for size in sizes]
-        with torch.enable_grad(), gated(modules, gates):
+        ids = batch.get("input_ids")
+        choices = 1 if ids is None or ids.dim() == 2 else ids.shape[1]  # rows of their own, with one loss
+        with torch.enable_grad(), gated(modules, [gate.repeat_interleave(choices, 0) for gate in gates]):
             loss = model(**batch).loss
         used = [i for i, size in enumerate(sizes) if size]
         for i, gradient in zip(used, torch.autograd.grad(loss, [gates[i] for i in used]), strict=True):
