@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 
 import hf_compress as hfc
+from hf_compress.recipe.one_shot import linear_maps
 from hf_compress.training.pieces import forms_of, pieces_of
 
 QUICK = {"begin": 0.0, "end": 0.7, "num_updates": 1}
@@ -52,24 +53,37 @@ class Trained:
     callbacks: list = field(default_factory=list)
 
 
+def details(family: str, pieces: tuple[str, ...]) -> tuple[dict, dict, dict]:
+    """What the pieces leave open, drawn: of `prepare_qat`, of its callback, of a distillation. The same each time."""
+    draw = random.Random(repr((family, pieces)))
+    qat = {"symmetric": draw.random() < 0.3, "range_method": draw.choice(["minmax", "mse"])}
+    if not {"static", "per-token"} & set(pieces):
+        qat["activation_bits"] = draw.choice([8, None])
+    callback = {"refresh_steps": 2, "start_bits": draw.choice([None, 8]), "lowering_ratio": 0.5}
+    distillation = draw.choice([{}, {"hints": "1:2"}, {"hints": "0:0,2:1", "temperature": 4.0}])
+    return {"bits": draw.choice([2, 3, 4]), "heads_too": draw.random() < 0.5, **qat}, callback, distillation
+
+
 def train(family: str, pieces: tuple[str, ...], folder, *, kind: type[Trainer] | None = None, **options) -> Trained:
     """Three steps of `family` with these pieces, added in an order of chance; not finished."""
+    qat, aware, distillation = details(family, pieces)
     chosen = [piece for piece in pieces if piece in QAT]
     depth = {"distilbert": "n_layers"}.get(family, "num_hidden_layers")
     model = tiny_model(family, **({} if family == "bart" else {depth: 2}))
     if chosen:
-        asked = {"num_groups": None} | {key: value for piece in chosen for key, value in QAT[piece].items()}
+        bits, heads_too = qat.pop("bits"), qat.pop("heads_too")
+        asked = {"num_groups": None} | qat | {key: value for piece in chosen for key, value in QAT[piece].items()}
         embedding_bits = None if family == "bart" else 8  # a head is tied to the table
-        hfc.prepare_qat(model, 4, embedding_bits=embedding_bits, range_method="minmax", **asked)
+        hfc.prepare_qat(model, linear_maps(model, bits) if heads_too else bits, embedding_bits=embedding_bits, **asked)
     unit = GROUP if "groups" in chosen else 1
     callbacks = [PRUNING[piece](unit) for piece in pieces if piece in PRUNING]
-    callbacks += [hfc.QuantizationAware(refresh_steps=2)] if chosen else []
+    callbacks += [hfc.QuantizationAware(**aware)] if chosen else []
     random.Random(repr((family, pieces))).shuffle(callbacks)
     data, extra = rows(12, kind=FAMILIES[family]), {}
     args = {"max_steps": 3, "learning_rate": 1e-2, **options}
     if kind is None and "distillation" in pieces:
         kind, args["kind"] = hfc.DistillationTrainer, hfc.DistillationConfig
-        args.setdefault("finish_at_end", False)
+        args = {"finish_at_end": False, **distillation, **args}
         extra["teacher_model"] = tiny_model(family, seed=3)
     trainer = (kind or OurTrainer)(model, arguments(folder, **args), train_dataset=data, callbacks=callbacks, **extra)
     trainer.train()
@@ -104,28 +118,28 @@ def assert_finished_exactly(family: str, pieces: tuple[str, ...], folder, monkey
     torch.testing.assert_close(logits(loaded, batch), single, rtol=0, atol=FLOAT32 * float(single.abs().max()))
 
 
-COVER = {  # with all triples of each, every pair is there; each family meets every piece
-    "bert": [("distillation", "heads", "neurons", "layers", "static", "learned"),
-             ("gates", "blocks", "per-token", "bundles", "learned")],
-    "distilbert": [("distillation", "gates", "neurons", "blocks", "per-token", "groups"),
-                   ("heads", "layers", "bundles", "learned")],
-    "llama": [("heads", "gates", "neurons", "blocks", "layers", "static", "bundles"),
-              ("distillation", "learned", "per-token", "neurons", "heads"), ("distillation", "blocks", "heads")],
-    "bart": [("distillation", "gates", "layers", "per-token", "learned", "groups"),
-             ("heads", "neurons", "blocks", "static", "groups"), ("distillation", "bundles", "static")],
-}  # fmt: skip
-CASES = [(family, pieces) for family, sets in COVER.items() for pieces in sets]
+ALL = {"distillation", *PRUNING, "learned"}
+HALVES = (ALL - {"gates", "layers", "learned"}, {"gates", "layers", "learned"})
 
 
-def test_the_cover_has_every_pair():
-    found = {pair for _, pieces in CASES for pair in itertools.combinations(sorted(pieces), 2)}
-    assert {tuple(sorted(pair)) for pair in combinations(2)} <= found
-    for family in FAMILIES:
-        missing = set(PIECES) - {piece for sets in COVER[family] for piece in sets}
-        assert missing <= {piece for pair in EITHER for piece in pair}, family
+def cover(turn: int) -> list[tuple[str, ...]]:
+    """Four sets in which every pair is found; another of them has everything at each `turn`."""
+    inputs, weights = EITHER[0][:: 1 - 2 * (turn % 2)], EITHER[1][:: 1 - 2 * (turn // 2 % 2)]
+    sets = [ALL | {inputs[0], weights[0]}, HALVES[0] | {inputs[1], weights[1]},
+            HALVES[1] | {inputs[0], weights[1]}, HALVES[1] | {inputs[1], weights[0]}]  # fmt: skip
+    return [tuple(piece for piece in PIECES if piece in chosen) for chosen in sets]
 
 
-@pytest.mark.parametrize(("family", "pieces"), CASES, ids=lambda value: value if isinstance(value, str) else None)
+CASES = [(family, pieces) for turn, family in enumerate(FAMILIES) for pieces in cover(turn)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_cover_has_every_pair(family):
+    found = {pair for name, pieces in CASES if name == family for pair in itertools.combinations(pieces, 2)}
+    assert set(combinations(2)) <= found
+
+
+@pytest.mark.parametrize(("family", "pieces"), CASES, ids=lambda value: value if isinstance(value, str) else len(value))
 def test_the_finished_model_is_the_trained_one(family, pieces, tmp_path, monkeypatch):
     assert_finished_exactly(family, pieces, tmp_path, monkeypatch)
 
