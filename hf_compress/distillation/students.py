@@ -12,6 +12,7 @@ from hf_compress.distillation.layer_map import uniform
 from hf_compress.distillation.slices import Axes, hidden_norms, largest, layer_slices
 from hf_compress.distillation.student_config import check_shape, student_config
 from hf_compress.model.anatomy import Anatomy, anatomy
+from hf_compress.model.unfinished import check_finished
 from hf_compress.model.weights import as_matrix, float_weights, without_foreign_quantization
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ def make_student(
             f"A student is made of a Transformers model, got {type(teacher).__name__} with adapters or parts of its "
             "own. Merge adapters first: model.merge_and_unload()."
         )
+    check_finished(teacher, "make_student")
     source = anatomy(teacher)
     kept = [_kept_layers(stack.name, len(stack.layers), num_hidden_layers, layers) for stack in source.stacks]
     config = student_config(teacher.config, source, kept, hidden_size=hidden_size, intermediate_size=intermediate_size,

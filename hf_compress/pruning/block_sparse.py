@@ -4,10 +4,10 @@ from transformers import PreTrainedModel
 
 from hf_compress.model.anatomy import anatomy
 from hf_compress.model.record import read_part
+from hf_compress.model.unfinished import check_finished
 from hf_compress.surgery.heads import prune_heads
 from hf_compress.surgery.neurons import prune_neurons
 from hf_compress.surgery.silent import silent_parts
-from hf_compress.training.pieces import check_finished
 from hf_compress.training.stored import BLOCK_SIZES, store
 
 

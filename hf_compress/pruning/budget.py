@@ -16,6 +16,7 @@ from hf_compress.measuring.timing import synchronize, time_interleaved
 from hf_compress.measuring.turns import LATENCY_BATCH
 from hf_compress.model.anatomy import Anatomy, anatomy
 from hf_compress.model.inputs import example_batch
+from hf_compress.model.unfinished import check_finished
 from hf_compress.pruning.masks import check_prunable
 from hf_compress.pruning.units import Unit, units
 from hf_compress.surgery import prune_heads, prune_layers, prune_neurons
@@ -55,6 +56,7 @@ def prune(
     if metric not in METRICS:
         raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}.")
     target = 1 - share_that_goes(sparsity, target)
+    check_finished(model, "prune")
     check_prunable(model, "prune")
     tokens = None if metric == "parameters" else sequence_length
     pieces = sorted(units(model, dataloader, tokens), key=lambda unit: unit.importance / max(unit.cost, 1))

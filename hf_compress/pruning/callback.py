@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from hf_compress.model.anatomy import Projection
+from hf_compress.model.unfinished import forms_of
 from hf_compress.pruning.masks import Blocks, check_prunable
 from hf_compress.pruning.schedules import Schedule, TwoSlopes, check_schedule, make_schedule
 from hf_compress.pruning.scores import Magnitude, Score
@@ -22,7 +23,7 @@ from hf_compress.pruning.selection import SCOPES, keep_above, keep_largest
 from hf_compress.surgery.transaction import Transaction
 from hf_compress.training.callback import PieceCallback
 from hf_compress.training.checks import check_own_gradients, check_whole
-from hf_compress.training.pieces import Piece, forms_of
+from hf_compress.training.pieces import Piece
 from hf_compress.training.state import STATE_NAME, TrainingState
 
 logger = logging.getLogger(__name__)

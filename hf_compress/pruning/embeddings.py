@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 from hf_compress.checkpoint.factors import retie_low_rank
 from hf_compress.layers.low_rank import factors, low_rank_class, make_low_rank
 from hf_compress.model.record import read_part, stored_name, write_part
+from hf_compress.model.unfinished import check_finished
 
 
 def factorise_embeddings(model: PreTrainedModel, rank: int) -> PreTrainedModel:
@@ -16,6 +17,7 @@ def factorise_embeddings(model: PreTrainedModel, rank: int) -> PreTrainedModel:
     rank < V * D / (V + D). Raises ValueError, and changes nothing, for a rank that the table does not have, and for a
     table that is packed or factorised already.
     """
+    check_finished(model, "factorise_embeddings")
     embeddings = model.get_input_embeddings()
     weight = getattr(embeddings, "_parameters", {}).get("weight")
     if weight is None:

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_compress.layers.insert import insert_class
 from hf_compress.model.anatomy import anatomy, is_readable, matrix, out_features
 from hf_compress.model.record import read_part
+from hf_compress.model.unfinished import FORM, forms_of
 from hf_compress.model.weights import check_writable
 from hf_compress.quantization.fake_quantize import ActivationQuantizer, WeightQuantizer
 from hf_compress.quantization.modules import choose_modules, packed
@@ -23,7 +24,7 @@ from hf_compress.surgery.transaction import Transaction
 from hf_compress.training.callback import PieceCallback
 from hf_compress.training.checks import check_whole
 from hf_compress.training.finish import finish
-from hf_compress.training.pieces import FORM, Piece, forms_of
+from hf_compress.training.pieces import Piece
 from hf_compress.training.state import STATE_NAME
 
 logger = logging.getLogger(__name__)

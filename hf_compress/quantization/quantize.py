@@ -10,6 +10,7 @@ from hf_compress.checkpoint.bits import packed_modules, settle_bits
 from hf_compress.checkpoint.packed_ties import untie_packed
 from hf_compress.layers.packed_linear import PackedLinear
 from hf_compress.model.calibration_data import calibration_batches
+from hf_compress.model.unfinished import check_finished
 from hf_compress.quantization.block_by_block import GPTQOptions, quantize_block_by_block
 from hf_compress.quantization.codebooks import CODEBOOKS, install_codebook, num_codebook_levels
 from hf_compress.quantization.from_blocks import dense_blocks
@@ -17,7 +18,6 @@ from hf_compress.quantization.importance import input_importance
 from hf_compress.quantization.modules import choose_modules, install, matrix, scheme_for
 from hf_compress.quantization.offloaded import bring_in, finish_offloaded
 from hf_compress.quantization.round_to_nearest import round_to_nearest
-from hf_compress.training.pieces import check_finished
 
 METHODS = ("gptq", "rtn")
 

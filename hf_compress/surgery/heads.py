@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from hf_compress.model.anatomy import Anatomy, Attention, anatomy, module_names
+from hf_compress.model.unfinished import check_finished
 from hf_compress.surgery.cache import assign_slots
 from hf_compress.surgery.stand_ins import COUNTS_HEADS, HeadlessAttention, config_without_heads
 from hf_compress.surgery.transaction import Transaction
@@ -24,6 +25,7 @@ def prune_heads(model: nn.Module, heads: Mapping[int, Iterable[int]]) -> nn.Modu
     Raises ValueError, and changes nothing, for heads that do not exist, if a stack would be left without a single
     head, for unequal groups, and for models whose attention cannot run with other head counts in each layer.
     """
+    check_finished(model, "prune_heads")
     parts = anatomy(model)
     keep = {number: _kept_heads(parts, number, gone) for number, gone in heads.items()}
     keep = {number: kept for number, kept in keep.items() if len(kept) < parts.attentions[number].num_heads}

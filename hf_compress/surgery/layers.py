@@ -7,6 +7,7 @@ from torch import nn
 
 from hf_compress.model.anatomy import Anatomy, anatomy
 from hf_compress.model.record import read_part, stored_name
+from hf_compress.model.unfinished import check_finished
 from hf_compress.surgery.cache import assign_slots
 from hf_compress.surgery.depth import DEPTH_FIELDS, per_layer_changes
 from hf_compress.surgery.transaction import Transaction
@@ -19,6 +20,7 @@ def prune_layers(model: nn.Module, keep: Sequence[int]) -> nn.Module:
     Raises ValueError, and changes nothing, for layers that do not exist, that are named twice, or if an encoder or a
     decoder would be left without any.
     """
+    check_finished(model, "prune_layers")
     parts = anatomy(model)
     with Transaction(model) as transaction:
         cut_layers(transaction, parts, keep)

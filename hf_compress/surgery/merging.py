@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_compress.model.anatomy import FeedForward, anatomy
+from hf_compress.model.unfinished import check_finished
 from hf_compress.surgery.neurons import cut_neurons
 from hf_compress.surgery.transaction import Transaction
 
@@ -20,6 +21,7 @@ def merge_neurons(model: nn.Module, counts: Mapping[int, int]) -> nn.Module:
     gate included, a_i all that leads out of it. Merging neurons that are equal changes nothing.
     Raises ValueError, and changes nothing, for layers that do not exist or more neurons than could go.
     """
+    check_finished(model, "merge_neurons")
     layers = anatomy(model).layers
     for number, count in counts.items():
         if not isinstance(number, int) or not 0 <= number < len(layers):

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 
 from hf_compress.model.anatomy import Layer, anatomy, is_projection, out_features
+from hf_compress.model.unfinished import check_finished
 from hf_compress.surgery.transaction import Transaction
 
 
@@ -15,6 +16,7 @@ def prune_neurons(model: nn.Module, neurons: Mapping[int, Iterable[int]]) -> nn.
     number may go, differently in each layer, all of them too. A gated feed-forward loses gate and value together.
     Raises ValueError, and changes nothing, for layers and neurons that do not exist, or if none would be left at all.
     """
+    check_finished(model, "prune_neurons")
     layers = anatomy(model).layers
     keep = {number: _kept_neurons(layers, number, gone) for number, gone in neurons.items()}
     left = [len(keep.get(i, range(layer.feed_forward.num_neurons))) for i, layer in enumerate(layers)]

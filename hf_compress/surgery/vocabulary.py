@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.model.record import read_part
+from hf_compress.model.unfinished import check_finished
 from hf_compress.surgery.settle import build_twin
 from hf_compress.surgery.token_numbers import NewNumbers, configs_of, role_tokens
 from hf_compress.surgery.tokenizer import needed_tokens, smaller_tokenizer
@@ -30,6 +31,7 @@ def prune_vocabulary(
 
     Raises ValueError, and changes nothing, for tokens that do not exist and models whose table cannot be cut.
     """
+    check_finished(model, "prune_vocabulary")
     table = model.get_input_embeddings()
     if not isinstance(table, nn.Embedding) or "weight" not in table._parameters:
         raise ValueError(f"{type(table).__name__} is no table of tokens that can be cut.")

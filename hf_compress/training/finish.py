@@ -13,13 +13,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_compress.model.anatomy import Anatomy, anatomy
+from hf_compress.model.unfinished import PIECES, forms_of, pieces_of
 from hf_compress.surgery.cache import assign_slots
 from hf_compress.surgery.heads import cut_heads
 from hf_compress.surgery.layers import cut_layers
 from hf_compress.surgery.neurons import cut_neurons
 from hf_compress.surgery.silent import silent_parts
 from hf_compress.surgery.transaction import Transaction
-from hf_compress.training.pieces import PIECES, Form, Piece, forms_of, pieces_of
+from hf_compress.training.pieces import Form, Piece
 from hf_compress.training.stored import store
 
 logger = logging.getLogger(__name__)

@@ -10,10 +10,8 @@ from typing import Protocol
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_compress.model.unfinished import PIECES, pieces_of
 from hf_compress.surgery.transaction import Transaction
-
-PIECES = "hfc_pieces"  # the attribute of a model that lists its pieces
-FORM = "hfc_form"  # the attribute of a module that holds its form
 
 
 class Form(Protocol):
@@ -74,15 +72,6 @@ class Piece:
         return set()
 
 
-def pieces_of(model: nn.Module) -> list[Piece]:
-    return list(getattr(model, PIECES, ()))
-
-
-def forms_of(model: nn.Module) -> dict[nn.Module, Form]:
-    """The modules of `model` that have a form."""
-    return {module: vars(module)[FORM] for module in model.modules() if FORM in vars(module)}
-
-
 def check_pieces(model: nn.Module, pieces: Iterable[Piece]) -> None:
     """Raise ValueError, before the first step, where one of the pieces could not be finished beside the others."""
     pieces = list(pieces)
@@ -98,14 +87,3 @@ def join(model: nn.Module, piece: Piece) -> None:
         if other.name == piece.name and other is not piece:
             other.close()
     setattr(model, PIECES, [*pieces, piece])
-
-
-def check_finished(model: nn.Module, what: str) -> None:
-    """Raise ValueError if training has left something open in `model`, which `what` would lose."""
-    names = [type(piece).__name__ for piece in pieces_of(model)]
-    names += [type(form).__name__ for form in list(forms_of(model).values())[:1]]
-    if names:
-        raise ValueError(
-            f"This model has been trained with {', '.join(names)}, and {what} would lose that: call "
-            "hf_compress.finish(model) first."
-        )

@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 
+from hf_compress.model.unfinished import forms_of, pieces_of
 from hf_compress.training.arguments import check_devices
 from hf_compress.training.finish import finish
 from hf_compress.training.finite import find_not_finite, has_no_label, is_finite
 from hf_compress.training.optimizers import add_missing
-from hf_compress.training.pieces import Piece, check_pieces, forms_of, pieces_of
+from hf_compress.training.pieces import Piece, check_pieces
 from hf_compress.training.resume import begin_checkpoint, end_checkpoint, find_fault, last_complete_checkpoint
 from hf_compress.training.step_counts import StepCountsMixin
 

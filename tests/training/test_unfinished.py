@@ -227,3 +227,31 @@ def test_the_best_and_the_patience_begin_when_the_schedule_is_through(kind, make
         pytest.skip("gates need one of our trainers")
     model = tiny_model("bert", num_hidden_layers=2)
     assert best(tmp_path, kind, type(arguments(tmp_path)), model, [callback]) == (done, min(done + 2, 10))
+
+
+VERBS = {
+    "prune_heads": lambda model, folder: hfc.prune_heads(model, {0: [1]}),
+    "prune_neurons": lambda model, folder: hfc.prune_neurons(model, {0: [1]}),
+    "merge_neurons": lambda model, folder: hfc.merge_neurons(model, {0: 1}),
+    "prune_layers": lambda model, folder: hfc.prune_layers(model, [0]),
+    "prune_vocabulary": lambda model, folder: hfc.prune_vocabulary(model, None, keep=[5]),
+    "prune": lambda model, folder: hfc.prune(model, [], sparsity=0.5),
+    "factorise_embeddings": lambda model, folder: hfc.factorise_embeddings(model, 4),
+    "make_student": lambda model, folder: hfc.make_student(model, num_hidden_layers=1),
+    "quantize": lambda model, folder: hfc.quantize(model, 8),
+    "to_block_sparse": lambda model, folder: hfc.to_block_sparse(model, 8),
+    "export": lambda model, folder: hfc.export(model, folder / "plain", format="plain"),
+    "push_to_hub": lambda model, folder: hfc.push_to_hub(model, "user/name"),
+}
+
+
+@pytest.mark.parametrize("pieces", [("layers",), ("static",), ("gates", "groups")], ids="+".join)
+def test_what_would_lose_what_training_left_open_is_refused(pieces, tmp_path):
+    """Layers that are passed over would be cut a second time, a table would lose rows that its quantizer keeps."""
+    model = train("bert", pieces, tmp_path).model
+    expected = logits(model)
+    for name, verb in VERBS.items():
+        with pytest.raises(ValueError, match=rf"{name} would lose that: call hf_compress.finish\(model\) first"):
+            verb(model, tmp_path)
+    assert torch.equal(logits(model), expected)
+    hfc.finish(model)
