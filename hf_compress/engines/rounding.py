@@ -58,7 +58,10 @@ def _once(make: Callable, x: Tensor, activation_range: Range):
 
 def _bytes(x: Tensor, activation_range: Range) -> Rounded:
     steps, scale, zero = _steps(x, activation_range)
-    return Rounded(steps.add_(TO_INTEGER + zero).view(torch.int32).to(torch.uint8), scale, zero)
+    # a half goes to the even step, which an odd zero point would make an odd one: that is added to the bytes
+    odd = zero % 2
+    q = steps.add_(TO_INTEGER + zero - odd).view(torch.int32).to(torch.uint8)
+    return Rounded(q.add_(odd) if odd else q, scale, zero)
 
 
 def _floats(x: Tensor, activation_range: Range) -> Tensor:

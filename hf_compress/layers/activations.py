@@ -20,9 +20,9 @@ def grid_of_range(low: float, high: float) -> tuple[float, float]:
 
 
 def round_to_grid(x: Tensor, scale: float, zero_point: float) -> Tensor:
-    steps = (x.detach().float() / scale).add_(zero_point).round_()
-    q = steps.clamp(0, LEVELS)
-    rounded = ((q - zero_point) * scale).to(x.dtype)
+    steps = (x.detach().float() / scale).round_()  # before the zero point is added: in float32 that moves halves
+    q = steps.clamp(-zero_point, LEVELS - zero_point)
+    rounded = (q * scale).to(x.dtype)
     return _StraightThrough.apply(x, rounded, q == steps) if needs_gradient(x) else rounded
 
 

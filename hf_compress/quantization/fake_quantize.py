@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_compress.layers.activations import activation_grid, round_per_token
+from hf_compress.layers.activations import round_per_token, round_to_range
 from hf_compress.layers.scheme import SCALE_DTYPES, WeightScheme
 from hf_compress.quantization.gptq import QuantizedWeight
 from hf_compress.quantization.grids import dequantize_from_grid, find_grid, quantize_to_grid
@@ -54,18 +54,6 @@ class _LearnedStep(torch.autograd.Function):
         shared = grad.shape[-1]
         grad_scale = (grad * slope).sum(-1, keepdim=True) / math.sqrt(shared * ctx.largest)
         return grad * inside, grad_scale.sum_to_size(ctx.scale_shape), None, None
-
-
-class _PerToken(torch.autograd.Function):
-    """Each token on the 8-bit grid of its own largest value; nothing is clipped, so the gradient passes as it is."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        return round_per_token(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return grad
 
 
 def fake_quantize(values: Tensor, scale: Tensor, zero_point: Tensor, bits: int, *, learned: bool = False) -> Tensor:
@@ -199,12 +187,11 @@ class ActivationQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.dynamic:
-            return _PerToken.apply(x)
+            return round_per_token(x)
         if self.training:
             self.observe(x.detach())
-        if self.high == self.low:  # nothing seen yet
-            return x
-        return fake_quantize(x.float(), *activation_grid(self.low, self.high), 8).to(x.dtype)
+        low, high = self.range()
+        return x if low == high else round_to_range(x, low, high)  # as it is: nothing seen yet
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
