@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_compress.layers.sentinel import Sentinel
+from hf_compress.model.classes import made_class
 
 FACTORS = ("table", "projection")
 
@@ -73,4 +74,4 @@ def low_rank_class(kind: type) -> type:
         return plain[kind]
     if not issubclass(kind, nn.Embedding) or issubclass(kind, LowRank) or "weight" in vars(kind):
         raise ValueError(f"A {kind.__name__} cannot be made a product of factors; expected an embedding or nn.Linear.")
-    return type(f"LowRank{kind.__name__}", (kind, LowRankEmbedding), {})
+    return made_class(f"LowRank{kind.__name__}", kind, LowRankEmbedding)

@@ -6,10 +6,10 @@ from torch import Tensor, nn
 
 from hf_compress.engines.ops import pack_rows, unpack_rows, words_per_row
 from hf_compress.engines.packed_weight import Stored
-from hf_compress.layers.insert import insert_class
 from hf_compress.layers.packed_module import Multiplies
 from hf_compress.layers.read_only import read_only
 from hf_compress.layers.scheme import SCALE_DTYPES, WeightScheme
+from hf_compress.model.classes import made_class
 
 OWN = (
     "qweight",
@@ -60,7 +60,7 @@ class PackedEmbedding(Multiplies, nn.Embedding):
         `nn.Embedding`, so that its `super().forward` looks up packed rows.
         """
         kind = type(module)
-        packed = cls if kind is nn.Embedding else insert_class(kind, cls, "Packed")
+        packed = cls if kind is nn.Embedding else made_class(f"Packed{kind.__name__}", kind, cls)
         weight = module.weight
         layer = packed.__new__(packed)
         cls.__init__(layer, *weight.shape, scheme, padding_idx=module.padding_idx, dtype=weight.dtype,
@@ -158,7 +158,7 @@ class TiedEmbedding(nn.Embedding):
     def like(cls, module: nn.Embedding, table: PackedEmbedding) -> "TiedEmbedding":
         """In place of `module`; what its class adds to a lookup stays."""
         kind = type(module)
-        tied = _without_weight(cls if kind is nn.Embedding else insert_class(kind, cls, "Tied"), module)
+        tied = _without_weight(cls if kind is nn.Embedding else made_class(f"Tied{kind.__name__}", kind, cls), module)
         tied.original_class = kind
         object.__setattr__(tied, "table", table)  # not registered: saved once, where it belongs
         return tied

@@ -1,4 +1,4 @@
-"""Classes made at run time: a layer of ours between a class of Transformers and the plain one that it extends."""
+"""Classes made at run time: one of ours before one of Transformers, or between that and the plain one it extends."""
 
 from functools import cache
 from typing import Any
@@ -7,19 +7,19 @@ from torch import nn
 
 
 @cache
-def insert_class(kind: type[nn.Module], mixin: type[nn.Module], prefix: str) -> type[nn.Module]:
-    """A class that keeps what `kind` adds, and whose `super()` is `mixin`: one for each pair, and it can be pickled.
+def made_class(name: str, *bases: type) -> type:
+    """A class of these bases and nothing else: one for each name and bases, and what is of it can be pickled.
 
-    What `kind` does when it is made is not done again: make an instance with `__new__`.
+    What a base does when it is made is not done again: make an instance with `__new__`, or give a module the class.
     """
 
     def reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
         state = self.__getstate__() if hasattr(self, "__getstate__") else vars(self)
-        return _make_empty, (kind, mixin, prefix), state
+        return _make_empty, (name, *bases), state
 
-    return type(f"{prefix}{kind.__name__}", (kind, mixin), {"__reduce_ex__": reduce, "__module__": mixin.__module__})
+    return type(name, bases, {"__reduce_ex__": reduce, "__module__": __name__})
 
 
-def _make_empty(kind: type[nn.Module], mixin: type[nn.Module], prefix: str) -> nn.Module:
-    made = insert_class(kind, mixin, prefix)
+def _make_empty(name: str, *bases: type) -> nn.Module:
+    made = made_class(name, *bases)
     return made.__new__(made)

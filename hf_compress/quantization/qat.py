@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_compress.layers.insert import insert_class
 from hf_compress.model.anatomy import anatomy, is_readable, matrix, out_features
+from hf_compress.model.classes import made_class
 from hf_compress.model.record import read_part
 from hf_compress.model.unfinished import FORM, forms_of
 from hf_compress.model.weights import check_writable
@@ -60,7 +60,7 @@ class Quantizers:
         kinds = {nn.Linear: FakeQuantLinear, Conv1D: FakeQuantConv1D, nn.Embedding: FakeQuantEmbedding}
         kind = self.original_class
         # a subclass of nn.Embedding keeps its own forward, whose `super().forward` now looks up quantized rows
-        module.__class__ = kinds.get(kind) or insert_class(kind, FakeQuantEmbedding, "FakeQuant")
+        module.__class__ = kinds.get(kind) or made_class(f"FakeQuant{kind.__name__}", kind, FakeQuantEmbedding)
         setattr(module, FORM, self)
 
     def take_off(self, module: nn.Module) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from hf_compress.model.anatomy import anatomy
+from hf_compress.model.classes import made_class
 
 STORED_NAME = "weight_with_layers_of_a_deeper_model"
 
@@ -33,7 +34,7 @@ def mark(model: nn.Module) -> None:
     """Changes `model`: from now on it says in what it saves that its layers are special."""
     _, norm = marked_norm(model)
     if not isinstance(norm, Marked):
-        norm.__class__ = type(f"Marked{type(norm).__name__}", (Marked, type(norm)), {})
+        norm.__class__ = made_class(f"Marked{type(norm).__name__}", Marked, type(norm))
 
 
 def unmark(model: nn.Module) -> None:

@@ -125,14 +125,3 @@ def test_a_callback_may_save_and_copy_the_whole_model(name, family, tmp_path):
     expected, twin = logits(trained), hfc.finish(copy.deepcopy(trained))
     assert torch.equal(logits(trained), expected)  # nothing of the copy is shared
     torch.testing.assert_close(logits(twin), expected, rtol=0, atol=1e-9)
-
-
-def test_a_prepared_model_whose_table_is_of_a_class_of_its_own_can_be_saved_whole(tmp_path):
-    """BART's scaled table is a subclass of `nn.Embedding`, for which a class is made at run time."""
-    model = tiny_model("bart", tie_word_embeddings=False)
-    hfc.prepare_qat(model, 4, range_method="minmax").eval()
-    torch.save(model, tmp_path / "model.pt")
-    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
-    for other in (loaded, copy.deepcopy(model)):
-        assert torch.equal(logits(other), logits(model))
-        assert type(other.model.encoder.embed_tokens) is type(model.model.encoder.embed_tokens)
