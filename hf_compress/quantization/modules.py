@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hf_compress.layers.low_rank import LowRank
 from hf_compress.layers.packed_embedding import PackedEmbedding
 from hf_compress.layers.packed_linear import PackedLinear
 from hf_compress.layers.scheme import WeightScheme, auto_group_size, check_bits
@@ -84,6 +85,11 @@ def embedding_names(model: PreTrainedModel) -> list[str]:
     tables = {name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     sources = {k.removesuffix(".weight"): s.removesuffix(".weight") for k, s in model.all_tied_weights_keys.items()}
     shared = [f"{name} ({sources[name]})" for name in tables if sources.get(name, name) not in tables]
+    if factors := [name for name, module in tables.items() if isinstance(module, LowRank)]:
+        raise ValueError(
+            f"The embeddings {factors} are a product of two factors (`factorise_embeddings`), which cannot be packed: "
+            "leave them out with embedding_bits=None, or pack them in place of factorising."
+        )
     if shared:
         raise ValueError(f"The embeddings {shared} take their weight from what is no embedding; they cannot be packed.")
     return [name for name in tables if name not in sources]

@@ -115,3 +115,17 @@ def test_bad_ranks_in_a_file_are_refused(ranks, message, tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=message):
         TASKS["classification"].from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["bert", "bart"])
+def test_factors_are_not_packed_and_the_rest_is(family):
+    """A packed table would look up what it does not hold: refused by name, before anything has changed."""
+    model = hfc.factorise_embeddings(tiny_model(family), 8)
+    expected = logits(model)
+    for verb in (hfc.quantize, hfc.prepare_qat):
+        with pytest.raises(ValueError, match="product of two factors .*cannot be packed.*embedding_bits=None"):
+            verb(model, 4, embedding_bits=8)
+    assert torch.equal(logits(model), expected)
+    hfc.quantize(model, 8)
+    assert model.get_input_embeddings().rank == 8
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=0.05)  # 8 bits of weights of 0.02
