@@ -132,7 +132,8 @@ class RecipeData:
     def count(self, split: str, *, labelled: bool) -> int:
         """Texts of a split; with `labelled`, those with a label, where any has one."""
         texts = self.texts[split]
-        return sum(one is not None for one in labels_of(texts)) if labelled and self.labels else len(texts)
+        has_label = labelled and self.task == CLASSIFICATION and self.labels
+        return sum(one is not None for one in labels_of(texts)) if has_label else len(texts)
 
     def training_texts(self) -> Iterator[str]:
         """All texts of the train split that a model reads or writes."""

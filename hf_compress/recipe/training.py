@@ -25,7 +25,7 @@ from hf_compress.distillation.teachers.cached_teacher import CachedTeacher
 from hf_compress.measuring.metrics import metric_for
 from hf_compress.measuring.quality import example_scores, usable_rows
 from hf_compress.model.precision import fast_forward
-from hf_compress.recipe.data import RecipeData
+from hf_compress.recipe.data import CLASSIFICATION, RecipeData
 from hf_compress.recipe.one_shot import Samples, cast
 from hf_compress.recipe.qat import QATOptions
 from hf_compress.recipe.stages import Stage, StudentOptions
@@ -107,8 +107,8 @@ def train(stage: Stage, work: Work, tokenizer: PreTrainedTokenizerBase) -> tuple
 
 
 def validated(model: PreTrainedModel, rows: Dataset, work: Work, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """How a classifier does on the validation texts, 1,000 at most; nothing where they have no labels."""
-    if work.data.task != CLASSIFICATION or "labels" not in rows.column_names or not work.saves:
+    """How a model does on the validation texts, 1,000 at most; nothing where classes have no labels."""
+    if not work.saves or (work.data.task == CLASSIFICATION and "labels" not in rows.column_names):
         return {}
     rows = usable_rows(rows.select(range(min(len(rows), 1000))), model)
     metric = metric_for(model, rows)

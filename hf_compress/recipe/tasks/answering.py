@@ -4,7 +4,7 @@ from datasets import Features, Value
 
 from hf_compress.measuring.answers import true_answers
 from hf_compress.recipe.options import RecipeError
-from hf_compress.recipe.tasks.task import Task, find_columns
+from hf_compress.recipe.tasks.task import Task, find_columns, for_training
 
 COLUMNS = {
     "question": ("question", "query"),
@@ -67,11 +67,11 @@ class QuestionAnswering(Task):
                 first, last = (0, 0) if not answers else _tokens(own, start, start + len(answers[0]))
                 found["start_positions"].append(first)
                 found["end_positions"].append(last)
-            measured_columns = {"offset_mapping": places, "answers": rows["answers"], "context": rows["context"]}
-            return {**found, **(measured_columns if measured else {})}
+            return {**found, "offset_mapping": places, "answers": rows["answers"], "context": rows["context"]}
 
         columns = texts.splits["train"].column_names
-        return texts.splits.map(encode, batched=True, remove_columns=columns, desc="Tokenizing")
+        encoded = texts.splits.map(encode, batched=True, remove_columns=columns, desc="Tokenizing")
+        return encoded if measured else for_training(encoded, ["offset_mapping", "answers", "context"])
 
 
 def _tokens(places: list, start: int, end: int) -> tuple[int, int]:

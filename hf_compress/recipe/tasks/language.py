@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hf_compress.model.reading import IGNORED, PaddingCollator
-from hf_compress.recipe.tasks.task import Task, find_columns
+from hf_compress.recipe.tasks.task import Task, find_columns, for_training
 from hf_compress.recipe.texts import open_texts, tokenize
 
 MASKED, REPLACED, KEPT = 0.15, 0.8, 0.5  # of the tokens; of these, as [MASK]; of the rest, as they are
@@ -126,7 +126,8 @@ class Seq2Seq(Task):
         def encode(rows):
             encoded = tokenizer(rows["text"], truncation=True, max_length=max_length)
             written = tokenizer(text_target=rows["target"], truncation=True, max_length=max_length)["input_ids"]
-            return {**encoded, "labels": written, **({"target": rows["target"]} if measured else {})}
+            return {**encoded, "labels": written, "target": rows["target"]}
 
-        columns = texts.splits["train"].column_names
-        return texts.splits.map(encode, batched=True, remove_columns=columns, desc="Tokenizing")
+        columns = [name for name in texts.splits["train"].column_names if name != "target"]
+        encoded = texts.splits.map(encode, batched=True, remove_columns=columns, desc="Tokenizing")
+        return encoded if measured else for_training(encoded, ["target"])

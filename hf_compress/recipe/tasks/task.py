@@ -75,7 +75,7 @@ class Task:
         self, texts: Texts, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig | None, *, max_length: int,
         unlabelled: bool, measured: bool,
     ) -> DatasetDict:  # fmt: skip
-        """Rows for `Trainer`; with `measured` those that a metric reads."""
+        """Rows for `Trainer`; with `measured` also those of the train split as a metric reads them."""
         raise NotImplementedError
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable:
@@ -120,6 +120,11 @@ def with_names(split: Dataset) -> Dataset:
         }
 
     return Dataset.from_list([{**row, **rename(row)} for row in split])
+
+
+def for_training(splits: DatasetDict, measured: Sequence[str]) -> DatasetDict:
+    """The rows without what a metric alone reads, in the split that is trained on."""
+    return DatasetDict({n: split.remove_columns(measured) if n == "train" else split for n, split in splits.items()})
 
 
 def labels_head(names: Mapping[int, str] | Sequence[str], **more: Any) -> dict[str, Any]:
