@@ -58,7 +58,8 @@ def report_in(folder: Path, model: str) -> Path | None:
     if not file.is_file():
         return None
     entries = Report.from_json(file.read_text(encoding="utf-8")).entries
-    if model_identity(model) in [entry.measurement.identity for entry in entries]:
+    identity = model_identity(model)  # exports have none, nor has a model without safetensors
+    if identity is not None and identity in [entry.measurement.identity for entry in entries]:
         return file
     logger.warning("%s is of another model: size and speed are measured now.", file)
     return None

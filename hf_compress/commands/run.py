@@ -140,6 +140,7 @@ def show(result: RecipeResult) -> None:
     if result.report is not None:
         lines += [(result.report / "report.md").read_text(encoding="utf-8").partition("\n\n")[0], ""]
     lines.append(f"model   {result.model}")
+    lines += [f"{format:7} {folder}" for format, folder in result.exports.items()]
     if result.report is not None:
         lines += [f"report  {result.report / 'report.html'}", f"table   {result.report / 'report.md'}"]
     sys.stdout.write("\n".join(lines) + "\n")

@@ -63,7 +63,7 @@ def variations(text: str) -> list[str]:
 
 def on_validation(stages: list[Any]) -> list[Any]:
     """The stages, with the last evaluation on the validation texts: choosing by the test texts would flatter."""
-    kept = [stage for stage in stages if stage != "publish" and not (isinstance(stage, dict) and "publish" in stage)]
+    kept = [stage for stage in stages if not {"export", "publish"} & set([stage] if isinstance(stage, str) else stage)]
     last = next((i for i in reversed(range(len(kept))) if kept[i] == "evaluate" or "evaluate" in kept[i]), None)
     options = {} if last is None or isinstance(kept[last], str) else kept[last]["evaluate"] or {}
     kept = kept if last is None else [*kept[:last], *kept[last + 1 :]]

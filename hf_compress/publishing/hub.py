@@ -152,8 +152,9 @@ def _report_of(report: Report | str | Path | None, folder: Path, repo_id: str) -
         if not file.is_file():
             raise ValueError(f"There is no report at {report}: expected a folder with report.json of `compare`.")
         report = Report.from_json(file.read_text(encoding="utf-8"))
-    identity = model_identity(folder)
-    name = next((entry.name for entry in report.entries if entry.measurement.identity == identity), None)
+    identity = model_identity(folder)  # exports have none, nor has a model without safetensors
+    named = {entry.measurement.identity: entry.name for entry in reversed(report.entries)}
+    name = None if identity is None else named.get(identity)
     if name is None:
         raise ValueError(
             f"The report is of {', '.join(entry.name for entry in report.entries)}, none of which is the model in "

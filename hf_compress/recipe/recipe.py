@@ -4,7 +4,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,16 @@ import yaml
 
 from hf_compress.files.whole import write_whole
 from hf_compress.publishing.hub import publish
-from hf_compress.recipe.checks import check_data, need_labels
+from hf_compress.recipe.checks import check_data, check_exports, need_labels
 from hf_compress.recipe.data import DataOptions, RecipeData
 from hf_compress.recipe.evaluate import chosen_models, evaluate, main_figures
 from hf_compress.recipe.fingerprints import code_fingerprint, digest, model_fingerprint, settings
 from hf_compress.recipe.options import RecipeError, build, read_yaml, unknown
-from hf_compress.recipe.publish import card_stages, evaluation_of
+from hf_compress.recipe.publish import NO_MODEL, card_stages, evaluation_of, exports_left, leave, runnable_exports
 from hf_compress.recipe.stages import Stage, StudentOptions, read_stages
 from hf_compress.recipe.store import Store
 from hf_compress.recipe.tasks.table import TASKS, task_of
-from hf_compress.recipe.training import Work, change_model
+from hf_compress.recipe.training import Work, change_model, export_model
 from hf_compress.report.headline import headline
 from hf_compress.training.progress import our_bars_alone
 from hf_compress.training.ranks import is_main, wait_for_all
@@ -48,12 +48,13 @@ class Made:
 @dataclass(frozen=True)
 class RecipeResult:
     """Where a recipe's results are. `stages` holds the record of each, in order; `report` is None where no evaluation
-    is of `model`, the one that the run ends with."""
+    is of `model`, the one that the run ends with; `exports` are folders that it was exported to, by format."""
 
     output: Path
     model: Path | str
     stages: tuple[dict[str, Any], ...]
     report: Path | None = None
+    exports: Mapping[str, Path] = field(default_factory=dict)
 
 
 class Recipe:
@@ -61,7 +62,7 @@ class Recipe:
 
     Args:
         stages: a list of single-entry mappings, kind -> options: `[{"fine-tune": {...}}, {"quantize": {"bits": 8}}]`.
-            Kinds are fine-tune, distil, prune, quantize, evaluate, publish, and together, whose value is a list.
+            Kinds are fine-tune, distil, prune, quantize, evaluate, export, publish, and together, which takes a list.
         model: a folder or Hub name, where the recipe begins.
         data: a file, folder or Hub name, or a mapping with `source`, `text_column`, `label_column`, `max_length`.
         task: one of `recipe.tasks.table.TASKS`; told by the model's class or the data's columns when not given.
@@ -129,12 +130,14 @@ class Recipe:
         data = RecipeData(options, self.task or task_of(self.model, options), needs_labels=need_labels(self.stages))
         if needs_data:
             check_data(data, self.model, self.stages, INPUT)
+        check_exports(self.stages, self.model, data.task)
         with Store(output_dir) as store, our_bars_alone():
             return self._run_stages(store, made, data, command)
 
     def _run_stages(self, store: Store, made: list[Made], data: RecipeData, command: str | None) -> RecipeResult:
         if is_main():
-            store.check(["recipe.yaml", "stages.json", MARKER, *REPORT_FILES])  # hours before they are written
+            exports = [stage.own.format for stage in self.stages if stage.kind == "export"]
+            store.check(["recipe.yaml", "stages.json", MARKER, *REPORT_FILES, *exports])  # hours before they come
         records: list[dict[str, Any]] = []
         for number, stage in enumerate(self.stages, 1):
             fingerprint = self._fingerprint(stage, made, data, records)
@@ -143,7 +146,7 @@ class Recipe:
             if record is None:
                 if stage.kind == "publish" and is_main():  # whatever the Hub says, all that was made is in its place
                     self._leave(store, made, records)
-                if stage.kind not in ("evaluate", "publish") and is_main():
+                if stage.kind not in NO_MODEL and is_main():
                     store.check(["model"])
                 logger.warning("%d/%d %s", number, len(self.stages), self._announce(stage, data, store))
                 record = self._run_stage(stage, store, folder, fingerprint, made, data, records, command)
@@ -152,9 +155,9 @@ class Recipe:
             records.append(record)
             if (folder / "model").is_dir():
                 made.append(Made(stage.name, folder / "model", fingerprint))
-        source = self._leave(store, made, records) if is_main() else made[-1].source
-        report = None if evaluation_of(made[-1].fingerprint, records) is None else store.folder
-        return RecipeResult(store.folder, source, tuple(records), report)
+        source, last = self._leave(store, made, records) if is_main() else made[-1].source, made[-1].fingerprint
+        report = None if evaluation_of(last, records) is None else store.folder
+        return RecipeResult(store.folder, source, tuple(records), report, exports_left(store.folder, last, records))
 
     @staticmethod
     def _announce(stage: Stage, data: RecipeData, store: Store) -> str:
@@ -185,6 +188,7 @@ class Recipe:
             files |= {name: (folder / name).read_bytes() for name in REPORT_FILES if (folder / name).is_file()}
         elif any(record["kind"] == "evaluate" for record in records):
             logger.warning("No evaluation is of the model that the run ends with: evaluate after the last change.")
+        leave(store, last.fingerprint, records)
         store.write({**files, MARKER: last.fingerprint})
         return store.folder / "model" if len(made) > 1 else last.source
 
@@ -202,6 +206,8 @@ class Recipe:
             if is_main():
                 sources = {one.name: one.source for one in made}
                 models = chosen_models(stage.own, sources, made[-1].name, self._reference(made))
+                exports = runnable_exports(made[-1].fingerprint, before)
+                models |= {name: store.folder / place for name, place in exports.items()}
                 report = evaluate(stage.own, models, data, command or f"hf-compress run {self.name}")
                 for name, content in report.files().items():
                     write_whole(partial / name, content)
@@ -212,7 +218,9 @@ class Recipe:
         else:
             others = {"teacher": self._teacher(stage, made), "student": self._student(stage, made)}
             work = Work(partial, made[-1].source, data=data, seed=self.seed, saves=is_main(), **others)
-            if stage.parts or stage.method.trains or is_main():
+            if stage.kind == "export":
+                figures, record["model"] = export_model(stage, work) if is_main() else {}, made[-1].fingerprint
+            elif stage.parts or stage.method.trains or is_main():
                 figures = change_model(stage, work)
         wait_for_all()
         if is_main():
@@ -247,6 +255,7 @@ class Recipe:
             sources = {one.name: one.source for one in made}
             chosen = chosen_models(stage.own, sources, made[-1].name, self._reference(made))
             others = {one.name: one.fingerprint for one in made if one.name in chosen}
+            others |= runnable_exports(made[-1].fingerprint, before)  # their folders are named by fingerprints
         if stage.kind == "publish" and (report := evaluation_of(made[-1].fingerprint, before)):
             others["report"] = report["fingerprint"]
         known = {one.source: one.fingerprint for one in made}

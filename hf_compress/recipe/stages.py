@@ -13,7 +13,7 @@ from hf_compress.model.precision import has_fast_bfloat16
 from hf_compress.recipe import one_shot
 from hf_compress.recipe.evaluate import EvaluateOptions
 from hf_compress.recipe.options import RecipeError, build, split_options, unknown
-from hf_compress.recipe.publish import PublishOptions
+from hf_compress.recipe.publish import NO_MODEL, ExportOptions, PublishOptions
 from hf_compress.recipe.qat import QATOptions
 from hf_compress.training.arguments import CompressionArguments
 
@@ -123,6 +123,7 @@ KINDS: dict[str, dict[str, Callable[[], Method]]] = {
         **_plain("quantize", {**one_shot.QUANTIZE, "qat": QATOptions}),
     },
     "evaluate": _plain("evaluate", {"evaluate": EvaluateOptions}),
+    "export": _plain("export", {"export": ExportOptions}),
     "publish": _plain("publish", {"publish": PublishOptions}),
 }
 
@@ -259,7 +260,7 @@ def packs(stage: Stage) -> bool:
 def _check_order(stages: Sequence[Stage]) -> None:
     packed = None
     for number, stage in enumerate(stages, 1):
-        if packed and stage.kind not in ("evaluate", "publish"):
+        if packed and stage.kind not in NO_MODEL:
             raise RecipeError(
                 f"Stage {number} ({stage.name}) changes or trains weights, but stage {packed} packs them in few bits. "
                 "Quantize last, or put both under `together:` with `method: qat`."

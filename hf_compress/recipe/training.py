@@ -1,6 +1,7 @@
 """Stages that train: each goes on from its trainer's last whole checkpoint, and ends in a saved model."""
 
 import copy
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,17 +23,24 @@ from transformers import (
 from hf_compress.distillation.students import make_student
 from hf_compress.distillation.teachers.cache import cache_teacher
 from hf_compress.distillation.teachers.cached_teacher import CachedTeacher
+from hf_compress.files.whole import discard
+from hf_compress.formats.export import export
+from hf_compress.formats.runtimes.agreement import TEXTS
+from hf_compress.formats.runtimes.folder import RECORD
 from hf_compress.measuring.metrics import metric_for
 from hf_compress.measuring.quality import example_scores, usable_rows
 from hf_compress.model.precision import fast_forward
 from hf_compress.recipe.data import CLASSIFICATION, RecipeData
 from hf_compress.recipe.one_shot import Samples, cast
+from hf_compress.recipe.publish import EXPORT
 from hf_compress.recipe.qat import QATOptions
 from hf_compress.recipe.stages import Stage, StudentOptions
 from hf_compress.training.bar import with_own_bar
 from hf_compress.training.resume import last_complete_checkpoint
 
 logger = logging.getLogger(__name__)
+
+GRAPHS = ("openvino", "onnx")  # formats that are run on texts beside the model
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,21 @@ def change_model(stage: Stage, work: Work) -> dict[str, Any]:
     if work.saves:
         save(model, tokenizer, work.folder / "model")
     return figures
+
+
+def export_model(stage: Stage, work: Work) -> dict[str, Any]:
+    """Write the model that enters a stage into `work.folder / EXPORT`. Returns how far it agreed with the model."""
+    format, folder, tokenizer = stage.own.format, work.folder / EXPORT, work.data.tokenizer(work.source)
+    discard(folder)  # whole, but of a run that was cut off behind it
+    model = load(work.source, work.data)
+    options: dict[str, Any] = {}
+    if format in GRAPHS:
+        rows = work.data.tokenized(tokenizer, model.config)["train"]
+        samples = Samples(work.data.training_texts(), rows, work.data.collator(tokenizer), work.seed)
+        options["calibration"] = samples.loader(TEXTS, TEXTS // 2)
+    export(model, folder, format=format, tokenizer=tokenizer, **options)
+    record = folder / RECORD
+    return json.loads(record.read_text(encoding="utf-8"))["agreement"] if record.is_file() else {}
 
 
 def train(stage: Stage, work: Work, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedModel, dict[str, Any]]:
