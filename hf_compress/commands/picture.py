@@ -9,7 +9,7 @@ from hf_compress.commands.parser import Parser
 from hf_compress.files.whole import write_whole
 from hf_compress.measuring.measure import load_model
 from hf_compress.recipe.options import RecipeError
-from hf_compress.report.layers import by_layer, layer_facts, layers_svg
+from hf_compress.report.layers import Full, by_layer, layer_facts, layers_svg
 
 MARK = 'data-made-by="hf_compress"'  # what has it may be replaced
 
@@ -33,8 +33,7 @@ def run(verb: str, arguments: list[str]) -> int:
             ) from error
     picture = layers_svg(
         layer_facts(model), title=f"Layers of {Path(given.model).name}", sensitivity=values,
-        full_heads=max((layer.heads for layer in before), default=None),
-        full_neurons=max((layer.neurons for layer in before), default=None),
+        full=Full.of([before]) if before else None,
     )  # fmt: skip
     output.parent.mkdir(parents=True, exist_ok=True)
     write_whole(output, picture.replace("<svg ", f"<svg {MARK} ", 1))

@@ -30,7 +30,7 @@ from hf_compress.measuring.significance import median_interval
 from hf_compress.measuring.timing import Spread
 from hf_compress.model.anatomy import anatomy
 from hf_compress.report.differences import difference_of
-from hf_compress.report.layers import layer_facts
+from hf_compress.report.layers import embedding_facts, layer_facts
 from hf_compress.report.privacy import public_command
 from hf_compress.report.report import Report
 from hf_compress.report.result import Entry, Interval
@@ -214,6 +214,7 @@ def structure(model: PreTrainedModel) -> dict[str, int | list[int]] | None:
         "hidden_size": parts.hidden_size,
         "heads": [attention.num_heads for attention in parts.attentions],
         "neurons": [layer.feed_forward.num_neurons for layer in parts.layers],
+        **embedding_facts(model),
     }
 
 

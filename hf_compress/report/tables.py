@@ -249,6 +249,13 @@ def _rate_text(speed_up: Interval) -> str:
     return f"{speed_up.value:.2f}x"
 
 
+def rate_word(rate: float, above: str, below: str) -> str:
+    """14.71 as "14.7x smaller", 0.5 as "2.0x larger", 1.004 as "1.00x smaller"."""
+    larger, word = (rate, above) if rate >= 1 else (1 / rate, below)
+    digits = 0 if larger >= 99.95 else 1 if larger >= 1.05 else 2
+    return f"{larger:.{digits}f}x {word}"
+
+
 def _p_value(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"= {p:.3f}"
 

@@ -18,8 +18,12 @@ from helpers import tiny_model
 
 import hf_compress as hfc
 from hf_compress.report.harness import harness_scores
-from hf_compress.report.layers import LayerFacts, by_layer, layer_facts, layers_svg
+from hf_compress.report.headline import headline
+from hf_compress.report.layers import Full, LayerFacts, by_layer, layer_facts, layers_svg
 from hf_compress.report.report import Report
+from hf_compress.report.result import Difference, Interval
+from hf_compress.report.scatter import LEFT, scatter_svg
+from hf_compress.report.tables import rate_word
 
 QUICK = dict(sequence_length=8, latency_rounds=2, throughput_rounds=2)
 
@@ -59,7 +63,7 @@ def test_the_page_shows_every_figure_and_loads_nothing(report):
     assert page.rows[0][:2] == ["model", "accuracy"] and page.rows[1][0] == "teacher" and page.rows[2][0] == "<packed>"
     assert "hf-compress <x>" in page.text, "names are text, not markup"
     assert all(link.startswith("data:image/png;base64,") for link in page.links) and len(page.links) == 1
-    assert "script" not in page.tags and "link" not in page.tags and page.tags.count("svg") == 2
+    assert "script" not in page.tags and "link" not in page.tags and page.tags.count("svg") == 3
     assert 'name="viewport"' in report.to_html()
 
 
@@ -80,18 +84,16 @@ def test_a_browser_shows_the_page_without_a_network(report, tmp_path):
                str(tmp_path / "page.html")]  # fmt: skip
     shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     page = Page(shown)
-    assert page.rows[1][0] == "teacher" and page.tags.count("svg") == 2
+    assert page.rows[1][0] == "teacher" and page.tags.count("svg") == 3
     seen = json.loads(shown.partition("<title>")[2].partition("</title>")[0])
-    assert seen["image"] > 300 and seen["tables"] == 2 and seen["page"] <= seen["window"]
+    assert seen["image"] > 300 and seen["tables"] == 3 and seen["page"] <= seen["window"]
 
 
 def test_everything_that_is_not_text_has_words_for_it(report):
     page = report.to_html()
     assert page.startswith('<!DOCTYPE html>\n<html lang="en">')
     assert len(re.findall(r"<img alt=\"[^\"]{10,}\" src=", page)) == page.count("<img") == 1
-    assert (
-        len(re.findall(r"<svg [^>]*role=\"img\"[^>]*aria-label=\"Layers of [^\"]+\"", page)) == page.count("<svg") == 2
-    )
+    assert len(re.findall(r"<svg [^>]*role=\"img\"[^>]*aria-label=\"[^\"]{10,}\"", page)) == page.count("<svg") == 3
     assert page.count('<th scope="col">') == 6 + 7 + 2 and page.count("<h1>") == 1
 
 
@@ -146,14 +148,57 @@ def test_the_picture_draws_in_proportion():
     layers = [LayerFacts(4, 100, 32.0, 1.0, 0.0), LayerFacts(1, 50, 4.0, 0.25, 0.5)]
     tree = ElementTree.fromstring(layers_svg(layers, title="a & b", sensitivity=[1.0, 2.0]))
     space = "{http://www.w3.org/2000/svg}"
-    bars = [float(bar.get("width")) for bar in tree.iter(f"{space}rect") if bar.get("fill") != "#EEE"]
+    bars = [float(bar.get("width")) for bar in tree.iter(f"{space}rect") if bar.get("fill") != "none"]
     full = max(bars)
-    assert [round(bar / full, 3) for bar in bars] == [1, 0.25, 1, 0.5, 1, 0.125, 1, 0.25, 0, 0.5, 0.5, 1]
+    assert [round(bar / full, 3) for bar in bars] == [1, 1, 1, 1, 0, 0.5, 0.25, 0.5, 0.125, 0.25, 0.5, 1]
     assert tree.get("aria-label") == "a & b"
     with pytest.raises(ValueError, match="2 values, one a layer"):
         layers_svg(layers, title="x", sensitivity=[1.0])
     with pytest.raises(ValueError, match="nothing to draw"):
         layers_svg([], title="x")
+
+
+def test_what_went_stands_in_outline_and_alike_layers_share_a_row():
+    full = Full(layers=6, heads=12, neurons=1536, bits=32.0, tokens=30522)
+    half = [LayerFacts(6, 768, 8.0, 1.0, 0.0)] * 2 + [LayerFacts(3, 768, 8.0, 1.0, 0.0)]
+    text = layers_svg(half, title="half", full=full, tokens=9000, embedding_bits=8)
+    tree = ElementTree.fromstring(text)
+    space = "{http://www.w3.org/2000/svg}"
+    said = [one.text for one in tree.iter(f"{space}text")]
+    assert [word for word in said if word.startswith(("layer", "tokens", "3 gone"))] == [
+        "tokens", "layers 0-1", "layer 2", "3 gone"]  # fmt: skip
+    bars = [one for one in tree.iter(f"{space}rect") if one.get("fill") != "none"]
+    outlines = [one for one in tree.iter(f"{space}rect") if one.get("fill") == "none"]
+    assert len(outlines) == len(bars) + 3, "layers that went: an outline of each figure, and no bar"
+    widths = [float(bar.get("width")) / float(outlines[0].get("width")) for bar in bars]
+    assert widths == pytest.approx([9000 / 30522, 0.25, 0.5, 0.5, 0.25, 0.25, 0.5, 0.25], abs=0.01)
+    assert Full.of([half, [LayerFacts(4, 2000, 4.0, 1.0, 0.0)]]) == Full(3, 6, 2000, 8.0)
+
+
+def test_the_headline_says_what_was_gained_and_lost(report):
+    measured = replace(
+        report["<packed>"], byte_rate=14.71, latency_speed_up=Interval(0.5, 0.4, 0.6),
+        throughput_speed_up=Interval(22.04, 21, 23),
+        difference=Difference(Interval(-0.002, -0.0144, 0.01), 0.8, "McNemar, exact"),
+    )  # fmt: skip
+    whole = replace(report, entries=(report["teacher"], measured), num_examples=1500)
+    expected = "14.7x smaller, 2.0x slower for one text, 22.0x faster for 32, -0.2 points of accuracy (-1.4 to +1.0), "
+    assert headline(whole) == f"{expected}1,500 examples"
+    assert "<h1>14.7x smaller" in whole.to_html() and headline(whole, whole.entries[0]).startswith("teacher: what")
+    for rate, words in ((1.0, "1.00x faster"), (0.999, "1.00x slower"), (130.4, "130x faster"), (1.06, "1.1x faster")):
+        assert rate_word(rate, "faster", "slower") == words
+
+
+def test_points_of_the_scatter_lie_where_the_figures_are(report):
+    tree = ElementTree.fromstring(scatter_svg(report))
+    space = "{http://www.w3.org/2000/svg}"
+    points = [(float(one.get("cx")), float(one.get("cy"))) for one in tree.iter(f"{space}circle")][::2]
+    teacher, packed = report.entries
+    ratio = (points[1][0] - LEFT) / (points[0][0] - LEFT)
+    assert ratio == pytest.approx(packed.measurement.stored_bytes / teacher.measurement.stored_bytes, abs=0.01)
+    assert (points[0][1] <= points[1][1]) == (teacher.quality >= packed.quality), "better is higher"
+    with pytest.raises(ValueError, match="no quality to draw"):
+        scatter_svg(replace(report, num_examples=0))
 
 
 def test_sensitivities_are_averaged_by_layer():
