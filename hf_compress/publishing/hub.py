@@ -4,6 +4,7 @@ The model's own files, from a list of known names, go up from where they lie, by
 is made here. All text is looked through before anything leaves the machine, and what should stay private stops it.
 """
 
+import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -104,7 +105,8 @@ def publish(
     found, name = _report_of(report, folder, repo_id)
     files |= {f"report/{file}": content for file, content in found.files().items()}
     allow = (*allow, *repo_id.split("/"))
-    card = model_card(found, model=name, repo_id=repo_id, stages=stages, allow=allow, **card_options)
+    card = model_card(found, model=name, repo_id=repo_id, stages=stages, allow=allow, labels=labels_of(folder),
+                      **card_options)  # fmt: skip
     files["README.md"] = str(card).encode()
     check_private(files, allow=allow)
     if keep is not None:
@@ -115,6 +117,12 @@ def publish(
         return Published(repo_id, sizes, None)
     where = {"token": token, "endpoint": endpoint, "revision": revision}
     return Published(repo_id, sizes, upload(files, repo_id, private=private, message=message, **where))
+
+
+def labels_of(folder: Path) -> list[str]:
+    """Names of a classifier's classes, by their numbers; none where they have no names but LABEL_0 and so on."""
+    names = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("id2label") or {}
+    return [] if all(name.startswith("LABEL_") for name in names.values()) else list(names.values())
 
 
 def own_files(folder: Path) -> dict[str, Content]:

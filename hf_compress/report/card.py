@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_compress.measuring.measurement import PYTORCH
 from hf_compress.report import tables
+from hf_compress.report.headline import headline
 from hf_compress.report.privacy import find_leaks
 from hf_compress.report.report import Report
 from hf_compress.report.result import Entry
@@ -49,6 +50,7 @@ def model_card(
     language: str | Sequence[str] | None = None,
     license: str | None = None,
     limits: Sequence[str] = (),
+    labels: Sequence[str] = (),
     allow: Sequence[str] = (),
 ) -> ModelCard:
     """The card of one model of `report`, for `repo_id` on the Hub. Asks nothing of the network.
@@ -59,6 +61,7 @@ def model_card(
     dataset_id     Hub name of the evaluation data, or an identifier such as "bbc-news"; results are listed with it
     stages         the steps that made it, in order
     limits         sentences on what it should not be used for
+    labels         names of its classes, in the order of their numbers
     allow          texts that the card may hold though they look private: a folder, a mail address
 
     Raises ValueError for names that are local folders, for exported models and for what should stay private, with its
@@ -98,6 +101,8 @@ def model_card(
         teacher=teacher,
         stages=stages,
         limits=limits,
+        labels=labels,
+        told=headline(report, entry) if entry.name != report.reference else None,
         auto_class=auto_class(entry.architecture),
         quality=tables.quality_text(report, entry),
         structure=structure_sentences(entry),

@@ -69,7 +69,7 @@ def test_what_is_published_is_all_that_is_needed_and_no_more(folder, hub, report
     assert json.loads(files["config.json"])["auto_map"]["AutoModelForSequenceClassification"]
     assert SECRET.encode() not in b"".join(files.values())
     card = files["README.md"].decode()
-    assert 'from_pretrained("me/small")' in card and "python train.py" in card and "x smaller on disk" in card
+    assert 'from_pretrained("me/small")' in card and "python train.py" in card and "x smaller, " in card
 
 
 def test_the_models_own_files_go_up_byte_for_byte(folder, hub, report):

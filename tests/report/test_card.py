@@ -10,6 +10,7 @@ from transformers import BertTokenizer
 
 import hf_compress as hfc
 from hf_compress.report.card import Stage, auto_class, structure_sentences
+from hf_compress.report.tables import rate_word
 
 QUICK = dict(sequence_length=8, latency_rounds=2, throughput_rounds=2)
 TOKEN = "hf_" + "abcdefghij" * 3
@@ -45,7 +46,7 @@ def card(report, monkeypatch):
     return hfc.model_card(report, model="student", repo_id="me/small-bert", base_model="google-bert/bert-base-uncased",
                           teacher="google-bert/bert-base-uncased", dataset_id="made-up-news", dataset_split="test",
                           stages=stages, tags=["distilled"], language="en", license="apache-2.0",
-                          limits=["English only."])  # fmt: skip
+                          limits=["English only."], labels=["neg", "po|s"])  # fmt: skip
 
 
 def test_the_head_is_what_the_hub_reads(card, report):
@@ -69,7 +70,9 @@ def test_the_body_says_what_was_measured(card, report):
     entry = report["student"]
     for part in (
         "# small-bert",
-        f"{entry.byte_rate:.2f}x smaller on disk",
+        f"**{rate_word(entry.byte_rate, 'smaller', 'larger').capitalize()}, ",
+        ", 20 examples**, beside teacher on Made-up News.",
+        "It tells apart: `neg`, `po|s`.",
         f"{entry.measurement.latency_ms.median:.2f} ms",
         "2 layers of hidden size 32",
         "4 heads a layer",
