@@ -150,7 +150,7 @@ def test_the_card_is_of_the_published_model_wherever_it_stands_in_the_report(fol
     turned = dataclasses.replace(report, entries=report.entries[::-1])
     send(folder, hub, turned)
     card = hub.repos["model", "me/small"].files("main")["README.md"].decode()
-    assert f"{report['small'].byte_rate:.2f}x smaller on disk" in card
+    assert f"{rate_word(report['small'].byte_rate, 'smaller', 'larger').capitalize()}, " in card
 
 
 def test_a_dry_run_sends_nothing(folder, hub, report, tmp_path):
@@ -257,6 +257,7 @@ def test_a_tokenizer_comes_back_as_it_was(name, hub, tmp_path):
 PUBLISH = """
 import sys
 from hf_compress.commands.main import main
+from hf_compress.report.tables import rate_word
 sys.exit(main(["publish", sys.argv[1], "--repo-id", "me/by-name", "--public", "--report", sys.argv[2]]))
 """
 LOAD = """
