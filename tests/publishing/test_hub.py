@@ -20,6 +20,7 @@ from hf_compress.files.output import LOCK, MANIFEST
 from hf_compress.publishing.hub import publish, push_to_hub
 from hf_compress.publishing.upload import HubError, HubPermissionError, upload
 from hf_compress.report.privacy import find_leaks
+from hf_compress.report.tables import rate_word
 from scripts.checks import publish as check
 
 ROOT = Path(__file__).parents[2]
@@ -257,7 +258,6 @@ def test_a_tokenizer_comes_back_as_it_was(name, hub, tmp_path):
 PUBLISH = """
 import sys
 from hf_compress.commands.main import main
-from hf_compress.report.tables import rate_word
 sys.exit(main(["publish", sys.argv[1], "--repo-id", "me/by-name", "--public", "--report", sys.argv[2]]))
 """
 LOAD = """
