@@ -17,9 +17,9 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 from hf_compress.model.anatomy import Projection
 from hf_compress.model.unfinished import forms_of
 from hf_compress.pruning.masks import Blocks, check_prunable
-from hf_compress.pruning.schedules import Schedule, TwoSlopes, check_schedule, make_schedule
+from hf_compress.pruning.schedules import THRESHOLDS, Schedule, check_schedule, make_schedule
 from hf_compress.pruning.scores import Magnitude, Score
-from hf_compress.pruning.selection import SCOPES, keep_above, keep_largest
+from hf_compress.pruning.selection import SCOPES, grow_steepest, keep_above, keep_largest
 from hf_compress.surgery.transaction import Transaction
 from hf_compress.training.callback import PieceCallback
 from hf_compress.training.checks import check_own_gradients, check_whole
@@ -34,10 +34,13 @@ class Pruning(PieceCallback):
 
     Args:
         sparsity: share that is gone at the end, 0 to 1.
-        schedule: `cubic` (gradually, ever slower), `one-shot` (all at `begin`), or `two-slopes` (a rising threshold).
+        schedule: `cubic` (gradually, ever slower), `one-shot` (all at `begin`), `two-slopes` (a rising threshold), or
+            `fixed` (a threshold that stays).
         begin, end: shares of the training, in optimizer steps, at which pruning begins and is done.
         num_updates: how often masks are updated on the way.
         regrow: share of the training after which everything may grow again (DSD); never when None.
+        grow: of what stays, the share that is not the largest but has the steepest gradients among what was held back;
+            it grows from zero until the next update. With `cubic`, at all updates but the last, and a score of weights.
 
     Raises ValueError for settings that no training could follow, at once where possible, else when training begins.
     """
@@ -58,18 +61,24 @@ class Pruning(PieceCallback):
         end: float = 0.7,
         num_updates: int = 20,
         regrow: float | None = None,
+        grow: float = 0.0,
     ):
         check_schedule(schedule, sparsity, begin, end, num_updates)
         if regrow is not None and not (begin if schedule == "one-shot" else end) < regrow <= 1:
             raise ValueError(f"regrow must lie between the end of pruning ({end}) and 1, got {regrow}.")
-        if schedule == "two-slopes" and not (isinstance(score, Magnitude) and score.reduce == "max"):
+        if schedule in THRESHOLDS and not (isinstance(score, Magnitude) and score.reduce == "max"):
             raise ValueError(
-                "schedule='two-slopes' is a threshold on magnitudes: use it with the magnitude (max) score."
+                f"schedule={schedule!r} is a threshold on magnitudes: use it with the magnitude (max) score."
+            )
+        if not 0 <= grow < 1 or (grow and (schedule != "cubic" or score.is_gathered)):
+            raise ValueError(
+                "grow is a share below 1 of what stays, with schedule='cubic' and a score told from weights alone: "
+                f"got grow={grow}, schedule={schedule!r} and {type(score).__name__}."
             )
         if self.scope not in SCOPES:
             raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got {self.scope!r}.")
         self.sparsity, self.schedule, self.begin, self.end = sparsity, schedule, begin, end
-        self.num_updates, self.regrow, self.score = num_updates, regrow, score
+        self.num_updates, self.regrow, self.grow, self.score = num_updates, regrow, grow, score
         self._matrices: list[Blocks] = []
         self._handles: list[Any] = []
         self._schedule: Schedule | None = None
@@ -101,7 +110,7 @@ class Pruning(PieceCallback):
             entries[f"{self.name}_mask_{i}"] = torch.ones(matrix.grid, dtype=torch.bool)
             if (buffer := self.score.buffer(matrix)) is not None:
                 entries[f"{self.name}_score_{i}"] = buffer
-            if self.schedule == "two-slopes":
+            if self.schedule in THRESHOLDS:
                 entries[f"{self.name}_quantile_{i}"] = torch.full((), torch.nan)
         return entries
 
@@ -179,12 +188,21 @@ class Pruning(PieceCallback):
     def _update(self, step: int, optimizer: torch.optim.Optimizer | None = None) -> None:
         numbers, level = range(len(self._matrices)), self._schedule.level(step)
         scores = [self.score.scores(i, self._matrices[i], self._kept("score", i)) for i in numbers]
-        if isinstance(self._schedule, TwoSlopes):
+        if self.schedule in THRESHOLDS:
             masks = keep_above(scores, [level * self._quantile(i) for i in numbers])
         else:
             if self.scope == "class-distribution":
                 scores = [score / self._matrices[i].weight.float().std() for i, score in enumerate(scores)]
-            masks = keep_largest(scores, level, scope=self.scope, bank_size=self.bank_size)
+            slopes = [matrix.gradient for matrix in self._matrices]
+            is_growing = self.grow and step < self._schedule.end and all(slope is not None for slope in slopes)
+            share, of = (
+                self.grow * (1 - level) if is_growing else 0.0,
+                {"scope": self.scope, "bank_size": self.bank_size},
+            )
+            masks = keep_largest(scores, level + share, **of)
+            if share:
+                slopes = [m.largest(slope.abs()) for m, slope in zip(self._matrices, slopes, strict=True)]
+                masks = grow_steepest(masks, slopes, share, **of)
         for i, mask in zip(numbers, masks, strict=True):
             self._kept("mask", i).copy_(mask)
             if self.score.forgets:
@@ -217,7 +235,7 @@ class Pruning(PieceCallback):
             own.add(name, value)
         own.to(self._matrices[0].weight.device)
         if state.global_step > 0:
-            if self.score.is_gathered or self.schedule == "two-slopes":
+            if self.score.is_gathered or self.schedule in THRESHOLDS:
                 raise ValueError(
                     f"{type(self).__name__} gathers scores over steps, and a stock Trainer keeps none in its "
                     "checkpoints: it cannot be resumed. Train with one of the trainers of hf_compress, or start anew."

@@ -5,8 +5,8 @@ from transformers import PreTrainedModel
 
 from hf_compress.checkpoint.factors import retie_low_rank
 from hf_compress.layers.low_rank import factors, low_rank_class, make_low_rank
-from hf_compress.model.record import read_part, stored_name, write_part
 from hf_compress.model.unfinished import check_finished
+from hf_compress.pruning.low_rank import record_ranks
 
 
 def factorise_embeddings(model: PreTrainedModel, rank: int) -> PreTrainedModel:
@@ -29,7 +29,5 @@ def factorise_embeddings(model: PreTrainedModel, rank: int) -> PreTrainedModel:
     for module in tied.values():
         make_low_rank(module, table, projection)
     retie_low_rank(model)
-    structure = read_part(model.config, "structure")
-    ranks = {**structure.get("ranks", {}), **{stored_name(model, name): rank for name in tied}}
-    write_part(model.config, "structure", structure | {"ranks": ranks})
+    record_ranks(model, dict.fromkeys(tied, rank))
     return model

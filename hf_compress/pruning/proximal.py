@@ -33,3 +33,29 @@ def group_lasso_factors(squared_norms: Tensor, strength: float) -> Tensor:
     """
     norms = squared_norms.sqrt()
     return (1 - strength / norms.clamp(min=torch.finfo(norms.dtype).tiny)).clamp(min=0)
+
+
+def shrink_rows(rows: Tensor, strength: float) -> Tensor:
+    """The proximal step of strength * sum_i ||row_i||_2 for rows (R, n): all of a row shrinks alike.
+
+    The penalty of neurons of Murray & Chiang 2015, https://arxiv.org/abs/1508.05051, first of two; their L2.
+    """
+    return rows * group_lasso_factors(rows.square().sum(-1, keepdim=True), strength)
+
+
+def shrink_largest(rows: Tensor, strength: float) -> Tensor:
+    """The proximal step of strength * sum_i max_j |row_ij| for rows (R, n): the largest of a row are cut to one height.
+
+    The second penalty there, L-infinity. By Moreau's decomposition it is a row minus its projection onto the L1 ball
+    of radius `strength` (Duchi et al. 2008, https://doi.org/10.1145/1390156.1390191): the height is where the parts
+    above it sum to `strength`, and a row whose L1 norm is below that becomes zero.
+    """
+    ordered = rows.abs().sort(dim=-1, descending=True).values
+    counts = torch.arange(1, rows.shape[-1] + 1, dtype=rows.dtype, device=rows.device)
+    heights = (ordered.cumsum(-1) - strength) / counts  # (R, n): if the largest j are cut
+    number = (ordered > heights).sum(-1, keepdim=True).clamp(min=1)
+    height = heights.gather(-1, number - 1).clamp(min=0)
+    return rows.sign() * torch.minimum(rows.abs(), height)
+
+
+ROW_PENALTIES = {"l2": shrink_rows, "max": shrink_largest}

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-SCHEDULES = ("cubic", "one-shot", "two-slopes")
+SCHEDULES = ("cubic", "one-shot", "two-slopes", "fixed")
+THRESHOLDS = ("two-slopes", "fixed")  # those that hold back what is small, however much that is
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,28 @@ class TwoSlopes:
         return (theta * (r - s + 1) + phi * (i - r + 1)) / f
 
 
-Schedule = OneShot | Cubic | TwoSlopes
+@dataclass(frozen=True)
+class Fixed:
+    """A threshold on magnitudes that stays: at each update goes what has fallen below it since, retrained in between.
+
+    Han et al. 2015, https://arxiv.org/abs/1506.02626, section 3, where it is a multiple of a matrix's standard
+    deviation; here it is q of `TwoSlopes`, so that a share `sparsity` goes at the first update.
+    """
+
+    begin: int
+    end: int
+    frequency: int
+    num_elements: int = 1
+
+    def updates_at(self, step: int) -> bool:
+        return self.begin <= step <= self.end and ((step - self.begin) % self.frequency == 0 or step == self.end)
+
+    def level(self, step: int) -> float:
+        """The threshold at `step`, in units of q."""
+        return self.num_elements**0.25 if step >= self.begin else 0.0
+
+
+Schedule = OneShot | Cubic | TwoSlopes | Fixed
 
 
 def check_schedule(kind: str, sparsity: float, begin: float, end: float, num_updates: int) -> None:
@@ -129,4 +151,6 @@ def make_schedule(
     frequency = (last - first) // num_updates
     if kind == "cubic":
         return Cubic(sparsity, last - num_updates * frequency, frequency, num_updates)
+    if kind == "fixed":
+        return Fixed(first, last, frequency, num_elements)
     return TwoSlopes(sparsity, first, (first + last) // 2, last, frequency, num_elements)

@@ -33,6 +33,19 @@ def keep_largest(
     return [_keep(score.reshape(-1, bank_size), sparsity).view_as(score) for score in scores]
 
 
+def grow_steepest(
+    masks: Sequence[Tensor], slopes: Sequence[Tensor], share: float, *, scope: str, bank_size: int | None = None
+) -> list[Tensor]:
+    """`masks`, and True too for a `share` of all blocks: of those held back the ones with the largest |dL/dw|.
+
+    Dai et al. 2017, https://arxiv.org/abs/1711.02017, section 3.1. `slopes` are shaped as the masks; `scope` says what
+    the share is a share of.
+    """
+    held_back = [slope.abs().masked_fill(mask, -1.0) for slope, mask in zip(slopes, masks, strict=True)]
+    steepest = keep_largest(held_back, 1 - share, scope=scope, bank_size=bank_size)
+    return [mask | new for mask, new in zip(masks, steepest, strict=True)]
+
+
 def keep_above(scores: Sequence[Tensor], thresholds: Sequence[Tensor | float]) -> list[Tensor]:
     """True where a score reaches its matrix's threshold, and for the highest of each: no matrix goes as a whole."""
     return [score >= min(threshold, score.max()) for score, threshold in zip(scores, thresholds, strict=True)]

@@ -56,6 +56,9 @@ CALLBACKS = {
     "block-movement": lambda: hfc.BlockPruning(0.7, block_size=8, method="movement", **QUICK),
     "block-taylor": lambda: hfc.BlockPruning(0.7, block_size=8, method="taylor", **QUICK),
     "two-slopes": lambda: hfc.BlockPruning(0.7, block_size=4, method="max", schedule="two-slopes", **QUICK),
+    "fixed": lambda: hfc.WeightPruning(0.6, schedule="fixed", **QUICK),
+    "grow": lambda: hfc.WeightPruning(0.6, grow=0.3, **QUICK),
+    "row-penalties": lambda: hfc.NeuronPruning(0.5, incoming=0.1, outgoing=0.1, norm="max", **QUICK),
     "dsd": lambda: hfc.WeightPruning(0.6, begin=0.0, end=0.5, num_updates=2, regrow=0.75),
     "layers": lambda: hfc.LayerPruning(0.5),
     "gates": lambda: hfc.HeadGates(1.0),
@@ -269,6 +272,44 @@ def test_dense_sparse_dense_lets_weights_grow_again(tmp_path):
     assert callback.current_sparsity == 0 and float((weight == 0).float().mean()) < 0.05
 
 
+def test_what_is_held_back_and_steep_grows_again_and_the_share_is_kept(tmp_path):
+    """Masks of each update: some that was held back is alive later, which without `grow` never happens."""
+    seen = {}
+    for grow in (0.0, 0.3):
+        callback = hfc.WeightPruning(0.6, grow=grow, begin=0.25, end=0.75, num_updates=2)
+        seen[grow] = []
+
+        class Watch(TrainerCallback):
+            def on_step_end(self, args, state, control, callback=callback, masks=seen[grow], **kwargs):
+                masks.append(torch.cat([mask.flatten() for mask in callback.masks.values()]))
+
+        trainer = OurTrainer(
+            tiny_model("bert"),
+            arguments(tmp_path, learning_rate=1e-2),
+            train_dataset=rows(),
+            callbacks=[callback, Watch()],
+        )
+        trainer.train()
+        assert callback.current_sparsity == pytest.approx(0.6, abs=1e-3)
+    levels = [callback._schedule.level(step) for step in (2, 4, 6)]
+    for masks in seen.values():
+        shares = [1 - float(masks[step - 1].float().mean()) for step in (2, 4, 6)]
+        assert shares == pytest.approx(levels, abs=1e-3)
+    came_back = [int((~masks[3] & masks[5]).sum()) for masks in (seen[0.0], seen[0.3])]
+    assert came_back[0] == 0 < came_back[1]
+
+
+def test_a_fixed_threshold_takes_what_falls_below_it(tmp_path):
+    callback = hfc.WeightPruning(0.5, schedule="fixed", begin=0.0, end=0.75, num_updates=3, proximal=0.05)
+    model = tiny_model("bert")
+    thresholds = {n: m.weight.abs().flatten().kthvalue(m.weight.numel() // 2).values
+                  for n, m in model.named_modules() if n in {b.name for b in callback.matrices(model)}}  # fmt: skip
+    train(tmp_path, callback, model, learning_rate=1e-2)
+    assert callback.current_sparsity > 0.51  # half of it at once, and what the penalty has pushed under it since
+    for number, name in enumerate(callback.masks):
+        torch.testing.assert_close(callback._kept("quantile", number), thresholds[name].detach())
+
+
 def test_group_lasso_shrinks_what_stays(tmp_path):
     norms = []
     for strength in (0.0, 20.0):
@@ -354,6 +395,11 @@ def test_what_does_not_fit_the_model_is_said_before_training(make, message, tmp_
         (lambda: hfc.WeightPruning(0.5, proximal=-1.0), "proximal is the strength of a penalty"),
         (lambda: hfc.WeightPruning(0.5, regrow=0.3), "regrow must lie between the end of pruning"),
         (lambda: hfc.WeightPruning(0.5, method="movement", schedule="two-slopes"), "is a threshold on magnitudes"),
+        (lambda: hfc.WeightPruning(0.5, method="wanda", schedule="fixed"), "is a threshold on magnitudes"),
+        (lambda: hfc.WeightPruning(0.5, grow=1.0), "grow is a share below 1"),
+        (lambda: hfc.WeightPruning(0.5, method="movement", grow=0.1), "score told from weights alone"),
+        (lambda: hfc.BlockPruning(0.5, method="max", schedule="one-shot", grow=0.1), "with schedule='cubic'"),
+        (lambda: hfc.NeuronPruning(0.5, grow=0.1), "score told from weights alone"),
         (lambda: hfc.BlockPruning(0.5, block_size=0), "block_size must be at least 1"),
         (lambda: hfc.BlockPruning(0.5, method="magic"), "method must be one of max, norm, movement, taylor"),
         (lambda: hfc.BlockPruning(0.5, group_lasso=-1.0), "group_lasso is the strength of a penalty"),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hf_compress.pruning.schedules import Cubic, OneShot, TwoSlopes, make_schedule
+from hf_compress.pruning.schedules import Cubic, Fixed, OneShot, TwoSlopes, make_schedule
 
 
 def make(kind="cubic", sparsity=0.8, begin=0.1, end=0.6, num_updates=5, max_steps=100, **options):
@@ -55,6 +55,14 @@ def test_slopes_of_blocks_are_steeper_by_the_fourth_root_of_their_elements():
         assert blocks.level(step) == pytest.approx(4 * weights.level(step))
 
 
+def test_a_fixed_threshold_is_the_same_at_each_update():
+    schedule = make("fixed")
+    assert schedule == Fixed(begin=10, end=60, frequency=10)
+    assert [step for step in range(101) if schedule.updates_at(step)] == [10, 20, 30, 40, 50, 60]
+    assert [schedule.level(step) for step in (9, 10, 35, 60, 99)] == [0.0, 1.0, 1.0, 1.0, 1.0]
+    assert make("fixed", num_elements=16).level(10) == 2.0  # as that of two slopes: the fourth root
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -66,7 +74,7 @@ def test_slopes_of_blocks_are_steeper_by_the_fourth_root_of_their_elements():
         (dict(sparsity=-0.1), "at least 0 and below 1"),
         (dict(begin=-0.1), "between 0 and 1"),
         (dict(num_updates=0), "num_updates must be at least 1"),
-        (dict(kind="linear"), "schedule must be one of cubic, one-shot, two-slopes, got 'linear'"),
+        (dict(kind="linear"), "schedule must be one of cubic, one-shot, two-slopes, fixed, got 'linear'"),
     ],
     ids=lambda value: None if isinstance(value, dict) else value[:16],
 )

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_compress.pruning.selection import keep_above, keep_largest
+from hf_compress.pruning.selection import grow_steepest, keep_above, keep_largest
 
 
 def slow_mask(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
@@ -51,3 +51,19 @@ def test_a_threshold_never_takes_a_whole_matrix(scores):
     low, high = keep_above(scores, [0.5, 100.0])
     assert torch.equal(low, scores[0] >= 0.5)
     assert int(high.sum()) == 1 and bool(high.flatten()[scores[1].argmax()])
+
+
+@pytest.mark.parametrize("scope", ["class-blind", "class-uniform", "row"])
+def test_the_steepest_of_those_held_back_grow(scope):
+    generator = torch.Generator().manual_seed(0)
+    scores = [torch.rand(4, 10, generator=generator) for _ in range(2)]
+    slopes = [torch.randn(4, 10, generator=generator) for _ in range(2)]
+    masks = keep_largest(scores, 0.7, scope=scope)
+    grown = grow_steepest(masks, slopes, 0.2, scope=scope)
+    flat = [torch.cat([t.flatten() for t in ts]) for ts in (masks, grown, slopes)]
+    classes = {"class-blind": [range(80)], "class-uniform": [range(40), range(40, 80)],
+               "row": [range(10 * i, 10 * i + 10) for i in range(8)]}[scope]  # fmt: skip
+    for places in classes:
+        held_back = [i for i in places if not flat[0][i]]
+        steepest = sorted(held_back, key=lambda i: -abs(float(flat[2][i])))[: round(0.2 * len(places))]
+        assert {i for i in places if flat[1][i]} == {i for i in places if flat[0][i]} | set(steepest)

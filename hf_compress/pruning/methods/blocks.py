@@ -32,8 +32,8 @@ class BlockPruning(Pruning):
         bank_size: with scope `bank`, the blocks of a row of blocks among which the same number stays.
         group_lasso: lambda_g of the penalty lambda_g * sum ||block||_2, a proximal step each time the optimizer makes
             one, while the schedule runs; none when 0.
-        sparsity, schedule, begin, end, num_updates, regrow: see `Pruning`. With `two-slopes`, the slopes are steeper
-            than those of single weights by the fourth root of the elements of a block.
+        sparsity, schedule, begin, end, num_updates, regrow, grow: see `Pruning`. With `two-slopes` and `fixed` the
+            threshold is higher than that of single weights by the fourth root of the elements of a block.
     """
 
     name = "block_pruning"

@@ -3,6 +3,8 @@
 Prasanna et al., 2020, https://arxiv.org/abs/2005.00561
 
     importance of a neuron = mean over examples of |d loss / d gate|
+
+Penalties on the weights of whole neurons: Murray and Chiang, 2015, https://arxiv.org/abs/1508.05051
 """
 
 from collections.abc import Sequence
@@ -11,9 +13,11 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from hf_compress.model.anatomy import anatomy, module_names, out_features
+from hf_compress.model.weights import as_matrix
 from hf_compress.pruning.callback import Pruning, check_cuts, per_matrix_importance
 from hf_compress.pruning.masks import Blocks, Source, check_prunable
 from hf_compress.pruning.methods.heads import unit_score
+from hf_compress.pruning.proximal import ROW_PENALTIES
 from hf_compress.pruning.scores import Given
 from hf_compress.pruning.trainer import PruningConfig, PruningTrainer
 from hf_compress.surgery.neurons import neuron_obstacle
@@ -30,6 +34,9 @@ class NeuronPruning(Pruning):
             `hfc.neuron_importance`.
         scope: whether the share is one of the whole `model`, or of each `layer`, which keeps widths equal.
         multiple_of: so many neighbours go together, which a quantizer with that `group_size` needs.
+        incoming, outgoing: strengths of the penalty sum_i ||w_i|| of the weights into and out of each neuron i, a
+            proximal step each time the optimizer makes one, while the schedule runs; none when 0.
+        norm: `l2`, or `max` for the largest magnitude.
         sparsity, schedule, begin, end, num_updates, regrow: see `Pruning`.
     """
 
@@ -42,8 +49,17 @@ class NeuronPruning(Pruning):
         importance: str | Tensor = "gradient",
         scope: str = "model",
         multiple_of: int = 1,
+        incoming: float = 0.0,
+        outgoing: float = 0.0,
+        norm: str = "l2",
         **options,
     ):
+        if min(incoming, outgoing) < 0 or norm not in ROW_PENALTIES:
+            raise ValueError(
+                f"incoming and outgoing are strengths of a penalty, 0 or more, and norm one of "
+                f"{', '.join(ROW_PENALTIES)}: got {incoming}, {outgoing} and {norm!r}."
+            )
+        self.incoming, self.outgoing, self.norm = incoming, outgoing, norm
         if multiple_of < 1:
             raise ValueError(f"multiple_of must be at least 1, got {multiple_of}.")
         if scope not in SCOPES:
@@ -66,6 +82,16 @@ class NeuronPruning(Pruning):
         if isinstance(self.score, Given):
             per_matrix_importance(self.score.importance, found, "neurons")
         return found
+
+    def shrink(self, learning_rate: float) -> None:
+        shrunk = ROW_PENALTIES[self.norm]
+        for matrix in self._matrices:
+            if self.outgoing:
+                columns = matrix.weight.T  # (F, D), a view
+                columns.copy_(shrunk(columns.float(), learning_rate * self.outgoing))
+            for module, first, size in matrix.sources if self.incoming else ():
+                rows = as_matrix(module, module.weight.detach())[first : first + matrix.grid[1] * size]
+                rows.copy_(shrunk(rows.float(), learning_rate * self.incoming))
 
     def check(self, model: nn.Module, pieces: Sequence[Piece]) -> None:
         check_prunable(model, type(self).__name__)
@@ -98,6 +124,9 @@ class NeuronPruningConfig(PruningConfig):
     multiple_of: int = field(
         default=1, metadata={"help": "So many neighbours go together, as a quantizer with that group_size needs."}
     )
+    incoming: float = field(default=0.0, metadata={"help": "Penalty on the weights into each neuron; 0 for none."})
+    outgoing: float = field(default=0.0, metadata={"help": "Penalty on the weights out of each neuron; 0 for none."})
+    norm: str = field(default="l2", metadata={"help": "The norm of a neuron's weights in it: `l2` or `max`."})
 
     callback_class = NeuronPruning
 

@@ -33,6 +33,7 @@ class WeightPruning(Pruning):
             while the schedule runs; none when 0.
         sparsity, schedule, begin, end, num_updates: see `Pruning`.
         regrow: share of the training after which all weights may grow again (dense-sparse-dense); never when None.
+        grow: share of what stays that was held back and has the steepest gradients (grow and prune); none when 0.
     """
 
     name = "weight_pruning"
@@ -97,6 +98,9 @@ class WeightPruningConfig(PruningConfig):
     proximal: float = field(default=0.0, metadata={"help": "Strength of reweighted proximal pruning; 0 for none."})
     regrow: float | None = field(
         default=None, metadata={"help": "Share of the training after which all weights may grow again (DSD)."}
+    )
+    grow: float = field(
+        default=0.0, metadata={"help": "Share of what stays that was held back, by its gradient (grow and prune)."}
     )
 
     callback_class = WeightPruning
