@@ -1,5 +1,7 @@
 """The teacher's own outputs become a dataset, whatever the padding, and a stopped run goes on."""
 
+import math
+
 import pytest
 import torch
 from datasets import Dataset
@@ -10,6 +12,7 @@ from transformers import DataCollatorForSeq2Seq, GenerationConfig, PreTrainedTok
 import hf_compress as hfc
 from distillation.data import rows
 from hf_compress.distillation.texts.sequence_level import generated
+from hf_compress.distillation.texts.similarity import closest, sentence_bleu
 
 ENDS = list(range(2, 16))  # many, so that some targets end before the limit
 OPTIONS = dict(num_beams=3, max_new_tokens=6)
@@ -49,6 +52,46 @@ def test_targets_are_what_the_teacher_writes_for_each_row_alone(family, tmp_path
             assert (row["input_ids"], row["labels"]) == (prompt + target, [-100] * len(prompt) + target)
         assert row["attention_mask"] == [1] * len(row["input_ids"])
     assert len(lengths) > 1 or family == "bart"  # some targets ended before the limit
+
+
+@pytest.mark.parametrize("family", ["llama", "bart"])
+def test_interpolation_takes_the_text_of_the_beam_most_like_the_reference(family, tmp_path):
+    teacher, data = teacher_of(family), rows(8, kind="clm")
+    data = data.remove_columns("labels")
+    beams, wanted = [], []
+    for number, row in enumerate(data):
+        prompt = torch.tensor([[t for t, real in zip(row["input_ids"], row["attention_mask"], strict=True) if real]])
+        written = teacher.generate(prompt, do_sample=False, pad_token_id=0, num_return_sequences=3, **OPTIONS)
+        written = written[:, 1 if family == "bart" else prompt.shape[1] :].tolist()
+        ends = [next((i for i, t in enumerate(w) if t in ENDS), len(w) - 1) for w in written]
+        beams.append([w[: end + 1] for w, end in zip(written, ends, strict=True)])
+        wanted.append(beams[-1][number % 3])  # the reference is in the beam, at each place of it
+    data = data.add_column("labels", [[-100] + w + [-100] for w in wanted])
+    made = hfc.generate_targets(
+        teacher, data, tmp_path / "near", batch_size=3, shard_size=4, interpolate=True, **OPTIONS
+    )
+    assert [[t for t in row["labels"] if t != -100] for row in made] == wanted
+    assert any(w != beam[0] for w, beam in zip(wanted, beams, strict=True))  # not the most probable ones
+    again = hfc.generate_targets(teacher, data, tmp_path / "near", shard_size=4, interpolate=True, **OPTIONS)
+    assert again.to_list() == made.to_list()
+    with pytest.raises(ValueError, match="made otherwise|with other|other"):
+        hfc.generate_targets(teacher, data, tmp_path / "near", shard_size=4, **OPTIONS)
+    with pytest.raises(ValueError, match="needs a column labels"):
+        hfc.generate_targets(teacher, data.remove_columns("labels"), tmp_path / "no", interpolate=True, **OPTIONS)
+    with pytest.raises(ValueError, match="num_beams of 2 or more, got 1"):
+        hfc.generate_targets(teacher, data, tmp_path / "one", interpolate=True, num_beams=1)
+
+
+def test_bleu_by_hand():
+    """Of 5 tokens 4 match, of 4 pairs 2, of 3 triples 1, of 2 quadruples none; one more of each but the first."""
+    expected = math.exp(1 - 6 / 5) * (4 / 5 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25
+    assert sentence_bleu([1, 2, 3, 9, 4], [1, 2, 3, 4, 5, 6]) == pytest.approx(expected, rel=1e-12)
+    assert sentence_bleu([1, 2, 3, 4], [1, 2, 3, 4]) == pytest.approx(1.0, rel=1e-12)
+    assert sentence_bleu([7, 8], [1, 2]) == sentence_bleu([], [1, 2]) == 0.0
+    assert sentence_bleu([1, 1, 1, 1], [1, 2, 3, 4]) == pytest.approx(
+        (1 / 4 * 1 / 4 * 1 / 3 * 1 / 2) ** 0.25, rel=1e-12
+    )
+    assert closest([[7], [1, 2], [1, 2]], [1, 2, 3]) == [1, 2]
 
 
 class BartLike:

@@ -9,7 +9,7 @@ from distillation.test_trainer import config, pair
 from hf_compress.distillation.losses.sums import binary_soft_loss, logit_loss, soft_loss
 from hf_compress.distillation.methods.tinybert import TinyBertTrainer
 from hf_compress.distillation.teachers.cache import cache_teacher
-from hf_compress.distillation.teachers.several_teachers import mean_logits
+from hf_compress.distillation.teachers.several_teachers import mean_logits, weigh_teachers
 from hf_compress.distillation.trainer import DistillationTrainer
 
 WEIGHTS = [0.5, 0.2, 0.3]
@@ -102,3 +102,34 @@ def test_each_teacher_must_match(tmp_path):
         trainer([teacher, teacher], hints="1:2")
     with pytest.raises(ValueError, match="TinyBertTrainer learns from inner layers"):
         trainer([teacher, teacher], kind=TinyBertTrainer)
+
+
+def test_teachers_below_the_cut_off_have_no_weight(tmp_path):
+    scores = {"good": 0.8, "fair": 0.76, "poor": 0.7}
+    teachers = list(scores)
+    assert weigh_teachers(teachers, scores.get, cut_off=0.95) == [1.0, 1.0, 0.0]  # 0.76 is 0.95 of 0.8
+    assert weigh_teachers(teachers, scores.get, cut_off=0.96, weights=[2, 3, 4]) == [2, 0.0, 0.0]
+    assert weigh_teachers(teachers, scores.get, cut_off=0.5) == [1.0, 1.0, 1.0]
+    for options, message in (
+        (dict(cut_off=0.0), "share of the best"),
+        (dict(weights=[1.0]), "3 teachers and 1 weights"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            weigh_teachers(teachers, scores.get, **options)
+    for bad in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match="0 or more"):
+            weigh_teachers(teachers, lambda _, bad=bad: bad)
+    models = [tiny_model("bert", seed=seed) for seed in (3, 4)]
+    weights = weigh_teachers(models, lambda model: 1.0 if model is models[1] else 0.5)
+    data, student = rows(4), pair()[0]
+    losses = [
+        DistillationTrainer(
+            student,
+            config(tmp_path, teacher_weights=given),
+            teacher_model=teacher,
+            train_dataset=data,
+            eval_dataset=data,
+        ).evaluate()["eval_soft_loss"]
+        for teacher, given in ((models, weights), (models[1], None))
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)

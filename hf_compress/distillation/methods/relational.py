@@ -82,10 +82,8 @@ def pooled(states: Tensor, weights: Tensor) -> Tensor:
     return (states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1e-12)
 
 
-class ExampleRelations(Term):
-    """How the examples of a batch lie to each other in the hidden states of both models."""
-
-    options_class, name = ExampleRelationOptions, "relational"
+class Examples(Term):
+    """Base: terms that compare what lies between the examples of a batch, in pairs of hidden states."""
 
     def bind(self, student: nn.Module, teacher: nn.Module) -> None:
         super().bind(student, teacher)
@@ -94,13 +92,23 @@ class ExampleRelations(Term):
         self.student_signals = {"hidden_states": [mine for mine, _ in self.relations]}
         self.teacher_signals = {"hidden_states": [theirs for _, theirs in self.relations]}
 
-    def losses(self, student: Run, teacher: Run, inputs: Mapping, state: TrainingState) -> dict[str, Loss]:
+    def pooled(self, student: Run, teacher: Run, inputs: Mapping) -> list[tuple[Tensor, Tensor]]:
+        """The states of the examples in both models, (B, D) and (B, D'), for each of the relations."""
         pairs = []
         for mine, theirs in self.relations:
             states = student.hidden_states[mine]
             weights, _ = self.tokens(states, inputs, mine)
             pairs.append((pooled(exact(states), weights), pooled(exact(teacher.hidden_states[theirs]), weights)))
-        losses = {}
+        return pairs
+
+
+class ExampleRelations(Examples):
+    """How the examples of a batch lie to each other in the hidden states of both models."""
+
+    options_class, name = ExampleRelationOptions, "relational"
+
+    def losses(self, student: Run, teacher: Run, inputs: Mapping, state: TrainingState) -> dict[str, Loss]:
+        pairs, losses = self.pooled(student, teacher, inputs), {}
         for name, loss in (("distance", distance_loss), ("angle", angle_loss)):
             if weight := getattr(self.options, f"{name}_weight"):
                 total = torch.stack([loss(*pair) for pair in pairs]).sum()

@@ -48,6 +48,36 @@ class SeveralTeachers(nn.Module):
         raise TypeError("Several teachers are run one by one: use `all`.")
 
 
+def weigh_teachers(
+    teachers: Sequence[nn.Module],
+    evaluate: Callable[[nn.Module], float],
+    *,
+    cut_off: float = 0.95,
+    weights: Sequence[float] | None = None,
+) -> list[float]:
+    """`teacher_weights` by what each teacher is worth: 0 below `cut_off` times the best one's score.
+
+    Args:
+        evaluate: gives a teacher's score on held-out examples, 0 or more and higher for better, as accuracy is.
+        cut_off: tau, a share of the best score: above 0 and up to 1.
+        weights: of those that stay; equal when not given.
+
+    A teacher that is worse than what the student could learn from the others takes accuracy away (Tan et al., 2019,
+    https://arxiv.org/abs/1902.10461, whose tau cuts distillation where the student has overtaken its teacher).
+    """
+    if not 0 < cut_off <= 1:
+        raise ValueError(f"cut_off is a share of the best teacher's score, above 0 and up to 1, got {cut_off}.")
+    weights = [1.0] * len(teachers) if weights is None else list(weights)
+    if len(weights) != len(teachers):
+        raise ValueError(f"There are {len(teachers)} teachers and {len(weights)} weights.")
+    scores = [float(evaluate(teacher)) for teacher in teachers]
+    if not all(score >= 0 for score in scores) or max(scores) == 0:  # nan is refused, too
+        raise ValueError(
+            f"Scores must be 0 or more, and one above 0, for a share of the best to mean something: {scores}."
+        )
+    return [weight if score >= cut_off * max(scores) else 0.0 for weight, score in zip(weights, scores, strict=True)]
+
+
 def teachers_of(teacher: nn.Module) -> tuple[nn.Module, ...]:
     return teacher.all if isinstance(teacher, SeveralTeachers) else (teacher,)
 

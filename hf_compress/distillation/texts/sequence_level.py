@@ -1,7 +1,8 @@
 """Sequence-level distillation: the student learns what its teacher would have written.
 
 Kim and Rush, 2016, https://arxiv.org/abs/1606.07947, section 3.2: the teacher's beam outputs take the place of the
-labels, once; any trainer then trains on them.
+labels, once; any trainer then trains on them. Section 3.3, sequence-level interpolation: of the beam the output that is
+most like the reference takes its place.
 """
 
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 
 from hf_compress.distillation.teachers.cache_files import teacher_fingerprint
 from hf_compress.distillation.teachers.shards import Shards, data_fingerprint
+from hf_compress.distillation.texts.similarity import closest
 from hf_compress.measuring.measure import evaluating
 from hf_compress.model.reading import IGNORED
 from hf_compress.training.progress import progress_bar
@@ -29,6 +31,7 @@ def generate_targets(
     max_new_tokens: int = 128,
     batch_size: int = 16,
     shard_size: int = 256,
+    interpolate: bool = False,
     **options,
 ) -> Dataset:
     """What `teacher` writes for each row of `dataset`, as a dataset of `input_ids`, `attention_mask` and `labels`.
@@ -43,6 +46,8 @@ def generate_targets(
         max_new_tokens: a target is cut after so many tokens.
         batch_size: rows generated together; rows of a similar length meet.
         shard_size: rows in a file; what a stopped run may lose.
+        interpolate: of the whole beam take the text most like the row's `labels` (by sentence-level BLEU), not the most
+            probable one; labels are the reference's tokens, -100 left out.
         options: further arguments of `teacher.generate`, as JSON holds them.
 
     Raises ValueError for a model that cannot generate, prompts that leave no room, and a folder made otherwise.
@@ -54,11 +59,20 @@ def generate_targets(
     if "input_ids" not in dataset.column_names:
         raise ValueError(f"The dataset needs a column input_ids, it has {dataset.column_names}. Tokenize it first.")
     options = {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "do_sample": False, **options}
+    if interpolate:
+        if "labels" not in dataset.column_names or num_beams < 2:
+            raise ValueError(
+                f"interpolate=True compares the texts of a beam with the reference: it needs a column labels, got "
+                f"{dataset.column_names}, and num_beams of 2 or more, got {num_beams}."
+            )
+        options = {"num_return_sequences": num_beams, **options}
     settings = {
         "teacher": teacher_fingerprint(teacher),
         "data": data_fingerprint(sources(rows) for rows in dataset.iter(shard_size)),
         "options": options,
     }
+    if interpolate:
+        settings["references"] = data_fingerprint(references(rows) for rows in dataset.iter(shard_size))
     _check_room(teacher, dataset, shard_size, max_new_tokens)
     shards = Shards(path, settings, num_rows=len(dataset), rows_per_shard=shard_size)
     missing = shards.missing
@@ -66,12 +80,18 @@ def generate_targets(
     with torch.no_grad(), evaluating([teacher]):
         for number in missing:
             rows = shards.ranges[number]
-            prompts = sources(dataset[rows.start : rows.stop])
+            part = dataset[rows.start : rows.stop]
+            prompts, wanted = sources(part), references(part) if interpolate else None
             order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
             targets: dict[int, list[int]] = {}
             for start in range(0, len(order), batch_size):
                 batch = order[start : start + batch_size]
-                targets.update(zip(batch, generated(teacher, [prompts[i] for i in batch], options), strict=True))
+                written = generated(teacher, [prompts[i] for i in batch], options)
+                if interpolate:
+                    number_of = len(written) // len(batch)
+                    beams = [written[k * number_of : (k + 1) * number_of] for k in range(len(batch))]
+                    written = [closest(beam, wanted[i]) for beam, i in zip(beams, batch, strict=True)]
+                targets.update(zip(batch, written, strict=True))
                 progress.update(len(batch))
             examples = [_example(teacher, prompts[i], targets[i]) for i in range(len(prompts))]
             shards.write(number, Dataset.from_list(examples, features=FEATURES))
@@ -84,6 +104,11 @@ def sources(rows: dict[str, list]) -> list[list[int]]:
     masks = rows.get("attention_mask", [[1] * len(ids) for ids in rows["input_ids"]])
     pairs = zip(rows["input_ids"], masks, strict=True)
     return [[token for token, real in zip(*pair, strict=True) if real] for pair in pairs]
+
+
+def references(rows: dict[str, list]) -> list[list[int]]:
+    """The tokens of each row's labels."""
+    return [[token for token in labels if token != IGNORED] for labels in rows["labels"]]
 
 
 def generated(teacher: PreTrainedModel, prompts: list[list[int]], options: dict) -> list[list[int]]:
