@@ -141,3 +141,12 @@ def test_runtimes_beside_the_packed_model(tiny_folder, tmp_path):
     lines = run("scripts/benchmark_runtimes.py", "--float_model", tiny_folder, "--packed", tmp_path / "packed",
                 "--texts", tmp_path / "texts.csv", "--formats", "openvino", "--rounds", "2").splitlines()  # fmt: skip
     assert [line.split()[0] for line in lines if "same class" in line] == ["openvino", "openvino,", "float32"]
+
+
+@pytest.mark.long
+def test_llama_cpp_tells_the_tokens_of_an_export():
+    pytest.importorskip("xllamacpp")
+    lines = [line for line in run("scripts/checks/llama.py", "--tokens", "24").splitlines() if "perplexity" in line]
+    ratios = [float(line.partition(" (")[2].partition(")")[0]) for line in lines]
+    assert ratios[0] == pytest.approx(1, abs=1e-3)
+    assert ratios[1:] == pytest.approx([1, 1], abs=0.05)  # inputs are rounded to 8 bit there

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hf_compress.files.whole import write_whole
 
@@ -66,6 +67,20 @@ def read_pooling(folder: str | Path) -> Pooling | None:
     if len(named) != 1:
         raise ValueError(f"{folder} joins the poolings {named}: expected one of {MODES}.")
     return Pooling(named[0], normalize="Normalize" in kinds)
+
+
+def pooling_of(model: PreTrainedModel) -> Pooling:
+    """How the folder that `model` came from makes a vector of a text; the mean, of length 1, where it says nothing.
+
+    Raises ValueError for steps that are more than a pooling.
+    """
+    source = model.name_or_path
+    try:
+        return (read_pooling(source) if source else None) or Pooling()
+    except ValueError as error:
+        raise ValueError(
+            f"The vectors of {source} are made by more than a pooling, which has no place here: {error}"
+        ) from error
 
 
 _KEYS = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token", "max": "pooling_mode_max_tokens",

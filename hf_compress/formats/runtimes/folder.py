@@ -57,7 +57,7 @@ def write_folder(model: PreTrainedModel, folder: Path, kind: type[Exported],
     tokenizer = tokenizer or tokenizer_beside(model)
     if tokenizer is not None and not tokenizer.is_fast:
         raise ValueError("A folder for a runtime holds a tokenizer.json: this tokenizer has none. Pass a fast one.")
-    batches = check_batches(model, calibration, tokenizer)
+    lines, batches = readme(model, kind.format, tokenizer), check_batches(model, calibration, tokenizer)
     with quiet(), in_eval(model):
         exported = kind(model, None if tokenizer is None else tokenizer.model_input_names)
         agreement = measure_agreement(model, exported.session(), batches)
@@ -70,7 +70,7 @@ def write_folder(model: PreTrainedModel, folder: Path, kind: type[Exported],
             complete_config(beside / "config.json", model)
             if tokenizer is not None:
                 tokenizer.save_pretrained(beside)
-            write_readme(beside, readme(model, kind.format, tokenizer))
+            write_readme(beside, lines)
             contents = describe(model, exported, agreement)
             (beside / RECORD).write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
     logger.info("%s agrees with the model: %s", folder, agreement["outputs"])

@@ -13,6 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_compress.formats.runtimes.gguf_blocks import BLOCK, Matrix
 from hf_compress.formats.runtimes.gguf_tensors import as_matrix, renamed
 from hf_compress.model.anatomy import anatomy
+from hf_compress.model.pooling import pooling_of
+
+POOLINGS = {"mean": gguf.PoolingType.MEAN, "cls": gguf.PoolingType.CLS, "lasttoken": gguf.PoolingType.LAST}
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ def shape_of(model: PreTrainedModel) -> Shape:
         raise ValueError(
             f"llama.cpp's bert gives embeddings, so format='gguf' takes a BertModel, not {type(model).__name__}."
         )
+    if (mode := pooling_of(model).mode) not in POOLINGS:
+        raise ValueError(f"llama.cpp pools by {', '.join(POOLINGS)}, not {mode}.")
     if config.hidden_act != "gelu" or config.is_decoder:
         raise ValueError(f"llama.cpp's bert is an encoder with GELU; this one has {config.hidden_act!r}.")
     layers, head_dim = anatomy(model).layers, config.hidden_size // config.num_attention_heads
@@ -47,7 +52,7 @@ def add_shape(writer: gguf.GGUFWriter, model: PreTrainedModel, shape: Shape) -> 
     writer.add_head_count(shape.heads)
     writer.add_layer_norm_eps(model.config.layer_norm_eps)
     writer.add_causal_attention(False)
-    writer.add_pooling_type(gguf.PoolingType.MEAN)
+    writer.add_pooling_type(POOLINGS[pooling_of(model).mode])
 
 
 def named_matrices(model: PreTrainedModel, shape: Shape) -> Iterator[tuple[str, Matrix]]:

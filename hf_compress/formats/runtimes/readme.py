@@ -4,6 +4,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from hf_compress.model.pooling import pooling_of
+
 OPEN = {
     "openvino": """options = {"INFERENCE_PRECISION_HINT": "f32"}
 # 8-bit products overflow without VNNI (before Ice Lake, Zen 4): float ones there, and where no system tells
@@ -42,11 +44,17 @@ ENDINGS = {  # by the end of the class's name
     "ForMaskedLM": 'print(outputs["logits"].argmax(-1))  # the likeliest token at each place\n',
     "ForQuestionAnswering": 'print(outputs["start_logits"].argmax(-1), outputs["end_logits"].argmax(-1))  # first and '
     "last token\n",
-    "Model": """mask = inputs["attention_mask"][..., None]
-vectors = (outputs["last_hidden_state"] * mask).sum(1) / mask.sum(1)  # mean over real tokens
-print(vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
-""",
 }
+POOLED = {  # by the mode of a Pooling; the tokenizer above pads at the end
+    "mean": "vectors = (states * mask).sum(1) / mask.sum(1)  # mean over real tokens",
+    "cls": "vectors = states[:, 0]  # of the first token",
+    "lasttoken": "vectors = states[np.arange(len(states)), mask.sum(1)[:, 0] - 1]  # of the last token",
+    "max": "vectors = np.where(mask > 0, states, -np.inf).max(1)  # the largest of real tokens",
+}
+EMBED = """states, mask = outputs["last_hidden_state"], inputs["attention_mask"][..., None]
+{pooled}
+"""
+NORMALIZED = "vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)\n"
 SEVERAL_LABELS = LABELS + 'print([[labels[str(i)] for i in np.flatnonzero(row > 0)] for row in outputs["logits"]])\n'
 DECODE = {
     "openvino": """request, tokens = model.create_infer_request(), list(inputs["input_ids"][0])
@@ -105,6 +113,9 @@ def ending(model: PreTrainedModel) -> str:
             return SEVERAL_LABELS
         if model.config.num_labels == 1:
             return 'print(outputs["logits"][:, 0])\n'
+    if name.endswith("Model"):
+        pooling = pooling_of(model)
+        return EMBED.format(pooled=POOLED[pooling.mode]) + NORMALIZED * pooling.normalize + "print(vectors)\n"
     known = next((text for end, text in ENDINGS.items() if name.endswith(end)), None)
     return known or "print({name: value.shape for name, value in outputs.items()})\n"
 
