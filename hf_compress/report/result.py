@@ -99,6 +99,14 @@ class Results:
                 return entry
         raise KeyError(f"no model {name!r} in this report, only {[entry.name for entry in self.entries]}.")
 
+    def multiply_add_rate(self, entry: Entry) -> float:
+        """The theoretical speed-up: multiply-adds of the reference over the model's, both as stored.
+
+        Blalock et al., 2020, https://arxiv.org/abs/2003.03033. A zero that is stored costs nothing there; here it is
+        multiplied like any other, as dense products do.
+        """
+        return self[self.reference].measurement.multiply_adds / max(entry.measurement.multiply_adds, 1)
+
     @property
     def has_runtimes(self) -> bool:
         """Whether anything ran elsewhere than in PyTorch."""

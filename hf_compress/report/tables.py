@@ -31,11 +31,11 @@ def markdown(report: Results) -> str:
 CSV_COLUMNS = (
     "model", "quality", "quality_spread", "parameters", "stored_bytes", "bits_per_weight", "multiply_adds",
     "peak_memory_bytes", "latency_ms", "latency_ms_10", "latency_ms_90", "examples_per_second",
-    "examples_per_second_10", "examples_per_second_90", "parameter_rate", "byte_rate", "latency_speed_up",
-    "latency_speed_up_low", "latency_speed_up_high", "throughput_speed_up", "throughput_speed_up_low",
-    "throughput_speed_up_high", "quality_difference", "quality_difference_low", "quality_difference_high", "p_value",
-    "zero_weights", "unknown_tokens", "num_tokens", "reference", "metric", "dataset", "num_examples", "device",
-    "runtime", "threads", "dtype", "command",
+    "examples_per_second_10", "examples_per_second_90", "parameter_rate", "byte_rate", "multiply_add_rate",
+    "latency_speed_up", "latency_speed_up_low", "latency_speed_up_high", "throughput_speed_up",
+    "throughput_speed_up_low", "throughput_speed_up_high", "quality_difference", "quality_difference_low",
+    "quality_difference_high", "p_value", "zero_weights", "unknown_tokens", "num_tokens", "reference", "metric",
+    "dataset", "num_examples", "device", "runtime", "threads", "dtype", "command",
 )  # fmt: skip
 
 
@@ -57,6 +57,7 @@ def _csv_row(report: Results, entry: Entry) -> dict[str, object]:
         "latency_ms_90": cost.latency_ms.high, "examples_per_second": cost.throughput.median,
         "examples_per_second_10": cost.throughput.low, "examples_per_second_90": cost.throughput.high,
         "parameter_rate": entry.parameter_rate, "byte_rate": entry.byte_rate,
+        "multiply_add_rate": report.multiply_add_rate(entry),
         "zero_weights": cost.sparsity.get("weights"), "unknown_tokens": entry.unknown_tokens,
         "num_tokens": entry.num_tokens, "reference": report.reference, "metric": report.metric,
         "dataset": report.dataset, "num_examples": report.num_examples, "command": report.command,
@@ -169,7 +170,7 @@ def main_rows(report: Results) -> list[list[str]]:
 
 def cost_rows(report: Results) -> list[list[str]]:
     """The table of costs, its header first."""
-    return [_cost_header(), *(_cost_row(entry) for entry in report.entries)]
+    return [_cost_header(), *(_cost_row(report, entry) for entry in report.entries)]
 
 
 def score_rows(report: Results) -> list[list[str]]:
@@ -224,12 +225,12 @@ def _cost_header() -> list[str]:
     ]
 
 
-def _cost_row(entry: Entry) -> list[str]:
+def _cost_row(report: Results, entry: Entry) -> list[str]:
     cost = entry.measurement
     return [
         entry.name,
         f"{cost.bits_per_weight:.2f}",
-        count_text(cost.multiply_adds),
+        f"{count_text(cost.multiply_adds)} ({report.multiply_add_rate(entry):.2f}x)",
         "-" if cost.peak_memory_bytes is None else size_text(cost.peak_memory_bytes),
         f"{cost.latency_ms.low:.2f}-{cost.latency_ms.high:.2f} ms",
         f"{number_text(cost.throughput.low)}-{number_text(cost.throughput.high)}/s",

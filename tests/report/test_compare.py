@@ -128,8 +128,28 @@ def test_rates_are_those_of_the_sizes():
     entry = hfc.compare({"m": model, "small": small}, **QUICK)["small"]
     assert entry.parameter_rate == model.num_parameters() / small.num_parameters()
     assert 1.5 < entry.byte_rate < 2
-    assert entry.structure == {"layers": 2, "hidden_size": 32, "heads": [4, 4], "neurons": [48, 48]}
+    shape = {"layers": 2, "hidden_size": 32, "heads": [4, 4], "neurons": [48, 48]}
+    assert entry.structure == {**shape, "tokens": 64, "embedding_bits": 32}
     assert entry.quality is None and entry.difference is None
+
+
+def test_the_theoretical_speed_up_is_that_of_the_multiply_adds():
+    """BERT by hand, 8 tokens: each layer 4 D^2 + 2 D F a token and 2 T D for attention; pooler and head one token's."""
+    model = classifier()
+    half = hfc.prune_neurons(classifier(), {i: range(32) for i in range(4)})
+    masked = classifier()
+    masked.bert.encoder.layer[0].output.dense.weight.data.zero_()
+    report = hfc.compare({"m": model, "half": half, "masked": masked}, **QUICK)
+    D, F, T, L = 32, 48, 8, 4
+
+    def count(neurons):
+        return L * (T * (4 * D * D + 2 * D * neurons) + 2 * T * T * D) + D * D + D * NUM_LABELS
+
+    assert report["m"].measurement.multiply_adds == count(F)
+    assert report.multiply_add_rate(report["half"]) == pytest.approx(count(F) / count(F - 32), rel=1e-12)
+    assert report.multiply_add_rate(report["m"]) == report.multiply_add_rate(report["masked"]) == 1.0
+    rate = f"({count(F) / count(F - 32):.2f}x)"
+    assert rate in report.to_markdown() and "multiply_add_rate" in report.to_csv()
 
 
 def test_a_masked_model_is_not_called_smaller():
