@@ -9,7 +9,6 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from hf_compress.checkpoint.loader import HfCompressConfig, HfCompressQuantizer
 from hf_compress.checkpoint.packed_ties import restore_ties, tied_modules, untie_packed
@@ -18,7 +17,9 @@ from hf_compress.layers.codebook_linear import CodebookLinear
 from hf_compress.layers.packed_embedding import PackedEmbedding
 from hf_compress.layers.packed_linear import PackedLinear
 from hf_compress.layers.scheme import WeightScheme
+from hf_compress.model.anatomy import is_plain
 from hf_compress.model.record import QUANT_METHOD, find_name, stored_name, write_part
+from hf_compress.surgery.stand_ins import ConfigOfSomeHeads
 
 PART = "bits"
 
@@ -51,7 +52,7 @@ def prepare(model: PreTrainedModel, bits: dict) -> None:
         scheme, module = WeightScheme.from_dict(entry, stored), model.get_submodule(name)
         if isinstance(module, nn.Embedding) and scheme.num_levels is None:
             packed = PackedEmbedding.like(module, scheme)
-        elif type(module) in (nn.Linear, Conv1D):
+        elif is_plain(module):
             packed = (PackedLinear if scheme.num_levels is None else CodebookLinear).like(module, scheme)
         else:
             raise ValueError(f"The record packs {stored}, a {type(module).__name__}: it is damaged.")
@@ -81,8 +82,11 @@ def settle_bits(model: PreTrainedModel) -> None:
     """
     shared, own = model.config, copy.deepcopy(model.config)
     for module in model.modules():
-        if getattr(module, "config", None) is shared:
+        config = getattr(module, "config", None)
+        if config is shared:
             module.config = own
+        elif isinstance(config, ConfigOfSomeHeads) and config.shared is shared:
+            module.config = ConfigOfSomeHeads(own, config.num_attention_heads)
     for _, module in packed_modules(model):
         if module.decodes != model.can_generate():
             module.prepare(decodes=model.can_generate())

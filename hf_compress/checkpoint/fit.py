@@ -2,8 +2,10 @@
 
 from torch import nn
 
-from hf_compress.model.anatomy import Attention, FeedForward, anatomy, in_features, out_features
+from hf_compress.model.anatomy import FeedForward, anatomy, in_features, out_features
+from hf_compress.model.attention import Attention
 from hf_compress.surgery.heads import head_attributes
+from hf_compress.surgery.position_bias import kept_heads
 
 
 def check_fit(model: nn.Module) -> None:
@@ -29,13 +31,15 @@ def _check_attention(attention: Attention, *, num_layers: int) -> None:
     queries, pairs = heads * head_dim, groups * head_dim
     expected = [queries + 2 * pairs] * 3 if attention.is_fused else [queries, pairs, pairs]
     expected += [queries] * len(attention.positional)
-    is_grouped = hasattr(attention.module, "num_key_value_groups")
+    is_grouped = any(hasattr(attention.module, name) for name in ("num_key_value_groups", "num_kv_heads"))
     groups_fit = (heads % groups == 0 if groups else heads == 0) if is_grouped else heads == groups
     if rows != expected or in_features(attention.output) != queries or not groups_fit:
         raise ValueError(
             f"structure: the projections of {attention.name} do not fit each other: query, key, value (and positions) "
             f"have {rows} rows, the output {in_features(attention.output)} columns, one head {head_dim}."
         )
+    if len(kept_heads(attention)) != heads:
+        raise ValueError(f"structure: {attention.name} has {heads} heads, and the bias of {kept_heads(attention)}.")
     wanted = {**head_attributes(heads, groups, head_dim), "layer_idx": range(num_layers)}
     for name, value in wanted.items():
         actual = getattr(attention.module, name, value)

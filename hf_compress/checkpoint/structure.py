@@ -22,7 +22,8 @@ from hf_compress.model.anatomy import anatomy, in_features, is_projection, out_f
 from hf_compress.model.record import find_name
 from hf_compress.surgery.depth import ATTRIBUTES, DEPTH_FIELDS, PER_LAYER_FIELDS, place_layers
 from hf_compress.surgery.marks import expect_mark, marked_norm, take_mark
-from hf_compress.surgery.stand_ins import COUNTS_HEADS, HeadlessAttention, config_without_heads, linear_class
+from hf_compress.surgery.position_bias import KEPT, place_kept_heads
+from hf_compress.surgery.stand_ins import COUNTS_HEADS, HeadlessAttention, config_of_heads, linear_class
 
 KEYS = ("shapes", "attributes", "layers", "ranks")
 MOST_LAYERS = 1_000  # a deeper model is built, so a file must not ask for any number
@@ -44,7 +45,8 @@ def validate(part: dict[str, Any]) -> None:
             raise ValueError(f"structure: the attributes of {name!r} must be a mapping, got {attributes!r}.")
         _check_keys(attributes, ATTRIBUTES, f"attributes of {name!r}")
         for attribute, value in attributes.items():
-            if not (_is_size(value) or (attribute == "split_size" and value == [0, 0, 0])):
+            is_list = (attribute == "split_size" and value == [0, 0, 0]) or (attribute == KEPT and _are_numbers(value))
+            if not (is_list if isinstance(value, list) else attribute != KEPT and _is_size(value)):
                 raise ValueError(f"structure: {attribute} of {name!r} must be a size, got {value!r}.")
 
 
@@ -74,11 +76,14 @@ def prepare(model: nn.Module, part: dict[str, Any]) -> None:
         if name is None:
             continue
         module = model.get_submodule(name)
+        if KEPT in attributes:
+            place_kept_heads(model, name, attributes[KEPT])
         for attribute, value in attributes.items():
             if not hasattr(module, attribute):
                 raise ValueError(f"structure: {stored!r}, a {type(module).__name__}, has no attribute {attribute!r}.")
             setattr(module, attribute, value)
     if "shapes" in part or "attributes" in part:
+        fit_head_biases(model)
         check_fit(model)
     for stored, rank in _entries(part, "ranks"):
         if (name := _find(model, stored, names)) is not None:
@@ -95,8 +100,8 @@ def _stand_in_for_heads(model: nn.Module) -> None:
     for attention in [attention for layer in anatomy(model).layers for attention in layer.attentions]:
         if attention.num_heads == 0 and type(attention.module).__name__ in COUNTS_HEADS:
             model.set_submodule(attention.name, HeadlessAttention(attention.module))
-        elif attention.num_heads == 0 and hasattr(attention.module, "config"):
-            attention.module.config = config_without_heads(attention.module.config)
+        elif (config := config_of_heads(attention.module, attention.num_heads)) is not None:
+            attention.module.config = config
 
 
 def _validate_layers(layers: dict[str, Any]) -> None:
@@ -114,7 +119,7 @@ def _validate_layers(layers: dict[str, Any]) -> None:
         if not (is_depth if name in depth_fields else is_list):
             raise ValueError(f"structure: {name} of the layers must be a depth or a list per layer, got {value!r}.")
     for name, numbers in _entries(layers, "keep"):
-        if not (isinstance(numbers, list) and all(_is_size(i) for i in numbers) and len(set(numbers)) == len(numbers)):
+        if not _are_numbers(numbers):
             raise ValueError(f"structure: the layers of {name!r} must be a list of different numbers, got {numbers!r}.")
 
 
@@ -129,6 +134,14 @@ def resize(module: nn.Linear | Conv1D, out_size: int, in_size: int) -> None:
     if module.bias is not None:
         module.bias = nn.Parameter(torch.empty(out_size, **like))
     module.__class__ = linear_class(module, in_size)
+
+
+def fit_head_biases(model: nn.Module) -> None:
+    """Changes `model`, which is on the meta device: biases that DeBERTa adds apart have a value for each row left."""
+    for attention in (attention for layer in anatomy(model).layers for attention in layer.attentions):
+        for name in attention.head_biases:
+            old = attention.module._parameters[name]
+            setattr(attention.module, name, nn.Parameter(old.new_empty(attention.num_heads * attention.head_dim)))
 
 
 def finish(model: nn.Module, part: dict[str, Any]) -> None:
@@ -183,6 +196,10 @@ def _entries(part: dict[str, Any], key: str) -> list[tuple[str, Any]]:
 def _check_keys(mapping: dict[str, Any], known: tuple[str, ...], what: str) -> None:
     if unknown := sorted(set(mapping) - set(known)):
         raise ValueError(f"{what}: unknown entries {unknown}; known are {', '.join(known)}.")
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(_is_size(i) for i in value) and len(set(value)) == len(value)
 
 
 def _is_size(value: Any) -> bool:

@@ -8,7 +8,7 @@ import inspect
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -134,7 +134,7 @@ def _new_pooler(model: nn.Module, stored: dict[str, Stored]) -> tuple[str, ...]:
     return ()
 
 
-def stored_as(model: nn.Module, name: str, stored: dict[str, Stored]) -> Stored | None:
+def stored_as(model: nn.Module, name: str, stored: Mapping[str, Any]) -> Any | None:
     """What the files hold for the tensor `name` of `model`: with or without the base model's prefix."""
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     return next((stored[key] for key in (name, name.removeprefix(prefix), prefix + name) if key in stored), None)

@@ -6,12 +6,13 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from hf_compress.model.anatomy import Anatomy, Attention, FeedForward, Stack, in_features, module_names
+from hf_compress.model.anatomy import Anatomy, FeedForward, Stack, in_features, module_names
+from hf_compress.model.attention import Attention
 from hf_compress.model.weights import as_matrix
+from hf_compress.surgery.stand_ins import BIAS_TABLE
 
 Axes = tuple[Tensor | None, ...]  # the indices taken of each axis of a weight (N, K); None for all of them
 NORM_OF_HEADS = re.compile(r"\b(q|k|query|key)_(layer_?)?norm\b")
-BY_GROUP = "query_key_value"  # rows of each group of heads side by side: its queries, its key, its value
 
 
 def layer_slices(teacher: nn.Module, source: Anatomy, target: Anatomy, kept: list[list[int]]) -> dict[str, Axes]:
@@ -54,14 +55,18 @@ def _attention_slices(names: dict, old: Stack, new: Stack, numbers: list[int], p
     theirs = [layer.attentions[place] for layer in old.layers]
     mine = [layer.attentions[place] for layer in new.layers]
     energies = [_energy(theirs[number].output) for number in numbers]
-    biases = {a.name: b for a in theirs if (b := getattr(a.module, "relative_attention_bias", None)) is not None}
+    owners = {
+        old.name.rpartition(".")[0],
+        *(attention.name for attention in theirs),
+    }  # MPNet's, T5's
+    biases = [name for name in names.values() if name in {f"{owner}.{BIAS_TABLE}" for owner in owners}]
     if biases:
         energies = [torch.stack(energies).sum(dim=0)] * len(energies)
     chosen: dict[str, Axes] = {}
     for own, number, energy in zip(mine, numbers, energies, strict=True):
         heads, groups, within = _heads(own, theirs[number], energy)
         chosen.update(_projection_slices(names, theirs[number], heads, groups, within))
-        chosen.update({f"{name}.relative_attention_bias.weight": (None, heads) for name in biases})
+        chosen.update({f"{name}.weight": (None, heads) for name in biases})
     return chosen
 
 
@@ -90,24 +95,17 @@ def _projection_slices(
     names: dict, theirs: Attention, heads: Tensor, groups: Tensor, within: Tensor
 ) -> dict[str, Axes]:
     Dh, num_groups = theirs.head_dim, theirs.num_key_value_heads
-    size = theirs.num_heads // max(num_groups, 1)
     query, key = _rows(heads, Dh, within), _rows(groups, Dh, within)
     chosen: dict[str, Axes] = {}
-    if theirs.is_fused and names[theirs.query].rpartition(".")[2] == BY_GROUP:
-        blocks = []  # numbers of heads among all rows, in the student's order
-        for group in groups.tolist():
-            first = group * (size + 2)
-            blocks += [first + head % size for head in heads.tolist() if head // size == group]
-            blocks += [first + size, first + size + 1]
+    if theirs.is_fused and theirs.row_order is not None:
+        blocks = theirs.blocks(heads.tolist(), groups.tolist())
         chosen.update(_placed(names, theirs.query, _rows(torch.tensor(blocks), Dh, within)))
-    elif theirs.is_fused:
-        first_key, first_value = theirs.num_heads * Dh, (theirs.num_heads + num_groups) * Dh
-        chosen.update(_placed(names, theirs.query, torch.cat([query, first_key + key, first_value + key])))
-    else:
+    elif not theirs.is_fused:
         for module, rows in ((theirs.query, query), (theirs.key, key), (theirs.value, key)):
             chosen.update(_placed(names, module, rows))
     for module in theirs.positional:
         chosen.update(_placed(names, module, query))
+    chosen.update({f"{theirs.name}.{name}": (query,) for name in theirs.head_biases})
     sizes = {(Dh,): within, (theirs.num_heads * Dh,): query, (num_groups * Dh,): key}
     for name, parameter in theirs.module.named_parameters():  # norms of queries and keys: of one head, or of all
         if NORM_OF_HEADS.search(name) and tuple(parameter.shape) in sizes:

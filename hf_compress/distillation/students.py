@@ -14,6 +14,7 @@ from hf_compress.distillation.student_config import check_shape, student_config
 from hf_compress.model.anatomy import Anatomy, anatomy
 from hf_compress.model.unfinished import check_finished
 from hf_compress.model.weights import as_matrix, float_weights, without_foreign_quantization
+from hf_compress.surgery.position_bias import KEPT
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,11 @@ def make_student(
         )
     check_finished(teacher, "make_student")
     source = anatomy(teacher)
+    if cut := [a.name for layer in source.layers for a in layer.attentions if hasattr(a.module, KEPT)]:
+        raise ValueError(
+            f"{', '.join(cut[:3])} of the teacher lost heads whose position bias other layers share, which an ordinary "
+            "student cannot say. Make the student of the whole model, and prune it then."
+        )
     kept = [_kept_layers(stack.name, len(stack.layers), num_hidden_layers, layers) for stack in source.stacks]
     config = student_config(teacher.config, source, kept, hidden_size=hidden_size, intermediate_size=intermediate_size,
                             num_attention_heads=num_attention_heads)  # fmt: skip

@@ -12,20 +12,22 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from hf_compress.model.attention import ROW_ORDERS, Attention, Projection
+from hf_compress.model.classes import plain_class
+
 PROJECTION_NAMES = {
     "query": re.compile(r"q|query|q_proj|q_lin|query_proj"),
     "key": re.compile(r"k|key|k_proj|k_lin|key_proj"),
     "value": re.compile(r"v|value|v_proj|v_lin|value_proj"),
-    "fused": re.compile(r"c_attn|qkv|Wqkv|qkv_proj|query_key_value"),
+    "fused": re.compile(r"c_attn|qkv|Wqkv|qkv_proj|query_key_value|in_proj"),
 }
-POSITIONAL = re.compile(r"pos_(key|query|k|q)_proj|(query|key|value)_global")  # DeBERTa, Longformer: with the heads
+POSITIONAL = re.compile(r"pos_((key|query|k|q)_)?proj|(query|key|value)_global")  # DeBERTa, Longformer: with the heads
 HEAD_DIM_NAMES = ("head_dim", "attention_head_size", "key_value_proj_dim", "dim_per_head", "head_size")
 
 OTHER_LAYERS = ("MPNetLayer",)  # layers that are no `GradientCheckpointingLayer`
 WHY_NOT = {  # beginning of a class's name -> why structure does not explain it
     "Albert": "its layers are one set of weights: none can be cut, copied or taken out alone. It can be quantized",
     "ConvBert": "half of its heads are convolutions, whose widths follow from the config. It can be quantized",
-    "Deberta": "its queries, keys and values are one `in_proj`, head by head, with biases apart. It can be quantized",
     "Flaubert": "attentions, norms and feed-forwards lie in lists of their own, no layer is one. It can be quantized",
     "MobileBert": "its layers are bottlenecks around several feed-forwards of another width. It can be quantized",
     "SqueezeBert": "its projections are grouped convolutions, which nothing here cuts or packs",
@@ -34,12 +36,15 @@ WHY_NOT = {  # beginning of a class's name -> why structure does not explain it
 
 NO_HEADS = "has no attention (its tokens are mixed without weights): there are no heads to measure, cut or imitate."
 
-Projection = nn.Linear | Conv1D
-
 
 def is_projection(module: nn.Module) -> bool:
     """True for a linear map: `nn.Linear` and its subclasses, or GPT-2's `Conv1D`."""
     return isinstance(module, (nn.Linear, Conv1D))
+
+
+def is_plain(module: nn.Module) -> bool:
+    """True for a linear map that is its weight and bias and nothing else; what another subclass adds is not known."""
+    return type(module) in (nn.Linear, Conv1D) or type(module).__name__ == "FalconLinear"  # the same, written out
 
 
 def out_features(module: Projection) -> int:
@@ -55,32 +60,6 @@ def matrix(module: Projection | nn.Embedding) -> Tensor:
     weight = module._parameters.get("weight")  # itself: as an attribute, that of a fake-quantized table is on its grid
     weight = module.weight if weight is None else weight
     return weight.t() if isinstance(module, Conv1D) else weight
-
-
-@dataclass(frozen=True)
-class Attention:
-    """One attention and its projections: H heads of size `head_dim`, grouped over the key-value heads."""
-
-    name: str  # of the module that owns the projections, within the model
-    module: nn.Module
-    query: Projection  # (H * head_dim, D); fused models hold q, k and v in one module, three times the same here
-    key: Projection  # (num_key_value_heads * head_dim, D)
-    value: Projection
-    output: Projection  # (D, H * head_dim)
-    head_dim: int
-    num_heads: int
-    num_key_value_heads: int
-    positional: tuple[Projection, ...] = ()  # DeBERTa's relative positions, Longformer's global tokens: (H * Dh, D)
-    is_cross: bool = False  # decoder over encoder
-
-    @property
-    def is_fused(self) -> bool:
-        return self.query is self.key
-
-    @property
-    def first_value_row(self) -> int:
-        """Where the rows of the values begin in `value`: fused, they follow all queries and all keys."""
-        return (self.num_heads + self.num_key_value_heads) * self.head_dim if self.is_fused else 0
 
 
 @dataclass(frozen=True)
@@ -223,7 +202,8 @@ def _attentions(
         roles = {
             role: leaves[leaf] for leaf in leaves for role, known in PROJECTION_NAMES.items() if known.fullmatch(leaf)
         }
-        if "fused" in roles:
+        kind = plain_class(block.get_submodule(parent)).__name__
+        if "fused" in roles and (leaves.get("in_proj") != roles["fused"] or kind in ROW_ORDERS):  # Mamba has one, too
             roles = dict.fromkeys(("query", "key", "value"), roles["fused"])
         if {"query", "key", "value"} <= roles.keys():
             positional = [leaves[leaf] for leaf in leaves if POSITIONAL.fullmatch(leaf)]
@@ -245,8 +225,10 @@ def _attentions(
         num_heads = in_features(output) // head_dim
         is_fused = query is key
         num_kv = (out_features(key) // head_dim - num_heads) // 2 if is_fused else out_features(key) // head_dim
+        leaf = roles["query"].rpartition(".")[2]
+        order = ROW_ORDERS.get(plain_class(module).__name__, ROW_ORDERS.get(leaf)) if is_fused else None
         yield Attention(full_name, module, query, key, value, output, head_dim, num_heads, num_kv,
-                        tuple(projections[n] for n in positional), is_cross=i > 0)  # fmt: skip
+                        tuple(projections[n] for n in positional), is_cross=i > 0, row_order=order)  # fmt: skip
 
 
 def _leads_back(output: Projection, query: Projection) -> bool:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import AttentionInterface
 
-from hf_compress.model.anatomy import Attention, anatomy
+from hf_compress.model.anatomy import anatomy
+from hf_compress.model.attention import Attention
 
 
 @dataclass(frozen=True)

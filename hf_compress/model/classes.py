@@ -20,6 +20,14 @@ def made_class(name: str, *bases: type) -> type:
     return type(name, bases, {"__reduce_ex__": reduce, "__module__": __name__})
 
 
+def plain_class(module: nn.Module) -> type:
+    """The class of `module`; of one that was made here, the base that is not ours."""
+    kind = type(module)
+    if kind.__module__ != __name__:
+        return kind
+    return next(base for base in kind.__bases__ if not base.__module__.startswith(__name__.partition(".")[0]))
+
+
 def _make_empty(name: str, *bases: type) -> nn.Module:
     made = made_class(name, *bases)
     return made.__new__(made)

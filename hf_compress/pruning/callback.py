@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
-from hf_compress.model.anatomy import Projection
+from hf_compress.model.attention import Projection
 from hf_compress.model.unfinished import forms_of
 from hf_compress.pruning.masks import Blocks, check_prunable
 from hf_compress.pruning.schedules import THRESHOLDS, Schedule, check_schedule, make_schedule

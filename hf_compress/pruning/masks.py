@@ -4,6 +4,7 @@ a weight (1, 1), a block (n, n), a head (D, Dh) and a neuron (D, 1), the last tw
 columns at zero a head or a neuron adds nothing, whatever it computes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,26 +13,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_compress.model.anatomy import (
-    Anatomy,
-    Projection,
-    anatomy,
-    in_features,
-    is_projection,
-    matrix,
-    module_names,
-    out_features,
-)
+from hf_compress.model.anatomy import Anatomy, anatomy, in_features, is_projection, matrix, module_names, out_features
+from hf_compress.model.attention import Projection
 from hf_compress.model.record import read_part
 from hf_compress.model.weights import as_matrix, check_writable
 from hf_compress.training.optimizers import versions
 
 
 class Source(NamedTuple):
-    """Rows of a linear map that make the inputs of another: block after block, `size` rows each."""
+    """Rows of a linear map that make the inputs of another: block after block, `size` of `rows` each."""
 
     module: Projection
-    first: int
+    rows: Sequence[int]
     size: int
 
 
@@ -90,13 +83,13 @@ class Blocks:
         An input whose column is zero would still widen the range that a quantizer sees.
         """
         self.scale_(mask, optimizer)
-        for module, first, size in self.sources:
+        for module, rows, size in self.sources:
             keep = mask[0].repeat_interleave(size)
-            rows = slice(first, first + len(keep))
+            silent = torch.as_tensor(rows, device=keep.device)[keep == 0]
             for weight in versions(module.weight, optimizer):
-                as_matrix(module, weight)[rows].mul_(keep[:, None])
+                as_matrix(module, weight)[silent] = 0
             for bias in [] if module.bias is None else versions(module.bias, optimizer):
-                bias[rows].mul_(keep)
+                bias[silent] = 0
 
     def is_alive(self) -> Tensor:
         """True for blocks that are not all zeros."""

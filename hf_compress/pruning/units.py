@@ -8,7 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_compress.measuring.measure import evaluating
-from hf_compress.model.anatomy import Anatomy, Attention, Layer, Projection, anatomy, in_features, out_features
+from hf_compress.model.anatomy import Anatomy, Layer, anatomy, in_features, out_features
+from hf_compress.model.attention import Attention, Projection
 from hf_compress.pruning.importance.gates import labelled_batch, loss_shares, mean_absolute_gradients
 from hf_compress.pruning.importance.layers import skipped
 from hf_compress.training.progress import progress_bar

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hf_compress.layers.scheme import SMALLEST_RANGE
 from hf_compress.model.anatomy import anatomy, is_readable, matrix, out_features
 from hf_compress.model.classes import made_class
 from hf_compress.model.record import read_part
@@ -50,7 +51,7 @@ class Quantizers:
 
     def check(self, name: str) -> None:
         limits = None if self.inputs is None else self.inputs.range()
-        if limits is not None and limits[0] == limits[1]:
+        if limits is not None and limits[1] - limits[0] < SMALLEST_RANGE:
             raise ValueError(f"{name} has no activation range yet: train, or run some batches in train mode.")
 
     def select(self, transaction: Transaction, rows: Sequence[int] | None, columns: Sequence[int] | None) -> None:
@@ -58,7 +59,7 @@ class Quantizers:
 
     def put_on(self, module: nn.Module) -> None:
         kinds = {nn.Linear: FakeQuantLinear, Conv1D: FakeQuantConv1D, nn.Embedding: FakeQuantEmbedding}
-        kind = self.original_class
+        kind = nn.Linear if issubclass(self.original_class, nn.Linear) else self.original_class
         # a subclass of nn.Embedding keeps its own forward, whose `super().forward` now looks up quantized rows
         module.__class__ = kinds.get(kind) or made_class(f"FakeQuant{kind.__name__}", kind, FakeQuantEmbedding)
         setattr(module, FORM, self)
@@ -180,7 +181,7 @@ def prepare_qat(
                           learned=learned_steps)  # fmt: skip
         quantizer = WeightQuantizer(weight, width, rounded_share=rounded_share, **layout)
         is_quiet = activation_bits is None or isinstance(module, nn.Embedding)
-        inputs = None if is_quiet else ActivationQuantizer(dynamic=dynamic_activations)
+        inputs = None if is_quiet else ActivationQuantizer(dynamic=dynamic_activations, name=name)
         Quantizers(type(module), quantizer, inputs).put_on(module)
     return model
 

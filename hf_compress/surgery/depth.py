@@ -14,8 +14,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_compress.model.anatomy import HEAD_DIM_NAMES, Layer, anatomy
+from hf_compress.model.classes import plain_class
 from hf_compress.model.record import find_name
-from hf_compress.surgery.stand_ins import BiasConv1D, HeadlessAttention
+from hf_compress.surgery.stand_ins import BIAS_TABLE, BiasConv1D, HeadlessAttention
 
 DEPTH_FIELDS = (("num_hidden_layers",), ("encoder_layers", "decoder_layers"), ("num_layers", "num_decoder_layers"))
 PER_LAYER_FIELDS = (  # lists with one entry for each layer
@@ -34,8 +35,11 @@ ATTRIBUTES = (
     "intermediate_size",
     "layer_idx",
     "layer_id",
+    "num_kv_heads",
+    "kept_heads",
 )
-_SIZES = {*ATTRIBUTES, *HEAD_DIM_NAMES, "in_features", "out_features", "nf", "nx", "training", "gradient_checkpointing"}
+_SIZES = {*ATTRIBUTES, *HEAD_DIM_NAMES, "in_features", "out_features", "nf", "nx", "training", "gradient_checkpointing",
+          "has_relative_attention_bias"}  # fmt: skip
 
 
 def per_layer_changes(config: Any, depth: int, keep: Sequence[int]) -> dict[str, Any]:
@@ -93,7 +97,9 @@ def are_alike(model: nn.Module, twin: nn.Module) -> bool:
 
 
 def _layers_are_alike(layer: Layer, other: Layer) -> bool:
-    modules, others = dict(layer.module.named_modules()), dict(other.module.named_modules())
+    modules, others = (
+        {name: m for name, m in one.module.named_modules() if not name.endswith(BIAS_TABLE)} for one in (layer, other)
+    )
     return modules.keys() == others.keys() and all(
         isinstance(modules[name], HeadlessAttention) or _signature(modules[name]) == _signature(others[name])
         for name in modules
@@ -101,7 +107,7 @@ def _layers_are_alike(layer: Layer, other: Layer) -> bool:
 
 
 def _signature(module: nn.Module) -> tuple[type, dict[str, Any], set[str]]:
-    kind = Conv1D if isinstance(module, BiasConv1D) else type(module)
+    kind = Conv1D if isinstance(module, BiasConv1D) else plain_class(module)
     names = [name for name in vars(module) if not name.startswith("_") and name not in _SIZES]
     settings = {name: getattr(module, name) for name in names}
     plain = {name: value for name, value in settings.items() if isinstance(value, (int, float, str, type(None)))}

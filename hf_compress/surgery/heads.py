@@ -4,13 +4,13 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from hf_compress.model.anatomy import Anatomy, Attention, anatomy, module_names
+from hf_compress.model.anatomy import Anatomy, anatomy, module_names
+from hf_compress.model.attention import ROW_ORDERS, Attention
 from hf_compress.model.unfinished import check_finished
 from hf_compress.surgery.cache import assign_slots
-from hf_compress.surgery.stand_ins import COUNTS_HEADS, HeadlessAttention, config_without_heads
+from hf_compress.surgery.position_bias import BIASED, has_unknown_bias, keep_position_bias
+from hf_compress.surgery.stand_ins import BIAS_TABLE, COUNTS_HEADS, HeadlessAttention, config_of_heads
 from hf_compress.surgery.transaction import Transaction
-
-FUSED_LAYOUTS = ("c_attn", "Wqkv")  # all queries, then all keys, then all values: these are known to be cut right
 
 
 def prune_heads(model: nn.Module, heads: Mapping[int, Iterable[int]]) -> nn.Module:
@@ -52,8 +52,9 @@ def cut_heads(transaction: Transaction, parts: Anatomy, keep: Mapping[int, list[
         _cut(transaction, attention, kept)
         if not kept and type(attention.module).__name__ in COUNTS_HEADS:
             transaction.replace(attention.name, HeadlessAttention)
-        elif not kept and hasattr(attention.module, "config"):
-            transaction.set(attention.module, "config", config_without_heads(attention.module.config))
+        elif (config := config_of_heads(attention.module, len(kept))) is not None:
+            transaction.set(attention.module, "config", config)
+    keep_position_bias(transaction, parts, keep)
 
 
 def _kept_heads(parts: Anatomy, number: int, gone: Iterable[int]) -> list[int]:
@@ -79,17 +80,15 @@ def _kept_heads(parts: Anatomy, number: int, gone: Iterable[int]) -> list[int]:
 
 def head_obstacle(attention: Attention, names: Mapping[nn.Module, str]) -> str | None:
     """Why heads of this attention cannot be cut, as a sentence; None if they can. `names` are those of all modules."""
-    leaf = names[attention.query].rpartition(".")[2]
-    if attention.is_fused and leaf not in FUSED_LAYOUTS:
+    if attention.is_fused and attention.row_order is None:
         return (
-            f"{attention.name} holds query, key and value in one {leaf!r}, whose order of rows is not known "
-            f"(known are {', '.join(FUSED_LAYOUTS)}), or splits it by the config: the heads cannot be cut."
+            f"{attention.name} holds query, key and value in one {names[attention.query].rpartition('.')[2]!r}, whose "
+            f"order of rows is not known (known are {', '.join(ROW_ORDERS)}): the heads cannot be cut."
         )
-    is_shared = any(name.rpartition(".")[2] == "relative_attention_bias" for name in names.values())
-    if is_shared or hasattr(attention.module, "has_relative_attention_bias"):
+    if has_unknown_bias(attention, names.values()):
         return (
-            f"{attention.name} adds one position bias per head that all layers share (as in T5 and MPNet): "
-            "its heads cannot be cut layer by layer."
+            f"{attention.name}, a {type(attention.module).__name__}, adds a position bias per head that layers share: "
+            f"how it takes its part of it is known only for {', '.join(BIASED)}."
         )
     if any(names[projection].endswith("_global") for projection in attention.positional):
         return (
@@ -99,8 +98,9 @@ def head_obstacle(attention: Attention, names: Mapping[nn.Module, str]) -> str |
     known = {attention.query, attention.key, attention.value, attention.output, *attention.positional}
     for name, parameter in attention.module.named_parameters():
         owner = attention.module.get_submodule(name.rpartition(".")[0])
+        is_known = owner in known or name in (*attention.head_biases, f"{BIAS_TABLE}.weight")
         # norms of one head's width serve all heads alike; anything else may belong to heads in a way we cannot see
-        if owner not in known and parameter.shape != (attention.head_dim,):
+        if not is_known and parameter.shape != (attention.head_dim,):
             return (
                 f"{attention.name}.{name}, of shape {tuple(parameter.shape)}, is no projection and no norm of one head "
                 f"(size {attention.head_dim}): which part of it belongs to which head is not known."
@@ -113,16 +113,16 @@ def _cut(transaction: Transaction, attention: Attention, kept: list[int]) -> Non
     groups = sorted({head // group for head in kept})
     queries, pairs = _rows(kept, head_dim), _rows(groups, head_dim)
     if attention.is_fused:
-        first_key = attention.num_heads * head_dim
-        first_value = first_key + attention.num_key_value_heads * head_dim
-        rows = queries + [first_key + row for row in pairs] + [first_value + row for row in pairs]
-        transaction.select(attention.query, rows=rows)
+        transaction.select(attention.query, rows=_rows(attention.blocks(kept, groups), head_dim))
     else:
         transaction.select(attention.query, rows=queries)
         transaction.select(attention.key, rows=pairs)
         transaction.select(attention.value, rows=pairs)
-        for projection in attention.positional:
-            transaction.select(projection, rows=queries)
+    for projection in attention.positional:
+        transaction.select(projection, rows=queries)
+    for name in attention.head_biases:
+        bias = attention.module._parameters[name]
+        transaction.set(attention.module, name, nn.Parameter(bias.detach()[queries].clone(), bias.requires_grad))
     transaction.select(attention.output, columns=queries)
     for name, value in head_attributes(len(kept), len(groups), head_dim).items():
         if hasattr(attention.module, name):
@@ -137,6 +137,7 @@ def head_attributes(num_heads: int, num_key_value_heads: int, head_dim: int) -> 
         "num_heads": num_heads,
         "n_heads": num_heads,
         "num_key_value_heads": num_key_value_heads,
+        "num_kv_heads": num_key_value_heads,
         "all_head_size": width,
         "split_size": width or [0, 0, 0],  # `Tensor.split(0)` would give one part instead of three
     }

@@ -10,6 +10,7 @@ from hf_compress.model.record import read_part, stored_name
 from hf_compress.model.unfinished import check_finished
 from hf_compress.surgery.cache import assign_slots
 from hf_compress.surgery.depth import DEPTH_FIELDS, per_layer_changes
+from hf_compress.surgery.position_bias import first_may_go, move_position_bias
 from hf_compress.surgery.transaction import Transaction
 
 
@@ -39,6 +40,7 @@ def cut_layers(
     for stack, numbers in zip(parts.stacks, kept, strict=True):
         blocks = [stack.modules[i] for i in numbers]
         transaction.replace(stack.name, lambda old, blocks=blocks: type(old)(blocks))
+        move_position_bias(transaction, stack, numbers[0], num_heads or {})
         for i, block in enumerate(blocks):
             for module in block.modules():
                 if hasattr(module, "layer_idx"):
@@ -51,7 +53,7 @@ def kept_by_stack(parts: Anatomy, keep: list[int]) -> list[list[int]]:
     """For each stack the layers to keep, numbered within the stack.
 
     Raises ValueError for layers that do not exist or are named twice, where a stack would be left without any, and
-    where its first layer, which the others need, would go.
+    where its first layer, which the others need in a way not known here, would go.
     """
     num_layers = len(parts.layers)
     unknown = [i for i in keep if not isinstance(i, int) or not 0 <= i < num_layers]
@@ -63,11 +65,8 @@ def kept_by_stack(parts: Anatomy, keep: list[int]) -> list[list[int]]:
         if not kept[-1]:
             raise ValueError(f"keep={keep} leaves no layer in {stack.name}; keep at least one of its layers.")
         first += len(stack.layers)
-        has_bias = any(getattr(m, "has_relative_attention_bias", False) for m in stack.layers[0].module.modules())
-        if has_bias and kept[-1][0] != 0:
-            raise ValueError(
-                f"The first layer of {stack.name} must stay first: it holds the position bias of all (as T5's does)."
-            )
+        if kept[-1][0] != 0 and not first_may_go(stack):
+            raise ValueError(f"The first layer of {stack.name} must stay first: it holds the position bias of all.")
     return kept
 
 

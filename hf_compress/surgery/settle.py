@@ -114,7 +114,11 @@ def _uniform_fields(model: nn.Module) -> Iterator[dict[str, int]]:
     heads = {(a.num_heads, a.num_key_value_heads, a.head_dim) for layer in parts.layers for a in layer.attentions}
     if len(heads) == 1 and min(heads)[0]:
         num_heads, num_key_value_heads, head_dim = min(heads)
-        fields = {"num_attention_heads": num_heads, "head_dim": head_dim}
+        fields = {"num_attention_heads": num_heads}
+        if not isinstance(getattr(type(model.config), "head_dim", None), property) and not hasattr(
+            model.config, "d_kv"
+        ):
+            fields["head_dim"] = head_dim
         if hasattr(model.config, "num_key_value_heads"):
             fields["num_key_value_heads"] = num_key_value_heads
         yield fields

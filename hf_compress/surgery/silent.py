@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from hf_compress.model.anatomy import Anatomy, Attention, FeedForward, Layer, Projection, Stack, matrix, module_names
+from hf_compress.model.anatomy import Anatomy, FeedForward, Layer, Stack, matrix, module_names
+from hf_compress.model.attention import Attention, Projection
 from hf_compress.surgery.heads import head_obstacle
 from hf_compress.surgery.neurons import neuron_obstacle
 
@@ -66,8 +67,10 @@ def silent_parts(
 def silent_heads(attention: Attention, *, unit: int = 1, is_heard: bool = False) -> list[int]:
     heads = (attention.num_heads, attention.head_dim)
     group = attention.num_heads // attention.num_key_value_heads
-    first, size = attention.first_value_row, attention.num_key_value_heads * attention.head_dim
-    silent = _zero_rows(attention.value)[first : first + size].unflatten(0, (-1, attention.head_dim)).all(1)
+    silent = _zero_rows(attention.value)[attention.value_rows]
+    for name in {"v_bias"}.intersection(attention.head_biases):
+        silent &= attention.module._parameters[name].detach() == 0
+    silent = silent.unflatten(0, (-1, attention.head_dim)).all(1)
     silent = silent.repeat_interleave(group)  # (H,)
     if not is_heard:
         silent |= ~matrix(attention.output).detach().bool().any(dim=0).unflatten(0, heads).any(dim=1)

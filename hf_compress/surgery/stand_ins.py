@@ -1,13 +1,18 @@
 """Stand-ins for what cannot run on nothing, so that a layer may lose all its heads or neurons."""
 
 import copy
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from hf_compress.model.classes import plain_class
+
 WITHOUT_HEADS = "without_heads"  # among the attention functions of Transformers
+BIAS_TABLE = "relative_attention_bias"  # of T5's first layers, for all that follow
 COUNTS_HEADS = ("DisentangledSelfAttention",)  # DeBERTa-v2 splits a width into a number of heads: not into zero
+READS_CONFIG = ("Phi3Attention",)  # where the queries end is told by the config
 
 
 class HeadlessAttention(nn.Module):
@@ -35,11 +40,31 @@ def attend_without_heads(module: nn.Module, query: Tensor, key: Tensor, *args, *
 AttentionInterface.register(WITHOUT_HEADS, attend_without_heads)
 
 
-def config_without_heads(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A config for one attention module that lost all its heads, whatever attention the model runs elsewhere."""
-    config = copy.deepcopy(config)
-    config._attn_implementation = WITHOUT_HEADS
-    return config
+class ConfigOfSomeHeads:
+    """What an attention module reads its number of heads from; all else is the model's config, whatever it becomes."""
+
+    def __init__(self, config: PreTrainedConfig, num_heads: int):
+        self.shared, self.num_attention_heads = config, num_heads
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "shared":  # of a copy that is being made
+            raise AttributeError(name)
+        return getattr(self.shared, name)
+
+
+def config_of_heads(module: nn.Module, num_heads: int) -> Any:
+    """The config that an attention module with `num_heads` heads must have to run; None if its own will do.
+
+    One that lost all its heads attends without, whatever attention the model runs elsewhere.
+    """
+    config = getattr(module, "config", None)
+    if config is None or (num_heads and plain_class(module).__name__ not in READS_CONFIG):
+        return None
+    config = getattr(config, "shared", config)
+    if not num_heads:
+        config = copy.deepcopy(config)
+        config._attn_implementation = WITHOUT_HEADS
+    return ConfigOfSomeHeads(config, num_heads) if plain_class(module).__name__ in READS_CONFIG else config
 
 
 class BiasConv1D(Conv1D):

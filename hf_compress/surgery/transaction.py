@@ -10,10 +10,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_compress.model.anatomy import Projection
+from hf_compress.model.anatomy import is_plain
+from hf_compress.model.attention import Projection
 from hf_compress.model.record import read_part
 from hf_compress.surgery.settle import settle
 from hf_compress.surgery.stand_ins import linear_class
+
+MISSING = object()
 
 
 class Follower(Protocol):
@@ -106,12 +109,12 @@ class Transaction:
                     owner, _, attribute = attribute.rpartition(".")
                     owner = self.model.get_submodule(owner)
                     value = value(getattr(owner, attribute))
-                undo.append((owner, attribute, getattr(owner, attribute)))
+                undo.append((owner, attribute, getattr(owner, attribute, MISSING)))
                 setattr(owner, attribute, value)
             settle(self.model, self.structure)
         except BaseException:
             for owner, attribute, value in reversed(undo):
-                setattr(owner, attribute, value)
+                delattr(owner, attribute) if value is MISSING else setattr(owner, attribute, value)
             config.__dict__.clear()
             config.__dict__.update(saved)
             raise
@@ -119,7 +122,7 @@ class Transaction:
     def check(self, module: Projection) -> None:
         """Raise ValueError if `module` cannot be cut."""
         names = self._owners.get(id(getattr(module, "weight", None)), [])
-        if type(module) not in (nn.Linear, Conv1D):
+        if not is_plain(module):
             raise ValueError(
                 f"A {type(module).__name__} cannot be cut, only nn.Linear and Conv1D can. Cut the model before it is "
                 "quantized, wrapped or given adapters, or bring it back first (dequantize, merge, unwrap)."

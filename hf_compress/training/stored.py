@@ -5,14 +5,13 @@ from collections.abc import Mapping
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from hf_compress.checkpoint.bits import settle_bits
 from hf_compress.checkpoint.sparsity import settle_sparsity
 from hf_compress.layers.block_sparse import BlockSparseLinear
 from hf_compress.layers.packed_blocks import PackedBlocksLinear, stored_blocks
 from hf_compress.layers.packed_linear import PackedLinear
-from hf_compress.model.anatomy import Anatomy, anatomy, matrix
+from hf_compress.model.anatomy import Anatomy, anatomy, is_plain, matrix
 from hf_compress.training.pieces import Form
 
 logger = logging.getLogger(__name__)
@@ -60,4 +59,4 @@ def projections(parts: Anatomy) -> list[nn.Module]:
             own = (attention.query, attention.key, attention.value, *attention.positional, attention.output)
             found.update(dict.fromkeys(own))
         found.update(dict.fromkeys((*layer.feed_forward.inputs, layer.feed_forward.output)))
-    return [module for module in found if type(module) in (nn.Linear, Conv1D) and module.weight.numel()]
+    return [module for module in found if is_plain(module) and module.weight.numel()]

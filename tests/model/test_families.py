@@ -12,7 +12,6 @@ from scripts.families import OPERATIONS, attempt, table
 UNREAD = {
     "albert": "one set of weights",
     "convbert": "half of its heads are convolutions",
-    "deberta": "one `in_proj`",
     "flaubert": "lists of their own",
     "mobilebert": "bottlenecks",
     "squeezebert": "grouped convolutions",
@@ -65,10 +64,9 @@ def test_layers_without_attention_have_no_heads():
     assert [layer.feed_forward.num_neurons for layer in anatomy(student).layers] == [24, 24]
 
 
-@pytest.mark.parametrize("family", ["mpnet", "t5", "longformer"])
-def test_heads_that_cannot_go_from_one_layer_are_refused(family):
-    with pytest.raises(ValueError, match="position bias per head|by the width of the model"):
-        hfc.prune_heads(tiny_model(family), {1: [0]})
+def test_heads_that_cannot_go_from_one_layer_are_refused():
+    with pytest.raises(ValueError, match="by the width of the model"):
+        hfc.prune_heads(tiny_model("longformer"), {1: [0]})
 
 
 def test_slots_of_the_cache_follow_whatever_they_are_called():

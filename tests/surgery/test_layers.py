@@ -1,6 +1,8 @@
 """A model with fewer layers computes what the same layers compute in a row, and stays a plain checkpoint."""
 
+import copy
 import json
+import pickle
 import subprocess
 import sys
 
@@ -148,3 +150,11 @@ def test_bad_layers_are_refused_and_nothing_changes(keep, message):
 def test_a_decoder_keeps_at_least_one_layer():
     with pytest.raises(ValueError, match="leaves no layer in model.decoder.layers"):
         prune_layers(tiny_model("bart"), [0, 1])
+
+
+@pytest.mark.parametrize("family", ["modernbert", "gemma3_text"])
+def test_layers_of_a_deeper_model_can_be_pickled_and_copied(family):
+    model = prune_layers(tiny_model(family, **SMALL_WINDOW.get(family, {})), [1, 2, 3])
+    for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert torch.equal(logits(other), logits(model))
+        assert other.state_dict().keys() == model.state_dict().keys()

@@ -9,7 +9,15 @@ from pruning.test_callbacks import OurTrainer, arguments
 from silence import logits
 from torch import nn
 from training.test_finish import train
-from transformers import EarlyStoppingCallback, T5Config, T5ForConditionalGeneration, Trainer, TrainerCallback
+from transformers import (
+    EarlyStoppingCallback,
+    LongT5Config,
+    LongT5ForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainerCallback,
+)
 
 import hf_compress as hfc
 from hf_compress.model.anatomy import anatomy
@@ -26,6 +34,11 @@ def tiny_t5() -> T5ForConditionalGeneration:
     torch.manual_seed(0)
     sizes = dict(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=64, dropout_rate=0.0)
     return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0)).eval()
+
+
+def tiny_longt5() -> LongT5ForConditionalGeneration:
+    sizes = dict(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=64, dropout_rate=0.0)
+    return LongT5ForConditionalGeneration(LongT5Config(**sizes, decoder_start_token_id=0, pad_token_id=0)).eval()
 
 
 class OwnLinear(nn.Linear):
@@ -64,7 +77,7 @@ def blocks():
     return hfc.BlockPruning(0.5, block_size=8)
 
 
-ONE_BIAS, NO_MODEL = "adds one position bias per head", "got PeftModel.*merge adapters first"
+BY_WIDTH, NO_MODEL = "by the width of the model", "got PeftModel.*merge adapters first"
 OWN, PACKED = "A OwnLinear cannot be cut", "quantized or block-sparse"
 REFUSED = {
     "half-a-group-of-neurons": (
@@ -77,9 +90,9 @@ REFUSED = {
     ),
     "half-a-group-behind-a-gate": (lambda: prepared(group_size=16), lambda: hfc.HeadGates(1.0), "16 of them share"),
     "uneven-neurons": (lambda: tiny_model("bert"), lambda: neurons(multiple_of=7), "does not divide the 48 neurons"),
-    "heads-with-one-bias-for-all-layers": (tiny_t5, heads, ONE_BIAS),
-    "gates-with-one-bias-for-all-layers": (tiny_t5, lambda: hfc.HeadGates(1.0), ONE_BIAS),
-    "the-layer-that-holds-the-bias": (tiny_t5, lambda: hfc.LayerPruning(keep=[1, 2, 3]), "must stay first"),
+    "heads-put-together-by-the-width": (lambda: tiny_model("longformer"), heads, BY_WIDTH),
+    "gates-put-together-by-the-width": (lambda: tiny_model("longformer"), lambda: hfc.HeadGates(1.0), BY_WIDTH),
+    "the-layer-that-holds-the-bias": (tiny_longt5, lambda: hfc.LayerPruning(keep=[1, 2, 3]), "must stay first"),
     "an-adapter-on-heads": (with_adapter, heads, NO_MODEL),
     "an-adapter-on-weights": (with_adapter, lambda: hfc.WeightPruning(0.5), NO_MODEL),
     "an-adapter-on-layers": (with_adapter, hfc.LayerPruning, NO_MODEL),
@@ -131,22 +144,33 @@ def test_a_range_that_saw_nothing_leaves_the_model_in_training_form(tmp_path):
 
 
 def test_a_part_that_surgery_cannot_cut_stays(tmp_path):
-    """T5's heads share a position bias: those that blocks silenced stay, as zeros, and its neurons go."""
-    model = tiny_t5()
+    """Longformer's heads stay, as zeros, where blocks silenced them; its neurons go."""
+    model = tiny_model("longformer")
     callback = hfc.BlockPruning(0.9, block_size=8, method="max", begin=0.0, end=0.5, num_updates=1)
-    trainer = OurTrainer(
-        model, arguments(tmp_path, max_steps=2), train_dataset=rows(kind="seq2seq"), callbacks=[callback]
-    )
-    trainer.train()
+    OurTrainer(model, arguments(tmp_path, max_steps=2), train_dataset=rows(), callbacks=[callback]).train()
     for attention in anatomy(model).attentions[:1]:
         nn.init.zeros_(attention.output.weight)
     model.double().eval()
-    batch = tiny_batch(model)
-    expected, neurons = logits(model, batch), sum(layer.feed_forward.num_neurons for layer in anatomy(model).layers)
+    expected, neurons = logits(model), sum(layer.feed_forward.num_neurons for layer in anatomy(model).layers)
     hfc.finish(model)
-    assert [a.num_heads for a in anatomy(model).attentions] == [4] * 6
+    assert [a.num_heads for a in anatomy(model).attentions] == [4] * 4
     assert sum(layer.feed_forward.num_neurons for layer in anatomy(model).layers) < neurons
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-9)
+
+
+def test_heads_that_share_a_position_bias_are_cut_with_the_layer_that_makes_it(tmp_path):
+    model = tiny_t5()
+    callbacks = [hfc.HeadPruning(0.5, **QUICK), hfc.LayerPruning(keep=[1, 2, 3])]
+    OurTrainer(model, arguments(tmp_path, max_steps=2), train_dataset=rows(kind="seq2seq"), callbacks=callbacks).train()
+    model.double().eval()
+    batch = tiny_batch(model)
+    expected = logits(model, batch)
+    hfc.finish(model)
+    assert sum(a.num_heads for a in anatomy(model).attentions) < 20 and len(anatomy(model).stacks[0].layers) == 1
     torch.testing.assert_close(logits(model, batch), expected, rtol=0, atol=1e-9)
+    model.save_pretrained(tmp_path / "saved")
+    loaded = type(model).from_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(logits(loaded, batch), expected, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize(

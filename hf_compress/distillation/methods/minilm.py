@@ -25,7 +25,8 @@ from hf_compress.distillation.losses.sums import Loss, exact
 from hf_compress.distillation.runs import Run
 from hf_compress.distillation.terms import Term, TermOptions
 from hf_compress.distillation.two_phases import TwoPhaseConfig, TwoPhaseTrainer
-from hf_compress.model.anatomy import Attention, anatomy
+from hf_compress.model.anatomy import anatomy
+from hf_compress.model.attention import Attention
 from hf_compress.training.state import TrainingState
 
 RELATION_HEAD_SIZE = 16  # of the teacher, in the paper: 48 relation heads for width 768, 64 for 1024

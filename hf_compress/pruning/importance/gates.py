@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from hf_compress.model.anatomy import Projection, in_features
+from hf_compress.model.anatomy import in_features
+from hf_compress.model.attention import Projection
 from hf_compress.model.inputs import forward_names
 from hf_compress.training.progress import progress_bar
 

@@ -58,7 +58,7 @@ def head_matrices(model: nn.Module) -> list[Blocks]:
         if attention.num_heads:  # else they were cut before
             group = attention.num_heads // attention.num_key_value_heads
             shape = (out_features(attention.output), group * attention.head_dim)
-            values = Source(attention.value, attention.first_value_row, attention.head_dim)
+            values = Source(attention.value, attention.value_rows, attention.head_dim)
             found.append(Blocks(names[attention.output], attention.output, shape, (values,)))
     return found
 

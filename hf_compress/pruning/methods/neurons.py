@@ -10,6 +10,7 @@ Penalties on the weights of whole neurons: Murray and Chiang, 2015, https://arxi
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from hf_compress.model.anatomy import anatomy, module_names, out_features
@@ -75,8 +76,8 @@ class NeuronPruning(Pruning):
             part = layer.feed_forward
             if part.num_neurons % size:
                 raise ValueError(f"multiple_of={size} does not divide the {part.num_neurons} neurons of {layer.name}.")
-            firsts = (0, part.num_neurons) if part.is_fused else (0,)
-            sources = tuple(Source(module, first, size) for module in part.inputs for first in firsts)
+            halves = torch.arange(part.num_neurons * (2 if part.is_fused else 1)).split(max(part.num_neurons, 1))
+            sources = tuple(Source(module, rows.tolist(), size) for module in part.inputs for rows in halves)
             if part.num_neurons:
                 found.append(Blocks(names[part.output], part.output, (out_features(part.output), size), sources))
         if isinstance(self.score, Given):
