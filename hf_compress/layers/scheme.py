@@ -6,12 +6,27 @@ from dataclasses import asdict, dataclass, fields
 import torch
 
 BITS = (2, 3, 4, 8)  # and 1 for a codebook of two levels
+LARGEST_INPUT = 2.0**30
+SMALLEST_RANGE = 2.0**-118  # its 255th part is a float32 that divides well
 SCALE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
 def check_bits(bits: int) -> None:
     if bits not in BITS or not isinstance(bits, int):
         raise ValueError(f"bits must be one of {BITS}, got {bits!r}.")
+
+
+def check_activation_range(low: float, high: float) -> None:
+    """Raise ValueError for a range that inputs of 8 bits cannot have: it must hold zero, have a width and have ends.
+
+    Beyond LARGEST_INPUT two neighbours of the 256 values lie four millions apart: all inputs of a model would be one.
+    """
+    is_range = low <= 0 <= high and low < high and math.isfinite(low) and math.isfinite(high)
+    if not is_range or max(-low, high) > LARGEST_INPUT or high - low < SMALLEST_RANGE:
+        raise ValueError(
+            f"The range of a layer's 8-bit inputs must hold zero, reach no further than {LARGEST_INPUT:g} and be at "
+            f"least {SMALLEST_RANGE:.1e} wide, got {low!r} to {high!r}."
+        )
 
 
 def _is_whole(value: object) -> bool:
@@ -52,13 +67,9 @@ class WeightScheme:
         if self.activation_bits not in (None, 8):
             raise ValueError(f"activation_bits must be 8 or None, got {self.activation_bits!r}.")
         if self.activation_range is not None:
-            low, high = self.activation_range
-            is_range = low <= 0 <= high and low < high and math.isfinite(low) and math.isfinite(high)
-            if self.activation_bits is None or not is_range:
-                raise ValueError(
-                    f"activation_range must hold zero and comes with activation_bits, got {self.activation_range!r} "
-                    f"and {self.activation_bits!r}."
-                )
+            check_activation_range(*self.activation_range)
+            if self.activation_bits is None:
+                raise ValueError(f"activation_range {self.activation_range!r} comes with activation_bits, got None.")
 
     def num_groups(self, in_features: int) -> int:
         if self.group_size == -1:

@@ -59,7 +59,7 @@ def allocate_bits(
         weight = matrix(module)
         found = dict(errors[name]) if errors is not None else {}
         for bits in choices:
-            scheme = scheme_for(module, name, bits, group_size=group_size, symmetric=symmetric, scale_dtype="float16")
+            scheme = scheme_for(module, name, bits, group_size=group_size, symmetric=symmetric)
             if errors is None:
                 found[bits] = float((round_to_nearest(weight, scheme, name=name).dequantize() - weight).square().sum())
             sizes.append(_stored_bits(weight, scheme) if average_bits is None else weight.numel() * bits)

@@ -9,9 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_compress.layers.activations import round_per_token, round_to_range
-from hf_compress.layers.scheme import SCALE_DTYPES, WeightScheme
+from hf_compress.layers.scheme import LARGEST_INPUT, SCALE_DTYPES, SMALLEST_RANGE, WeightScheme
 from hf_compress.quantization.gptq import QuantizedWeight
-from hf_compress.quantization.grids import dequantize_from_grid, find_grid, quantize_to_grid
+from hf_compress.quantization.grids import (
+    dequantize_from_grid,
+    find_grid,
+    fits_float16,
+    quantize_to_grid,
+    smallest_scale,
+)
 
 RANGE_MOMENTUM = 0.95  # running activation ranges keep this share of what they were
 
@@ -69,13 +75,13 @@ class WeightQuantizer(nn.Module):
     """Keeps the grid of one weight (N, K), one scale and zero point for each block of `rows` x `columns` weights.
 
     Q-BERT bundles output rows (columns = K); GPTQ's groups are runs of columns (rows = 1). The grid is chosen anew by
-    `refresh`, or learned. Scales are rounded to float16 where they are used, since they are stored so. While it trains
-    a random share `rounded_share` of the weights is rounded in each pass, and the others are as they are.
+    `refresh`, or learned. Scales are rounded where they are used, since they are stored so: to float16, or to float32
+    once that could not hold them. While it trains a random share `rounded_share` of the weights is rounded in each
+    pass, and the others are as they are.
     """
 
     def __init__(self, weight: Tensor, bits: int, *, rows: int = 1, columns: int = -1, symmetric: bool = False,
-                 range_method: str = "mse", learned: bool = False, scale_dtype: str = "float16",
-                 rounded_share: float = 1.0):  # fmt: skip
+                 range_method: str = "mse", learned: bool = False, rounded_share: float = 1.0):  # fmt: skip
         super().__init__()
         N, K = weight.shape
         columns = K if columns == -1 else columns
@@ -83,7 +89,7 @@ class WeightQuantizer(nn.Module):
             raise ValueError(f"Blocks of {rows} x {columns} do not divide a weight of {N} x {K}.")
         self.bits, self.rows, self.columns, self.shape = bits, rows, columns, (N, K)
         self.symmetric, self.range_method, self.learned = symmetric, range_method, learned
-        self.scale_dtype, self.rounded_share = scale_dtype, rounded_share
+        self.scale_dtype, self.rounded_share = "float16", rounded_share
         scale = torch.ones(N // rows, K // columns, 1, device=weight.device)
         if learned:
             self.scale = nn.Parameter(scale)
@@ -129,8 +135,10 @@ class WeightQuantizer(nn.Module):
     def refresh(self, weight: Tensor, bits: int | None = None) -> None:
         """Choose the grid for the weight as it is now, at another width if `bits` says so."""
         self.bits = self.bits if bits is None else bits
-        scale, zero_point = find_grid(self.blocks(weight.float()), self.bits, symmetric=self.symmetric,
-                                      range_method=self.range_method,
+        blocks = self.blocks(weight.float())
+        if not fits_float16(blocks, self.bits, symmetric=self.symmetric):
+            self.scale_dtype = "float32"
+        scale, zero_point = find_grid(blocks, self.bits, symmetric=self.symmetric, range_method=self.range_method,
                                       scale_dtype=SCALE_DTYPES[self.scale_dtype])  # fmt: skip
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
@@ -138,8 +146,7 @@ class WeightQuantizer(nn.Module):
     def stored_scale(self) -> Tensor:
         """The scale as it will be stored; its gradient is that of the scale."""
         dtype = SCALE_DTYPES[self.scale_dtype]
-        smallest = torch.finfo(dtype).tiny
-        rounded = self.scale.detach().clamp(min=smallest).to(dtype).float()
+        rounded = self.scale.detach().clamp(min=smallest_scale(dtype)).to(dtype).float()
         return self.scale + (rounded - self.scale).detach() if self.learned and self.training else rounded
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -179,24 +186,30 @@ class WeightQuantizer(nn.Module):
 class ActivationQuantizer(nn.Module):
     """8-bit inputs of a layer: a running range of what it saw in training, or (`dynamic`) each token's own."""
 
-    def __init__(self, *, dynamic: bool = False):
+    def __init__(self, *, dynamic: bool = False, name: str = "a layer"):
         super().__init__()
-        self.dynamic = dynamic
+        self.dynamic, self.name = dynamic, name
         self.register_buffer("low", torch.zeros(()))
         self.register_buffer("high", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.dynamic:
             return round_per_token(x)
-        if self.training:
+        if self.training and x.numel():
             self.observe(x.detach())
         low, high = self.range()
-        return x if low == high else round_to_range(x, low, high)  # as it is: nothing seen yet
+        return x if high - low < SMALLEST_RANGE else round_to_range(x, low, high)  # as it is: nothing seen yet
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
+        """Raises ValueError, naming the layer, for inputs that no range can hold; what was seen before stays."""
         low, high = x.min().float().clamp(max=0), x.max().float().clamp(min=0)
-        keep = RANGE_MOMENTUM if self.high > self.low else 0.0
+        if not max(-float(low), float(high)) <= LARGEST_INPUT:  # NaN is not
+            raise ValueError(
+                f"The inputs of {self.name} reach from {float(low):g} to {float(high):g}: 8 bits hold no more than "
+                f"{LARGEST_INPUT:g}, and no NaN. Check the model on this data, or train with activation_bits=None."
+            )
+        keep = RANGE_MOMENTUM if self.high - self.low >= SMALLEST_RANGE else 0.0
         self.low.mul_(keep).add_((1 - keep) * low)
         self.high.mul_(keep).add_((1 - keep) * high)
 

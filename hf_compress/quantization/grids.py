@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-MIN_SCALE = 2.0**-24  # the smallest positive float16: a scale must not round to zero
+FLOAT16_STEP, LARGEST_FLOAT16 = 2.0**-24, 65504.0  # between the smallest numbers of float16; its largest
 SHRINK_STEPS, SMALLEST_SHRINK = 20, 0.43  # the range search tries shares of the full range from 1 down to this
 PERCENTILE = 0.999  # share of the values inside the percentile range
 KL_BINS, KL_CANDIDATES, KL_ROWS, KL_SMOOTHING = 512, 32, 2048, 1e-4
@@ -46,10 +46,28 @@ def grid_from_range(low: Tensor, high: Tensor, bits: int, *, symmetric: bool = F
     else:
         scale = (high - low) / largest
         zero_point = None
-    scale = torch.where(scale > 0, scale.clamp(min=MIN_SCALE), 1.0)  # a group of zeros: any scale will do
+    scale = torch.where(scale > 0, scale.clamp(min=smallest_scale(scale.dtype)), 1.0)  # a group of zeros: any will do
     if zero_point is None:
         zero_point = (-low / scale).round().clamp(0, largest)
     return scale, zero_point
+
+
+def smallest_scale(dtype: torch.dtype) -> float:
+    """A scale must not round to zero: float16 has its last positive number, others the last that divides well."""
+    return FLOAT16_STEP if dtype == torch.float16 else torch.finfo(dtype).tiny
+
+
+def fits_float16(values: Tensor, bits: int, *, symmetric: bool = False) -> bool:
+    """Whether float16 holds the scale of each row (..., g), whatever range of it is chosen.
+
+    It holds a scale if rounding it moves neither end of the grid by more than half a step: a relative error below
+    2^-(bits + 1), and float16 is off by half of FLOAT16_STEP at most where scales are small.
+    """
+    if not values.numel():
+        return True
+    low, high = minmax_range(values, bits)
+    low, high = torch.aminmax(grid_from_range(low.float(), high.float(), bits, symmetric=symmetric)[0])
+    return float(low) * SMALLEST_SHRINK >= 2**bits * FLOAT16_STEP and float(high) <= LARGEST_FLOAT16 / 2  # GPTQ adds
 
 
 def quantize_to_grid(values: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
@@ -218,10 +236,10 @@ def find_grid(
 
 def round_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """`scale` rounded to what `dtype` can hold, in its own dtype. Raises where a scale overflows."""
-    rounded = scale.clamp(min=MIN_SCALE).to(dtype)
+    rounded = scale.clamp(min=smallest_scale(dtype)).to(dtype)
     if not rounded.isfinite().all():
         raise ValueError(
             f"A scale of {float(scale.abs().nan_to_num().max()):.3g} does not fit {dtype}. "
-            "Store the scales of this layer in float32 (`scale_dtype=torch.float32`)."
+            "Store the scales of this layer in float32: scale_dtype='float32', or 'auto'."
         )
     return rounded.to(scale.dtype)

@@ -2,24 +2,26 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from hf_compress.layers.low_rank import LowRank
 from hf_compress.layers.packed_embedding import PackedEmbedding
 from hf_compress.layers.packed_linear import PackedLinear
 from hf_compress.layers.scheme import WeightScheme, auto_group_size, check_bits
 from hf_compress.model.adapters import check_no_adapters
-from hf_compress.model.anatomy import anatomy, in_features, layer_maps, matrix
+from hf_compress.model.anatomy import anatomy, in_features, is_plain, layer_maps, matrix
 from hf_compress.quantization.gptq import QuantizedWeight
+from hf_compress.quantization.grids import fits_float16, group_rows
 
 
 def is_linear(module: nn.Module) -> bool:
-    """An `nn.Linear` or `Conv1D` as such: what a subclass adds would be lost. Empty ones (pruned) do not count."""
-    return type(module) in (nn.Linear, Conv1D) and module.weight.numel() > 0
+    """A linear map and no more: what a subclass adds would be lost. Empty ones (pruned) do not count."""
+    return is_plain(module) and module.weight.numel() > 0
 
 
 def choose_modules(
@@ -95,9 +97,29 @@ def embedding_names(model: PreTrainedModel) -> list[str]:
     return [name for name in tables if name not in sources]
 
 
-def scheme_for(module: nn.Module, name: str, bits: int, *, group_size: int | str, **options) -> WeightScheme:
+def scheme_for(module: nn.Module, name: str, bits: int, *, group_size: int | str, symmetric: bool = False,
+               scale_dtype: str = "auto", **options) -> WeightScheme:  # fmt: skip
+    """How `module` is to be packed. Scales are float16, with "auto" float32 where that could not hold them.
+
+    Raises ValueError, naming the module, for groups that do not divide it and for scales that float16 cannot hold.
+    """
     if isinstance(module, nn.Embedding):
-        return WeightScheme(bits, -1, options.get("symmetric", False), scale_dtype=options["scale_dtype"])
+        scheme = WeightScheme(bits, -1, symmetric)
+    else:
+        scheme = WeightScheme(bits, _group_size(module, name, group_size), symmetric, **options)
+    if scale_dtype not in ("auto", "float16"):
+        return replace(scheme, scale_dtype=scale_dtype)
+    with align_module_device(module):  # where its weight is on disk
+        fits = fits_float16(group_rows(matrix(module).detach(), scheme.group_size), bits, symmetric=symmetric)
+    if not fits and scale_dtype == "float16":
+        raise ValueError(
+            f"{name}: float16 cannot hold the scales of its weights, which are too small or too large. Choose "
+            "scale_dtype='auto' or 'float32', or leave it out with `skip_modules`."
+        )
+    return scheme if fits else replace(scheme, scale_dtype="float32")
+
+
+def _group_size(module: nn.Module, name: str, group_size: int | str) -> int:
     columns = in_features(module)
     size = auto_group_size(columns) if group_size == "auto" else group_size
     if isinstance(size, int) and size > 0 and columns % size:
@@ -105,7 +127,7 @@ def scheme_for(module: nn.Module, name: str, bits: int, *, group_size: int | str
             f"{name}: group_size must divide in_features, got group_size={size}, in_features={columns}. "
             f"Choose another one, group_size='auto', or leave this layer out with `skip_modules`."
         )
-    return WeightScheme(bits, size, **options)
+    return size
 
 
 @torch.no_grad()

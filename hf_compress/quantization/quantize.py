@@ -37,7 +37,7 @@ def quantize(
     grid: str = "uniform",
     bias_correction: bool = False,
     range_method: str = "mse",
-    scale_dtype: str = "float16",
+    scale_dtype: str = "auto",
     tokenizer: PreTrainedTokenizerBase | None = None,
     **gptq_options,
 ) -> PreTrainedModel:
@@ -61,7 +61,8 @@ def quantize(
             bits "ternary", and at 1 bit "binary". Levels are stored for each group, so let groups be large (-1).
         bias_correction (`bool`): of a codebook: move the levels so that each group keeps its mean and spread.
         range_method (`str`): "mse", "minmax", "percentile", "kl", or "aciq", the best clip of a bell of that width.
-        scale_dtype (`str`): "float16", or "float32" for weights too small or too large for it.
+        scale_dtype (`str`): "float16"; "float32"; or "auto": float32 for modules whose weights are too small or too
+            large for float16, and float16 for all others.
         tokenizer: the model's own, where `calibration` holds texts.
         gptq_options: the fields of `GPTQOptions`.
 

@@ -171,7 +171,9 @@ class RoundOptions:
     heads_too: bool = field(default=False, metadata={"help": "Pack the pooler and the head of the task as well."})
     skip_modules: str | None = field(default=None, metadata={"help": "Regular expressions of names, with commas."})
     range_method: str = field(default="mse", metadata={"help": "mse, minmax, percentile, kl or aciq."})
-    scale_dtype: str = field(default="float16", metadata={"help": "float16 or float32."})
+    scale_dtype: str = field(
+        default="auto", metadata={"help": "float16, float32, or auto: float32 where float16 cannot hold the scales."}
+    )
     dtype: str | None = field(default=None, metadata={"help": DTYPE_HELP})
     sensitivity_examples: int = field(default=64, metadata={"help": "Examples of the Hessian for average_bits."})
     sensitivity_method: str = field(default="fisher", metadata={"help": "fisher, trace, eigenvalue; for average_bits."})
