@@ -18,15 +18,17 @@ from transformers import AutoConfig, PreTrainedModel
 
 import hf_compress
 from hf_compress.checkpoint.bits import packed_modules, settle_bits
-from hf_compress.checkpoint.tensors import read_headers
+from hf_compress.checkpoint.tensors import Stored, read_headers
 from hf_compress.engines.ops import pack_zeros
 from hf_compress.formats.foreign import find_folder, matches, model_class, telling
 from hf_compress.layers.packed_linear import PackedLinear
 from hf_compress.layers.scheme import BITS, WeightScheme
+from hf_compress.model.anatomy import module_names
 from hf_compress.model.record import QUANT_METHOD, VERSION
 
 logger = logging.getLogger(__name__)
 
+KINDS = {"qweight": ("I32",), "qzeros": ("I32",), "g_idx": ("I32", "I64"), "scales": ("F16", "BF16", "F32")}
 ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}  # what a format subtracts from each zero point
 
 
@@ -52,8 +54,7 @@ def load_gptq(folder_or_id: str | Path, **kwargs) -> PreTrainedModel:
     bits = {}
     for name in names:
         scheme = _scheme(name, shapes)
-        if stored[f"{name}.scales"].dtype != "F16":
-            scheme = replace(scheme, scale_dtype="float32")
+        scheme = replace(scheme, scale_dtype=_scale_dtype(name, stored))
         _check_said(name, scheme, shapes[f"{name}.g_idx"][0], settings)
         bits[name.removeprefix(prefix)] = scheme.to_dict()
     config.quantization_config = {"quant_method": QUANT_METHOD, "version": VERSION, "bits": bits}
@@ -105,6 +106,14 @@ def _scheme(name: str, shapes: dict[str, list[int]]) -> WeightScheme:
     return WeightScheme(bits, -1 if G == 1 else K // G, desc_act=True)
 
 
+def _scale_dtype(name: str, stored: dict[str, Stored]) -> str:
+    """Of the scheme: float32 also holds bfloat16 exactly. Raises ValueError for words and scales of other kinds."""
+    found = {part: stored[f"{name}.{part}"].dtype for part in KINDS}
+    if odd := {part: dtype for part, dtype in found.items() if dtype not in KINDS[part]}:
+        raise ValueError(f"{name}: expected {', '.join(f'{part} of {KINDS[part]}' for part in odd)}, got {odd}.")
+    return "float16" if found["scales"] == "F16" else "float32"
+
+
 def _check_said(name: str, scheme: WeightScheme, in_features: int, settings: dict) -> None:
     """Raise ValueError where the config says of a module other bits or groups than its tensors have."""
     said = dict(settings)
@@ -126,9 +135,6 @@ def _settle(name: str, module: PackedLinear, offset: int, settings: dict) -> Non
     """Undo the format's offset; keep `g_idx` only where groups are not neighbouring columns."""
     bits, K, G = module.scheme.bits, module.in_features, len(module.scales)
     g_idx = module.g_idx
-    if int(g_idx.min()) < -G or int(g_idx.max()) >= G:
-        raise ValueError(f"{name}.g_idx must lie in [0, {G - 1}], got [{int(g_idx.min())}, {int(g_idx.max())}].")
-    module.g_idx = torch.where(g_idx < 0, g_idx + G, g_idx)  # negative ones count from the end, as other readers do
     _, stored, _ = module.integers()
     middle = 2 ** (bits - 1)
     if settings.get("sym"):  # here the values tell the format, whatever the label says
@@ -174,7 +180,10 @@ def gptq_tensors(model: PreTrainedModel, checkpoint_format: str | None = None) -
         if K * scheme.bits % 32 or N * scheme.bits % 32:
             raise ValueError(f"{name}: GPTQ packs whole words, but {N} x {K} at {scheme.bits} bits does not fill them.")
         if scheme.scale_dtype != "float16":
-            raise ValueError(f"{name}: a GPTQ checkpoint has float16 scales; quantize with scale_dtype='float16'.")
+            raise ValueError(
+                f"{name}: a GPTQ checkpoint has float16 scales, and these are {scheme.scale_dtype}. Quantize with "
+                "scale_dtype='float16', or leave out with `skip_modules` what that refuses."
+            )
         _, zeros, groups = module.integers()
         state[f"{name}.qzeros"] = pack_zeros(zeros, scheme.bits, ZERO_OFFSETS[checkpoint_format])
         state[f"{name}.g_idx"] = groups.int()
@@ -197,18 +206,17 @@ def _gptq_config(model: PreTrainedModel, schemes: dict[str, WeightScheme], check
         if isinstance(module, torch.nn.Linear) and name not in schemes and not isinstance(module, PackedLinear)
         and any(name.rpartition(".")[0].startswith(packed.rpartition(".")[0]) for packed in schemes)
     }  # fmt: skip
+    head = module_names(model).get(model.get_output_embeddings())
     return {
         "quant_method": "gptq",
         "bits": common[0],
         "group_size": common[1],
         "sym": all(scheme.symmetric for scheme in schemes.values()),
         "desc_act": any(scheme.desc_act for scheme in schemes.values()),
-        "true_sequential": True,
-        "damp_percent": 0.01,
         "checkpoint_format": checkpoint_format,
         "format": checkpoint_format,
         "pack_dtype": "int32",
-        "lm_head": False,
+        "lm_head": head in schemes,
         "dynamic": dynamic or None,
         "meta": {"quantizer": [f"hf_compress:{hf_compress.__version__}"]},
     }

@@ -62,6 +62,37 @@ def test_gptq_columns_out_of_order_that_the_config_denies(tmp_path):
     assert hfc.load_gptq(tmp_path).get_submodule(DENSE).g_idx is not None
 
 
+ODD = {
+    "scales": (lambda t: t.int(), "scales of .'F16', 'BF16', 'F32'.*I32"),
+    "qweight": (lambda t: t.long(), "qweight of .'I32'.*I64"),
+    "qzeros": (lambda t: t.float(), "qzeros of .'I32'.*F32"),
+    "g_idx": (lambda t: t.float(), "g_idx of .'I32', 'I64'.*F32"),
+    "bias": (lambda t: (t * 9).int(), "bias must hold torch.float32, but is I32"),
+}
+
+
+@pytest.mark.parametrize("part", ODD)
+def test_gptq_numbers_of_another_kind(part, tmp_path):
+    hfc.export(hfc.quantize(bert(), 4, group_size=16), tmp_path, format="gptq")
+    tensors = load_file(tmp_path / "model.safetensors")
+    change, message = ODD[part]
+    tensors[f"{DENSE}.{part}"] = change(tensors[f"{DENSE}.{part}"])
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"{DENSE}.*{message}"):
+        hfc.load_gptq(tmp_path)
+
+
+@pytest.mark.parametrize("index", [-1, 4], ids=["negative", "beyond"])
+def test_gptq_groups_that_are_not_there(index, tmp_path):
+    """Other readers count a negative one from the end; what wrote it is not known, so it is not guessed at."""
+    hfc.export(hfc.quantize(bert(), 4, group_size=16), tmp_path, format="gptq")
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors[f"{DENSE}.g_idx"][3] = index
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"{DENSE}.g_idx must lie in .0, 3., got"):
+        hfc.load_gptq(tmp_path)
+
+
 def group(**changes):
     def change(settings):
         settings["config_groups"]["group_0"].update(changes)

@@ -137,7 +137,7 @@ def test_compressed_tensors_layout():
         ("gptq", dict(bits=4, embedding_bits=8), "embeddings.word_embeddings"),
         ("gemma", dict(bits=3, symmetric=True, group_size=-1), "the gemma format"),
         ("gemma", dict(bits=4), "the gemma format"),
-        ("compressed-tensors", dict(bits=4, embedding_bits=8), "embeddings.word_embeddings"),
+        ("compressed-tensors", dict(bits=4, grid="kmeans"), "encoder.layer.0.*no codebooks"),
         ("onnx-runtime", dict(bits=4), "format must be one of"),
     ],
 )
@@ -145,6 +145,15 @@ def test_what_a_format_cannot_express_is_refused(format, options, message, tmp_p
     model = hfc.quantize(tiny_model("bert", **WIDE["bert"]), **options)
     with pytest.raises(ValueError, match=message):
         hfc.export(model, tmp_path, format=format)
+
+
+def test_a_gptq_config_says_what_is_known_of_the_model():
+    """How it was made is not known of a packed model; whether its head is packed is."""
+    names = ["model.layers.0.mlp.down_proj", "lm_head"]
+    for packed in (names, names[:1]):
+        _, config = gptq_tensors(hfc.quantize(tiny_model("llama", **WIDE["llama"]), dict.fromkeys(packed, 4)))
+        assert config["lm_head"] is (len(packed) == 2)
+        assert not {"damp_percent", "true_sequential"} & config.keys()
 
 
 def test_an_unquantized_model_or_folder_is_refused(tmp_path):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_compress.engines.ops import pack_rows, pack_zeros, unpack_rows, words_per_row
-from hf_compress.layers.scheme import WeightScheme
+from hf_compress.layers.scheme import WeightScheme, check_activation_range
 
 PACKED, UNPACKED = "pack-quantized", ("int-quantized", "naive-quantized")
 PARTS = ("weight_packed", "weight_shape", "weight", "weight_scale", "weight_zero_point", "weight_g_idx", "input_scale",
@@ -120,12 +120,19 @@ def _order(name: str, g_idx: Tensor | None, K: int, G: int) -> Tensor | None:
     """The group of each column (K,) int32; None where groups are neighbouring columns, which -1 may also say."""
     if g_idx is None or (g_idx == -1).all():
         return None
-    if tuple(g_idx.shape) != (K,) or int(g_idx.min()) < 0 or int(g_idx.max()) >= G:
+    fits = tuple(g_idx.shape) == (K,) and g_idx.dtype in (torch.int32, torch.int64)
+    if not fits or int(g_idx.min()) < 0 or int(g_idx.max()) >= G:
         raise ValueError(
-            f"{name}.weight_g_idx must hold {K} numbers in [0, {G - 1}], got {tuple(g_idx.shape)} in "
+            f"{name}.weight_g_idx must hold {K} numbers in [0, {G - 1}], got {tuple(g_idx.shape)} of {g_idx.dtype} in "
             f"[{int(g_idx.min())}, {int(g_idx.max())}]."
         )
     return None if torch.equal(g_idx.long(), torch.arange(K) // (K // G)) else g_idx.int()
+
+
+def _one(name: str, tensor: Tensor, *dtypes: torch.dtype) -> float:
+    if tensor.numel() != 1 or tensor.dtype not in dtypes:
+        raise ValueError(f"{name} must hold one number of {dtypes}, got {tuple(tensor.shape)} of {tensor.dtype}.")
+    return tensor.item()
 
 
 def _inputs(name: str, inputs: dict | None, found: dict[str, Tensor]) -> dict:
@@ -137,8 +144,14 @@ def _inputs(name: str, inputs: dict | None, found: dict[str, Tensor]) -> dict:
     if is_int8 and dynamic is True and strategy == "token" and symmetric:
         return {"activation_bits": 8}
     if is_int8 and dynamic is False and strategy == "tensor" and "input_scale" in found:
-        scale, zero = float(found["input_scale"]), int(found.get("input_zero_point", torch.zeros(1, dtype=torch.int8)))
-        return {"activation_bits": 8, "activation_range": ((-128 - zero) * scale, (127 - zero) * scale)}
+        scale = _one(f"{name}.input_scale", found["input_scale"], torch.float16, torch.bfloat16, torch.float32)
+        zero = _one(f"{name}.input_zero_point", found.get("input_zero_point", torch.zeros(1).char()), torch.int8)
+        limits = (-128 - zero) * scale, (127 - zero) * scale
+        try:
+            check_activation_range(*limits)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        return {"activation_bits": 8, "activation_range": limits}
     raise ValueError(
         f"{name}: inputs of {inputs.get('num_bits')} bits ({inputs.get('type')}, strategy {strategy!r}, "
         f"dynamic={dynamic}, symmetric={symmetric}) are not read; known are 8-bit integers with each token's own "

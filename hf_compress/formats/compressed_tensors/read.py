@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from hf_compress.checkpoint.tensors import read_headers, unexplained
+from hf_compress.checkpoint.tensors import read_headers, stored_as, unexplained
 from hf_compress.formats.compressed_tensors.modules import PACKED, UNPACKED, convert_module
 from hf_compress.formats.foreign import find_folder, matches, model_class, telling
 from hf_compress.layers.scheme import check_bits
@@ -52,6 +52,7 @@ def load_compressed_tensors(folder_or_id: str | Path, **kwargs) -> PreTrainedMod
             raise ValueError(f"{name} is packed in the file; in {kind.__name__} it is a {type(module).__name__}.")
         group = _group_of(own_name, module, settings)
         bits[stored_name(empty, name)] = convert_module(name, module, group, state).to_dict()
+    _check_kinds(empty, state)
     config.quantization_config = {"quant_method": QUANT_METHOD, "version": VERSION, "bits": bits}
     with telling(folder):
         model = kind.from_pretrained(None, config=config, state_dict=state, **kwargs)
@@ -98,6 +99,14 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
         with safe_open(path, "pt") as file:
             state |= {name: file.get_tensor(name) for name, header in headers.items() if header.file == path}
     return state
+
+
+def _check_kinds(empty: PreTrainedModel, state: dict[str, Tensor]) -> None:
+    """Raise ValueError, naming it, for a tensor that is not packed and whose numbers are not of the model's kind."""
+    for name, expected in empty.state_dict().items():
+        found = stored_as(empty, name, state)
+        if found is not None and found.is_floating_point() != expected.is_floating_point():
+            raise ValueError(f"{name} must hold {expected.dtype}, but is {found.dtype} in the file: it is damaged.")
 
 
 def _group_of(name: str, module: nn.Module, settings: dict) -> dict:
