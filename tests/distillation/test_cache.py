@@ -17,10 +17,12 @@ from transformers import default_data_collator
 from distillation.data import rows
 from distillation.test_trainer import TASKS as ALL_TASKS
 from hf_compress.distillation.config import DistillationConfig
+from hf_compress.distillation.losses.divergences import top_k_forward_kl
 from hf_compress.distillation.losses.sums import soft_loss
 from hf_compress.distillation.methods.distilbert import DistilBertTrainer
 from hf_compress.distillation.methods.pkd import PKDTrainer
 from hf_compress.distillation.methods.tinybert import TinyBertTrainer
+from hf_compress.distillation.methods.word_level import WordLevelTrainer
 from hf_compress.distillation.students import make_student
 from hf_compress.distillation.teachers import cache
 from hf_compress.distillation.teachers.cache import cache_teacher
@@ -139,6 +141,47 @@ def test_the_largest_logits_and_the_mass_of_the_rest(k):
     torch.testing.assert_close(same.double(), teacher, rtol=1e-5, atol=1e-5)  # so the loss is 0 at any temperature
     padded = torch.cat([student.detach(), torch.ones(6, 4)], dim=-1)
     torch.testing.assert_close(complete(top, indices, rest, padded, classes=12), completed)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("k", [1, 5, 12])
+def test_the_largest_logits_alone(k, temperature):
+    """The k probabilities sum to one, the others have none: softmax over the k logits, written out."""
+    generator = torch.Generator().manual_seed(0)
+    teacher = 3 * torch.randn(6, 12, dtype=torch.float64, generator=generator)
+    student = torch.randn(6, 12, dtype=torch.float64, generator=generator, requires_grad=True)
+    top, indices = teacher.topk(k)
+    p_t = (top / temperature).softmax(-1)
+    log_s = (student / temperature).log_softmax(-1).gather(1, indices)
+    expected = temperature**2 * (p_t * (p_t.log() - log_s)).sum()
+    gradient = torch.autograd.grad(expected, student)[0]
+    completed = complete(top, indices.int(), torch.full((6, 1), -torch.inf), student.detach(), classes=12)
+    loss = soft_loss(student.float(), completed, temperature)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.autograd.grad(loss, student)[0], gradient, rtol=1e-4, atol=1e-6)
+    if temperature == 1:
+        log_all = student.detach().log_softmax(-1)
+        rows, grad = top_k_forward_kl(log_all.clone(), top, indices, torch.full((6, 1), -torch.inf))
+        torch.testing.assert_close(rows.sum(), expected.detach())
+        torch.testing.assert_close(grad, gradient)
+
+
+def test_what_becomes_of_the_rest_is_a_choice_of_the_teacher(tmp_path):
+    """Two ways to compute the loss that share no code agree on either choice."""
+    data, teacher = rows(8, kind="clm"), teacher_of("llama")
+    cache_teacher(teacher, data, tmp_path / "cache", top_k=4)
+    losses = {}
+    for rest in ("kept", "renormalised"):
+        for kind in (DistillationTrainer, WordLevelTrainer):
+            args = config(tmp_path, kind.config_class, hints=None, temperature=1.0, alpha=1.0)
+            cached = CachedTeacher(tmp_path / "cache", rest=rest)
+            trainer = kind(student_of(teacher), args, teacher_model=cached, train_dataset=data, eval_dataset=data)
+            losses[rest, kind] = trainer.evaluate()["eval_soft_loss"]
+    for rest in ("kept", "renormalised"):
+        assert losses[rest, WordLevelTrainer] == pytest.approx(losses[rest, DistillationTrainer], rel=1e-5, abs=1e-6)
+    assert losses["renormalised", WordLevelTrainer] > 2 * losses["kept", WordLevelTrainer]  # a flat teacher of 64 words
+    with pytest.raises(ValueError, match="rest must be one of kept, renormalised, got 'dropped'"):
+        CachedTeacher(tmp_path / "cache", rest="dropped")
 
 
 def test_a_vocabulary_by_its_largest_logits(tmp_path):

@@ -24,6 +24,9 @@ from hf_compress.distillation.teachers.example_keys import MASKS, example_keys, 
 from hf_compress.distillation.teachers.manifest import check_shard
 from hf_compress.training.progress import progress_bar
 
+RESTS = ("kept", "renormalised")
+NO_MASS = -1e30  # a logit whose probability is zero, and whose share of a divergence is 0 * 1e30 and no NaN
+
 
 class CachedTeacher(nn.Module):
     """The outputs that `hfc.cache_teacher` wrote to `path`; any trainer takes it as its `teacher_model`.
@@ -31,12 +34,18 @@ class CachedTeacher(nn.Module):
     The shards stay on disk and are mapped into memory, so a large cache costs the pages that a batch touches. The
     module holds the teacher's architecture without weights, so that layers and widths can be checked.
 
-    Raises ValueError for a cache that is not there, not finished, cut short or altered.
+    Args:
+        rest: of a cache that holds the `top_k` largest logits, what becomes of the mass of the others: `kept`, as that
+            of one class beside the k; or `renormalised`, given to the k in proportion, as though there were no others.
+
+    Raises ValueError for a cache that is not there, not finished, cut short or altered, and for another word as `rest`.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, *, rest: str = "kept"):
         super().__init__()
-        self.path = Path(path)
+        if rest not in RESTS:
+            raise ValueError(f"rest must be one of {', '.join(RESTS)}, got {rest!r}.")
+        self.path, self.rest = Path(path), rest
         self.manifest = read_manifest(self.path)
         if not self.manifest["is_complete"]:
             raise ValueError(
@@ -168,7 +177,10 @@ class CachedTeacher(nn.Module):
             )
         states = {n: self._gather(f"hidden_states.{self._number(n)}", places, inputs) for n in hidden_states}
         names = [name for name in self.manifest["stored"] if not name.startswith("hidden_states.")]
-        return ModelOutput({name: self._gather(name, places, inputs) for name in names}), states
+        outputs = ModelOutput({name: self._gather(name, places, inputs) for name in names})
+        if "rest" in outputs and self.rest == "renormalised":
+            outputs["rest"] = torch.full_like(outputs["rest"], -torch.inf)
+        return outputs, states
 
     def _gather(self, name: str, places: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
         device, side = inputs[self.manifest["inputs"][0]].device, self.manifest["stored"][name]
@@ -193,7 +205,7 @@ def complete(top_logits: Tensor, top_indices: Tensor, rest: Tensor, student_logi
     """All of a teacher's logits (items, classes), of which the largest k are known, and the mass of the others.
 
     top_logits, top_indices  (items, k)
-    rest                     (items, 1)  log of the sum of exp over the other logits
+    rest                     (items, 1)  log of the sum of exp over the other logits; -inf where there are none
     student_logits           (items, C)  C may differ from `classes` by padding of the vocabulary
 
     The others get the student's own logits, shifted to their mass. At temperature 1 the KL divergence to such a teacher
@@ -205,7 +217,8 @@ def complete(top_logits: Tensor, top_indices: Tensor, rest: Tensor, student_logi
     )
     logits, indices = logits.clone(), top_indices.long()  # in place from here on: a pass over a vocabulary is not cheap
     own = logits.scatter_(-1, indices, -torch.inf).logsumexp(dim=-1, keepdim=True)
-    return logits.add_(rest.float() - own).scatter_(-1, indices, top_logits.float())
+    logits.add_(rest.float() - own).clamp_(min=NO_MASS)
+    return logits.scatter_(-1, indices, top_logits.float())
 
 
 def _architecture(teacher: dict) -> nn.Module | None:
