@@ -1,15 +1,14 @@
 """The kernels' layouts of a packed weight on a GPU, and their products."""
 
-import logging
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.utils import logging
 
 from hf_compress.engines.ops import w8a8_linear, wna16_linear, wna16_pack
 from hf_compress.engines.packed_weight import Stored
 
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(__name__)
 
 
 class Wna16:
@@ -52,12 +51,12 @@ def stored_by_groups(values: Tensor) -> Tensor:
 
 
 def make_run(stored: Stored, dtype: torch.dtype, *, int8: bool) -> Wna16 | W8A8 | None:
-    """The run on the GPU that holds the weight; None, with a line in the log, for what no kernel takes.
+    """The run on the GPU that holds the weight; None, with one warning for each reason, for what no kernel takes.
 
     int8  the layer's record asks for products of 8-bit integers, each token rounded to its own grid
     """
     try:
         return W8A8(stored) if int8 else Wna16(stored, dtype)
     except ValueError as error:
-        logger.info("A packed layer runs without its kernel: %s", error)
+        logger.warning_once(f"A packed layer runs without its kernel, dequantized in each call: {error}")
         return None

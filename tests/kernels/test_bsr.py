@@ -84,6 +84,13 @@ def test_fine_blocks_run_inside_blocks_of_16(side):
     assert torch.equal(bsr_to_dense(weight), dense * entries(block_mask, (side, side), 48, 64))
 
 
+def test_density_is_the_share_of_blocks_also_where_the_last_ones_are_padded():
+    """A weight of 17 x 33 has 2 x 3 blocks of 16: together a share of 1, though they hold 1536 of 561 entries."""
+    whole = bsr_from_dense(torch.randn(17, 33), torch.ones(2, 3, dtype=torch.bool), (16, 16))
+    half = bsr_from_dense(torch.randn(17, 33), torch.tensor([[1, 1, 0], [0, 0, 1]]).bool(), (16, 16))
+    assert whole.density == 1 and half.density == 0.5
+
+
 def test_no_rows():
     weight, _, _ = sparse_layer((16, 16))
     assert bsr_linear(torch.empty(0, 200), weight).shape == (0, 160)

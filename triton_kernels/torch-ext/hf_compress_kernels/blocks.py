@@ -36,8 +36,14 @@ class BlockSparseWeight(NamedTuple):
 
     @property
     def density(self) -> float:
-        """Share of the weight's entries that are stored."""
-        return self.values.numel() / max(1, self.out_features * self.in_features)
+        """Share of the blocks that are stored, at most 1: a block at the edge counts as one."""
+        return block_density(self.values, self.out_features, self.in_features)
+
+
+def block_density(values: Tensor, out_features: int, in_features: int) -> float:
+    """Share of the blocks of a weight (N, K) that `values` (num_blocks, block rows, block columns) holds."""
+    rows, columns = values.shape[1:]
+    return len(values) / max(1, -(-out_features // rows) * -(-in_features // columns))
 
 
 def check_block_size(block_size: Tuple[int, int], allowed: Tuple[int, ...] = BLOCK_SIZES) -> None:

@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 
 from . import tuning
-from .blocks import BlockSparseWeight, block_rows, bsr_to_dense, gather_blocks
+from .blocks import BlockSparseWeight, block_density, block_rows, bsr_to_dense, gather_blocks
 from .bsr_kernels import bsr_dw_kernel, bsr_linear_kernel
 from .dispatch import INTERPRET
 
@@ -19,7 +19,7 @@ def _runs_dense(dtype: torch.dtype, values: Tensor, out_features: int, in_featur
     """Whether dense is faster, or the kernels do not know the dtype."""
     if INTERPRET:
         return False
-    density = values.numel() / (out_features * in_features)
+    density = block_density(values, out_features, in_features)
     side = min(values.shape[1:])
     return dtype == torch.float64 or density > tuning.bsr_break_even(tuning.device_for(values), side)
 
