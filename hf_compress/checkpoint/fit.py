@@ -19,7 +19,7 @@ def check_fit(model: nn.Module) -> None:
             widths = {out_features(layer.feed_forward.output)}
             for attention in layer.attentions:
                 widths |= {in_features(attention.query), out_features(attention.output)}
-            if widths != {parts.hidden_size}:
+            if widths != {parts.hidden_size} and not layer.has_own_attention:
                 raise ValueError(
                     f"structure: {layer.name} works on widths {sorted(widths)}, the model on {parts.hidden_size}."
                 )

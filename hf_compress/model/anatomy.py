@@ -27,14 +27,16 @@ HEAD_DIM_NAMES = ("head_dim", "attention_head_size", "key_value_proj_dim", "dim_
 OTHER_LAYERS = ("MPNetLayer",)  # layers that are no `GradientCheckpointingLayer`
 WHY_NOT = {  # beginning of a class's name -> why structure does not explain it
     "Albert": "its layers are one set of weights: none can be cut, copied or taken out alone. It can be quantized",
-    "ConvBert": "half of its heads are convolutions, whose widths follow from the config. It can be quantized",
     "Flaubert": "attentions, norms and feed-forwards lie in lists of their own, no layer is one. It can be quantized",
-    "MobileBert": "its layers are bottlenecks around several feed-forwards of another width. It can be quantized",
     "SqueezeBert": "its projections are grouped convolutions, which nothing here cuts or packs",
     "XLM": "attentions, norms and feed-forwards lie in lists of their own, no layer is one. It can be quantized",
 }
 
-NO_HEADS = "has no attention (its tokens are mixed without weights): there are no heads to measure, cut or imitate."
+NO_ATTENTION = "has no attention (its tokens are mixed without weights)"
+OWN_ATTENTION = {  # layers of which the (last) feed-forward is described alone -> why their heads are not
+    "ConvBertLayer": "has heads that are half convolutions, whose widths follow from the config",
+    "MobileBertLayer": "has its heads inside a bottleneck, on several inputs of different widths",
+}
 
 
 def is_projection(module: nn.Module) -> bool:
@@ -85,8 +87,13 @@ class Layer:
     @property
     def attention(self) -> Attention:
         if not self.attentions:
-            raise ValueError(f"{self.name} {NO_HEADS}")
+            raise no_heads(self)
         return self.attentions[0]
+
+    @property
+    def has_own_attention(self) -> bool:
+        """Whether it attends in a way that is not described here; it may then work on another width than the model."""
+        return type(self.module).__name__ in OWN_ATTENTION
 
 
 @dataclass(frozen=True)
@@ -115,8 +122,13 @@ class Anatomy:
         """Of all layers. Raises ValueError for a model without attention."""
         found = tuple(attention for layer in self.layers for attention in layer.attentions)
         if not found:
-            raise ValueError(f"{self.stacks[0].name} {NO_HEADS}")
+            raise no_heads(self.layers[0])
         return found
+
+
+def no_heads(layer: Layer) -> ValueError:
+    why = OWN_ATTENTION.get(type(layer.module).__name__, NO_ATTENTION)
+    return ValueError(f"{layer.name} {why}: there are no heads to measure, cut or imitate.")
 
 
 def anatomy(model: nn.Module) -> Anatomy:
@@ -132,8 +144,9 @@ def anatomy(model: nn.Module) -> Anatomy:
         if any(layer.attentions for layer in stack.layers):
             for layer in (layer for layer in stack.layers if not layer.attentions):
                 raise _not_found(model, f"query, key and value projections in {layer.name}")
-    embeddings = _embeddings(model)
-    return Anatomy(stacks, out_features(stacks[0].layers[0].feed_forward.output), embeddings, _head(model))
+    first = stacks[0].layers[0]
+    width = model.config.hidden_size if first.has_own_attention else out_features(first.feed_forward.output)
+    return Anatomy(stacks, width, _embeddings(model), _head(model))
 
 
 def is_readable(model: nn.Module) -> bool:
@@ -174,6 +187,11 @@ def _projections(block: nn.Module) -> dict[str, nn.Module]:
 
 def _layer(model: nn.Module, name: str, block: nn.Module) -> Layer:
     projections = _projections(block)
+    if type(block).__name__ in OWN_ATTENTION:
+        inputs, output = projections.get("intermediate.dense"), projections.get("output.dense")
+        if inputs is None or output is None:  # ConvBERT with num_groups > 1
+            raise _not_found(model, f"linear maps intermediate.dense and output.dense in {name}")
+        return Layer(name, block, (), FeedForward((inputs,), output, is_fused=False))
     attentions = tuple(_attentions(model, name, block, projections))
     if not attentions and len(projections) != 2:  # a feed-forward alone
         raise _not_found(model, f"query, key and value projections in {name}")

@@ -60,7 +60,7 @@ def cut_neurons(transaction: Transaction, layer: Layer, kept: list[int], *, outg
 def neuron_obstacle(layer: Layer) -> str | None:
     """Why neurons of this layer cannot be cut, as a sentence; None if they can."""
     part, num_neurons = layer.feed_forward, layer.feed_forward.num_neurons
-    if num_neurons == out_features(part.output):
+    if num_neurons == out_features(part.output) or layer.has_own_attention:
         return None  # a norm of the hidden states and one of the neurons would look alike
     linear = {id(p) for module in layer.module.modules() if is_projection(module) for p in module.parameters()}
     for name, parameter in layer.module.named_parameters():

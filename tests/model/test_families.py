@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import CONFIGS, tiny_model
+from helpers import CONFIGS, tiny_batch, tiny_model
 
 import hf_compress as hfc
 from hf_compress.model.anatomy import anatomy, in_features, is_readable, layer_maps, out_features
@@ -11,9 +11,7 @@ from scripts.families import OPERATIONS, attempt, table
 
 UNREAD = {
     "albert": "one set of weights",
-    "convbert": "half of its heads are convolutions",
     "flaubert": "lists of their own",
-    "mobilebert": "bottlenecks",
     "squeezebert": "grouped convolutions",
     "xlm": "lists of their own",
 }
@@ -62,6 +60,33 @@ def test_layers_without_attention_have_no_heads():
             refused()
     student = hfc.make_student(model, num_hidden_layers=2, intermediate_size=24)
     assert [layer.feed_forward.num_neurons for layer in anatomy(student).layers] == [24, 24]
+
+
+@pytest.mark.parametrize("family, why", [("convbert", "half convolutions"), ("mobilebert", "inside a bottleneck")])
+def test_attention_that_is_not_described_leaves_neurons_and_layers(family, why, tmp_path):
+    model = tiny_model(family).double()
+    assert anatomy(model).hidden_size == 32 and not any(layer.attentions for layer in anatomy(model).layers)
+    for refused in (lambda: anatomy(model).attentions, lambda: hfc.prune_heads(model, {0: [0]})):
+        with pytest.raises(ValueError, match=f"layer.0 has .*{why}.*: there are no heads to measure"):
+            refused()
+    batch = tiny_batch(model)
+    output = anatomy(model).layers[1].feed_forward.output
+    with torch.no_grad():
+        output.weight[:, [0, 5]] = 0
+        expected = model(**batch).logits
+        hfc.prune_neurons(model, {1: [0, 5]})
+        torch.testing.assert_close(model(**batch).logits, expected, rtol=0, atol=1e-12)
+        blocks = [layer.module for layer in anatomy(model).layers]
+        hfc.prune_layers(model, [1, 3])
+        assert [layer.module for layer in anatomy(model).layers] == [blocks[1], blocks[3]]
+        model.save_pretrained(tmp_path)
+        loaded = type(model).from_pretrained(tmp_path)
+        torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits, rtol=0, atol=1e-12)
+
+
+def test_grouped_maps_are_not_taken_for_a_feed_forward():
+    with pytest.raises(ValueError, match="intermediate.dense and output.dense"):
+        anatomy(tiny_model("convbert", num_groups=2))
 
 
 def test_heads_that_cannot_go_from_one_layer_are_refused():
