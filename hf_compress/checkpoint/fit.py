@@ -2,15 +2,16 @@
 
 from torch import nn
 
-from hf_compress.model.anatomy import FeedForward, anatomy, in_features, out_features
+from hf_compress.model.anatomy import FeedForward, in_features, out_features
 from hf_compress.model.attention import Attention
+from hf_compress.model.cuttable import cuttable
 from hf_compress.surgery.heads import head_attributes
 from hf_compress.surgery.position_bias import kept_heads
 
 
 def check_fit(model: nn.Module) -> None:
     """Raises ValueError for projections whose widths do not meet, and for attributes that contradict them."""
-    parts = anatomy(model)
+    parts = cuttable(model)
     for stack in parts.stacks:
         for layer in stack.layers:
             for attention in layer.attentions:

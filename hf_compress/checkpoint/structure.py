@@ -18,7 +18,8 @@ from transformers.pytorch_utils import Conv1D
 from hf_compress.checkpoint.factors import prepare_low_rank, retie_low_rank
 from hf_compress.checkpoint.fit import check_fit
 from hf_compress.layers.low_rank import LowRank
-from hf_compress.model.anatomy import anatomy, in_features, is_projection, out_features
+from hf_compress.model.anatomy import in_features, is_projection, out_features
+from hf_compress.model.cuttable import cuttable
 from hf_compress.model.record import find_name
 from hf_compress.surgery.depth import ATTRIBUTES, DEPTH_FIELDS, PER_LAYER_FIELDS, place_layers
 from hf_compress.surgery.marks import expect_mark, marked_norm, take_mark
@@ -58,7 +59,7 @@ def prepare(model: nn.Module, part: dict[str, Any]) -> None:
     if "layers" in part:
         place_layers(model, part["layers"])
     names = {name for name, _ in model.named_modules()}
-    layers = anatomy(model).layers if "shapes" in part else ()
+    layers = cuttable(model).layers if "shapes" in part else ()
     of_layers = {module for layer in layers for module in layer.module.modules()}
     for stored, shape in _entries(part, "shapes"):
         name = _find(model, stored, names)
@@ -97,7 +98,7 @@ def prepare(model: nn.Module, part: dict[str, Any]) -> None:
 
 
 def _stand_in_for_heads(model: nn.Module) -> None:
-    for attention in [attention for layer in anatomy(model).layers for attention in layer.attentions]:
+    for attention in [attention for layer in cuttable(model).layers for attention in layer.attentions]:
         if attention.num_heads == 0 and type(attention.module).__name__ in COUNTS_HEADS:
             model.set_submodule(attention.name, HeadlessAttention(attention.module))
         elif (config := config_of_heads(attention.module, attention.num_heads)) is not None:
@@ -138,7 +139,7 @@ def resize(module: nn.Linear | Conv1D, out_size: int, in_size: int) -> None:
 
 def fit_head_biases(model: nn.Module) -> None:
     """Changes `model`, which is on the meta device: biases that DeBERTa adds apart have a value for each row left."""
-    for attention in (attention for layer in anatomy(model).layers for attention in layer.attentions):
+    for attention in (attention for layer in cuttable(model).layers for attention in layer.attentions):
         for name in attention.head_biases:
             old = attention.module._parameters[name]
             setattr(attention.module, name, nn.Parameter(old.new_empty(attention.num_heads * attention.head_dim)))

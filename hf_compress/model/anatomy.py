@@ -25,11 +25,16 @@ POSITIONAL = re.compile(r"pos_((key|query|k|q)_)?proj|(query|key|value)_global")
 HEAD_DIM_NAMES = ("head_dim", "attention_head_size", "key_value_proj_dim", "dim_per_head", "head_size")
 
 OTHER_LAYERS = ("MPNetLayer",)  # layers that are no `GradientCheckpointingLayer`
+IN_LISTS = (
+    "attentions, norms and feed-forwards lie in lists of their own. hfc.prune_heads, prune_neurons and prune_layers "
+    "work, and it can be quantized"
+)
 WHY_NOT = {  # beginning of a class's name -> why structure does not explain it
-    "Albert": "its layers are one set of weights: none can be cut, copied or taken out alone. It can be quantized",
-    "Flaubert": "attentions, norms and feed-forwards lie in lists of their own, no layer is one. It can be quantized",
+    "Albert": "its layers are one set of weights, run again and again. hfc.prune_heads, prune_neurons and prune_layers "
+    "work, and it can be quantized",
+    "Flaubert": IN_LISTS,
     "SqueezeBert": "its projections are grouped convolutions, which nothing here cuts or packs",
-    "XLM": "attentions, norms and feed-forwards lie in lists of their own, no layer is one. It can be quantized",
+    "XLM": IN_LISTS,
 }
 
 NO_ATTENTION = "has no attention (its tokens are mixed without weights)"
@@ -134,7 +139,7 @@ def no_heads(layer: Layer) -> ValueError:
 def anatomy(model: nn.Module) -> Anatomy:
     """Describe `model` by its structure. Raises ValueError, naming the model and what was not found."""
     stacks = tuple(
-        Stack(name, modules, tuple(_layer(model, f"{name}.{i}", block) for i, block in enumerate(modules)))
+        Stack(name, modules, tuple(describe_layer(model, f"{name}.{i}", block) for i, block in enumerate(modules)))
         for name, modules in model.named_modules()
         if isinstance(modules, nn.ModuleList) and len(modules) and all(map(_is_layer, modules))
     )
@@ -185,7 +190,7 @@ def _projections(block: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def _layer(model: nn.Module, name: str, block: nn.Module) -> Layer:
+def describe_layer(model: nn.Module, name: str, block: nn.Module) -> Layer:
     projections = _projections(block)
     if type(block).__name__ in OWN_ATTENTION:
         inputs, output = projections.get("intermediate.dense"), projections.get("output.dense")

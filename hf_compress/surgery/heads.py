@@ -4,12 +4,13 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from hf_compress.model.anatomy import Anatomy, anatomy, module_names
+from hf_compress.model.anatomy import Anatomy, module_names
 from hf_compress.model.attention import ROW_ORDERS, Attention
+from hf_compress.model.cuttable import cuttable
 from hf_compress.model.unfinished import check_finished
 from hf_compress.surgery.cache import assign_slots
 from hf_compress.surgery.position_bias import BIASED, has_unknown_bias, keep_position_bias
-from hf_compress.surgery.stand_ins import BIAS_TABLE, COUNTS_HEADS, HeadlessAttention, config_of_heads
+from hf_compress.surgery.stand_ins import BIAS_TABLE, COUNTS_HEADS, NEEDS_A_HEAD, HeadlessAttention, config_of_heads
 from hf_compress.surgery.transaction import Transaction
 
 
@@ -18,15 +19,16 @@ def prune_heads(model: nn.Module, heads: Mapping[int, Iterable[int]]) -> nn.Modu
 
     `heads` maps an attention to the heads that go, both counted from 0. An attention's number is its place in
     `anatomy(model).attentions`, the row of `head_importance`; that is its layer's number wherever a layer holds one
-    attention. In an encoder-decoder each decoder layer counts twice: itself, then the encoder. Any number may go,
-    differently in each layer, all of them too. Heads that share a key and value (grouped queries) must go in equal
-    numbers from each group that stays; a group that loses all its heads loses its key and value as well.
+    attention. In an encoder-decoder each decoder layer counts twice: itself, then the encoder; in ALBERT one stands for
+    all layers. Any number may go, differently in each layer, all of them too. Heads that share a key and value (grouped
+    queries) must go in equal numbers from each group that stays; a group that loses all its heads loses its key and
+    value as well.
 
     Raises ValueError, and changes nothing, for heads that do not exist, if a stack would be left without a single
     head, for unequal groups, and for models whose attention cannot run with other head counts in each layer.
     """
     check_finished(model, "prune_heads")
-    parts = anatomy(model)
+    parts = cuttable(model)
     keep = {number: _kept_heads(parts, number, gone) for number, gone in heads.items()}
     keep = {number: kept for number, kept in keep.items() if len(kept) < parts.attentions[number].num_heads}
     if not keep:
@@ -49,6 +51,8 @@ def cut_heads(transaction: Transaction, parts: Anatomy, keep: Mapping[int, list[
         attention = parts.attentions[number]
         if (obstacle := head_obstacle(attention, names)) is not None:
             raise ValueError(obstacle)
+        if not kept and type(attention.module).__name__ in NEEDS_A_HEAD:
+            raise ValueError(f"{attention.name} cannot run without a head: keep one of its {attention.num_heads}.")
         _cut(transaction, attention, kept)
         if not kept and type(attention.module).__name__ in COUNTS_HEADS:
             transaction.replace(attention.name, HeadlessAttention)
@@ -99,6 +103,7 @@ def head_obstacle(attention: Attention, names: Mapping[nn.Module, str]) -> str |
     for name, parameter in attention.module.named_parameters():
         owner = attention.module.get_submodule(name.rpartition(".")[0])
         is_known = owner in known or name in (*attention.head_biases, f"{BIAS_TABLE}.weight")
+        is_known |= name.startswith("LayerNorm.")  # ALBERT's, of what the output makes
         # norms of one head's width serve all heads alike; anything else may belong to heads in a way we cannot see
         if not is_known and parameter.shape != (attention.head_dim,):
             return (

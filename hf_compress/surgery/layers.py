@@ -5,11 +5,12 @@ from typing import Any
 
 from torch import nn
 
-from hf_compress.model.anatomy import Anatomy, anatomy
+from hf_compress.model.anatomy import Anatomy, anatomy, is_readable
 from hf_compress.model.record import read_part, stored_name
 from hf_compress.model.unfinished import check_finished
 from hf_compress.surgery.cache import assign_slots
 from hf_compress.surgery.depth import DEPTH_FIELDS, per_layer_changes
+from hf_compress.surgery.other_layers import prune_other_layers
 from hf_compress.surgery.position_bias import first_may_go, move_position_bias
 from hf_compress.surgery.transaction import Transaction
 
@@ -22,6 +23,9 @@ def prune_layers(model: nn.Module, keep: Sequence[int]) -> nn.Module:
     decoder would be left without any.
     """
     check_finished(model, "prune_layers")
+    if not is_readable(model):
+        prune_other_layers(model, keep)
+        return model
     parts = anatomy(model)
     with Transaction(model) as transaction:
         cut_layers(transaction, parts, keep)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_compress.model.anatomy import FeedForward, anatomy
+from hf_compress.model.anatomy import FeedForward
+from hf_compress.model.cuttable import cuttable
 from hf_compress.model.unfinished import check_finished
 from hf_compress.surgery.neurons import cut_neurons
 from hf_compress.surgery.transaction import Transaction
@@ -22,7 +23,7 @@ def merge_neurons(model: nn.Module, counts: Mapping[int, int]) -> nn.Module:
     Raises ValueError, and changes nothing, for layers that do not exist or more neurons than could go.
     """
     check_finished(model, "merge_neurons")
-    layers = anatomy(model).layers
+    layers = cuttable(model).layers
     for number, count in counts.items():
         if not isinstance(number, int) or not 0 <= number < len(layers):
             raise ValueError(f"Layer {number!r} does not exist: the model has 0 to {len(layers) - 1}.")

@@ -4,7 +4,8 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from hf_compress.model.anatomy import Layer, anatomy, is_projection, out_features
+from hf_compress.model.anatomy import Layer, is_projection, out_features
+from hf_compress.model.cuttable import cuttable
 from hf_compress.model.unfinished import check_finished
 from hf_compress.surgery.transaction import Transaction
 
@@ -12,12 +13,13 @@ from hf_compress.surgery.transaction import Transaction
 def prune_neurons(model: nn.Module, neurons: Mapping[int, Iterable[int]]) -> nn.Module:
     """Remove feed-forward neurons. Changes `model` and its config, and returns it.
 
-    `neurons` maps a layer, its place in `anatomy(model).layers`, to the neurons that go, both counted from 0. Any
-    number may go, differently in each layer, all of them too. A gated feed-forward loses gate and value together.
+    `neurons` maps a layer, its place in `anatomy(model).layers` (ALBERT has one for all), to the neurons that go, both
+    counted from 0. Any number may go, differently in each layer, all of them too. A gated feed-forward loses gate and
+    value together.
     Raises ValueError, and changes nothing, for layers and neurons that do not exist, or if none would be left at all.
     """
     check_finished(model, "prune_neurons")
-    layers = anatomy(model).layers
+    layers = cuttable(model).layers
     keep = {number: _kept_neurons(layers, number, gone) for number, gone in neurons.items()}
     left = [len(keep.get(i, range(layer.feed_forward.num_neurons))) for i, layer in enumerate(layers)]
     if not any(left):

@@ -13,7 +13,8 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
-from hf_compress.model.anatomy import HEAD_DIM_NAMES, anatomy, in_features, is_projection, is_readable, out_features
+from hf_compress.model.anatomy import HEAD_DIM_NAMES, in_features, is_projection, out_features
+from hf_compress.model.cuttable import cuttable
 from hf_compress.model.record import read_part, stored_name, write_part
 from hf_compress.surgery.depth import ATTRIBUTES, are_alike, place_layers
 from hf_compress.surgery.marks import mark, unmark
@@ -101,9 +102,10 @@ def _is_plain(value: Any) -> bool:
 
 def _uniform_fields(model: nn.Module) -> Iterator[dict[str, int]]:
     """Config fields that might say what all layers have in common, to be tried one after the other."""
-    if not is_readable(model):  # only its tables can have changed
+    try:
+        parts = cuttable(model)
+    except ValueError:  # only its tables can have changed
         return
-    parts = anatomy(model)
     neurons = [{layer.feed_forward.num_neurons for layer in stack.layers} for stack in parts.stacks]
     if all(len(widths) == 1 for widths in neurons):
         for field in NEURON_FIELDS:

@@ -8,8 +8,6 @@ from helpers import DECODERS, FAMILIES, tiny_batch, tiny_model
 from silence import logits, silenced
 from torch import nn
 from transformers import (
-    AlbertConfig,
-    AlbertForMaskedLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -217,13 +215,6 @@ def test_a_failure_half_way_leaves_the_model_as_it_was(monkeypatch):
     assert model.config.to_dict() == config
     assert torch.equal(logits(model), before)
     assert [a.num_heads for a in anatomy(model).attentions] == [4] * 4
-
-
-def test_families_that_cannot_be_cut_are_refused_with_the_reason():
-    small = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64,
-                 pad_token_id=0)  # fmt: skip
-    with pytest.raises(ValueError, match="one set of weights"):
-        prune_heads(AlbertForMaskedLM(AlbertConfig(**small, embedding_size=16)), {0: [0]})
 
 
 def test_t5_may_lose_neurons_and_layers():

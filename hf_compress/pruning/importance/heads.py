@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from hf_compress.measuring.measure import evaluating
 from hf_compress.model.anatomy import anatomy
 from hf_compress.model.capture import AttentionSignals, capture
+from hf_compress.model.cuttable import cuttable
 from hf_compress.model.inputs import forward_arguments
 from hf_compress.pruning.importance.gates import mean_absolute_gradients, padded_rows
 from hf_compress.pruning.importance.tokens import decoder_layers, real_tokens
@@ -34,7 +35,7 @@ def head_importance(
     """
     with evaluating([model]):
         if method == "gradient":
-            attentions = anatomy(model).attentions
+            attentions = cuttable(model).attentions
             rows = mean_absolute_gradients(
                 model, dataloader, [a.output for a in attentions], [a.head_dim for a in attentions]
             )

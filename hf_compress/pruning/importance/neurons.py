@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from hf_compress.measuring.measure import evaluating
 from hf_compress.model.anatomy import Anatomy, FeedForward, anatomy, in_features, matrix
+from hf_compress.model.cuttable import cuttable
 from hf_compress.model.inputs import forward_arguments
 from hf_compress.pruning.importance.gates import mean_absolute_gradients, padded_rows
 from hf_compress.pruning.importance.tokens import decoder_layers, real_tokens
@@ -37,7 +38,7 @@ def neuron_importance(
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}.")
-    found = anatomy(model)
+    found = anatomy(model) if method == "entropy" else cuttable(model)
     parts = [layer.feed_forward for layer in found.layers]
     if method == "output_norm":
         return padded_rows([matrix(part.output).detach().abs().mean(0) for part in parts])
