@@ -68,3 +68,16 @@ def check_writable(parts: Anatomy, what: str) -> None:
 def _is_writable(module: nn.Module) -> bool:
     weight = module._parameters.get("weight")
     return isinstance(weight, Tensor) and weight.is_floating_point()
+
+
+def check_no_adapters(model: nn.Module) -> None:
+    """Raise ValueError for a model that holds adapters, whether PEFT wraps it or they were put into it."""
+    names = list(getattr(model, "peft_config", None) or ())
+    if not names and any(hasattr(module, "base_layer") for module in model.modules()):
+        names = ["default"]
+    if names:
+        raise ValueError(
+            f"{type(model).__name__} holds the adapters {names}, which would be changed along with the model and no "
+            "longer fit it. Merge them first, `model = model.merge_and_unload()`; or compress the model alone and put "
+            "the adapters on it afterwards: they train and load on packed layers."
+        )

@@ -13,8 +13,8 @@ from hf_compress.layers.low_rank import LowRank
 from hf_compress.layers.packed_embedding import PackedEmbedding
 from hf_compress.layers.packed_linear import PackedLinear
 from hf_compress.layers.scheme import WeightScheme, auto_group_size, check_bits
-from hf_compress.model.adapters import check_no_adapters
 from hf_compress.model.anatomy import anatomy, in_features, is_plain, layer_maps, matrix
+from hf_compress.model.weights import check_no_adapters
 from hf_compress.quantization.gptq import QuantizedWeight
 from hf_compress.quantization.grids import fits_float16, group_rows
 

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_compress.model.adapters import check_no_adapters
 from hf_compress.model.anatomy import layer_maps
+from hf_compress.model.weights import check_no_adapters
 from hf_compress.quantization.modules import check_quantizable, is_linear
 from hf_compress.training.progress import progress_bar
 
