@@ -1,8 +1,3 @@
-"""The version of the installed package."""
+"""The version of this package, which `pyproject.toml` reads."""
 
-from importlib.metadata import PackageNotFoundError, version
-
-try:
-    __version__ = version("hf_compress")
-except PackageNotFoundError:  # a source tree on the path, not installed
-    __version__ = "0+unknown"
+__version__ = "0.2.0"
