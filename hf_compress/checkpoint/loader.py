@@ -78,6 +78,7 @@ class HfCompressQuantizer(HfQuantizer):
             if hasattr(module, "check_tensors"):
                 module.check_tensors(model, part, files)
         tensors.check_headers(model, self._stored, self._loading_sentinels)
+        tensors.check_sentinels(model, self._stored, self._loading_sentinels)
         record = self.quantization_config
         if record.digest is not None and record.digest != record_digest(record.to_dict()):
             raise ValueError(

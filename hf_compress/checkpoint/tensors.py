@@ -79,6 +79,17 @@ def check_headers(model: nn.Module, stored: dict[str, Stored], sentinels: Collec
         )
 
 
+def check_sentinels(model: nn.Module, stored: dict[str, Stored], sentinels: Collection[str]) -> None:
+    """Raise ValueError for a sentinel that is not as it is saved: no value or one, in float32."""
+    for name in sentinels:
+        found = stored_as(model, name, stored)
+        if found is not None and (found.dtype != "F32" or found.shape not in ([0], [1])):
+            raise ValueError(
+                f"{name} must hold nothing, but is {found.dtype} {found.shape} in {found.file}: its weight is stored "
+                "under other names. The file is damaged, or of another model."
+            )
+
+
 def unexplained(model: nn.Module, stored: dict[str, Stored], sentinels: Collection[str]) -> list[str]:
     """Tensors of the files that `model` has no place for: all of them, but for another task's head."""
     expected = {*model.state_dict(), *sentinels, *getattr(model, "all_tied_weights_keys", {})}

@@ -150,6 +150,8 @@ class Checkpoint:
         stored, prefix = load_file(folder / "model.safetensors"), f"{self.model.base_model_prefix}."
         lost = {name for name in self.tensors.keys() - stored.keys() if name.removeprefix(prefix) in stored}
         stored |= {name: stored.pop(name.removeprefix(prefix)) for name in lost}  # which Transformers reads alike
+        nothing = {n: t for n, t in self.tensors.items() if n.endswith(".weight") and t.numel() <= 1}
+        stored |= {n: t for n, t in nothing.items() if n not in stored}  # is for others, who would not load it
         kinds = [{n: (t.dtype, t.shape) for n, t in one.items()} for one in (self.tensors, stored)]
         other = sorted(name for name in {*kinds[0], *kinds[1]} if kinds[0].get(name) != kinds[1].get(name))
         assert not other, f"{other[:3]} are others than were saved, and it loads all the same"

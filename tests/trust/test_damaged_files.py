@@ -162,6 +162,29 @@ def test_a_tensor_that_nothing_speaks_of_is_refused(name, folder):
         load(folder)
 
 
+SENTINELS = {
+    "integers": lambda t: t.to(torch.int8),
+    "half": lambda t: t.half(),
+    "no-row": lambda t: t[None],
+    "a-number": lambda t: torch.zeros(()),
+    "a-matrix": lambda t: torch.ones(32, 32),  # which would be believed by those who look
+}
+
+
+@pytest.mark.parametrize("change", SENTINELS.values(), ids=SENTINELS)
+@pytest.mark.parametrize("kind", ["codebook", "blocks", "layers", "low rank", "llama"])
+def test_what_stands_in_for_a_weight_holds_nothing(kind, change, tmp_path):
+    """Nobody reads it, so anything could have stood there."""
+    model = CHECKPOINTS[kind]()
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    names = [name for name, tensor in tensors.items() if name.endswith(".weight") and tensor.numel() <= 1]
+    assert names
+    rewrite(tmp_path, instead(names[0], change))
+    with pytest.raises(ValueError, match=f"{names[0]} must hold nothing|has the shape"):
+        type(model).from_pretrained(tmp_path)
+
+
 def test_a_hundred_thousand_entries_of_another_head_are_passed_over_at_once(folder, monkeypatch):
     """It took a walk through the model for each."""
     walks = []
