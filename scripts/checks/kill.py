@@ -145,6 +145,13 @@ JOBS = {
 }
 
 
+def own_locks(kind: type[tqdm]) -> None:
+    """The lock of progress bars is shared with forks: one that was killed would hold it for ever."""
+    kind.set_lock(threading.RLock())
+    for inherited in kind.__subclasses__():
+        own_locks(inherited)
+
+
 def start(work: Callable[[Path], None], folder: Path, *, seconds: float = 0.0, operation: int = 0) -> tuple:
     """`work(folder)` in a fork, killed after `seconds` of processor time or at its nth `operation` on a file.
 
@@ -166,7 +173,7 @@ def start(work: Callable[[Path], None], folder: Path, *, seconds: float = 0.0, o
             with (folder / "log").open("w", encoding="utf-8") as log:
                 os.dup2(log.fileno(), 1)
                 os.dup2(log.fileno(), 2)
-            tqdm.set_lock(threading.RLock())  # its own is shared with forks: one that was killed would hold it for ever
+            own_locks(tqdm)
             sys.addaudithook(watch)
             signal.signal(signal.SIGPROF, signal.SIG_DFL)  # which ends a process as abruptly
             signal.setitimer(signal.ITIMER_PROF, seconds)

@@ -57,7 +57,7 @@ def _arch_constants(constants: dict, arch: str) -> dict:
 
 def _sizes(bits: int, group_size: int, tile_k: int, dtype: torch.dtype) -> PackedWeight:
     """A square weight of K columns without its tensors."""
-    return PackedWeight(None, None, None, bits, group_size, K, K, tile_k, dtype)
+    return PackedWeight(None, None, None, None, bits, group_size, K, K, tile_k, dtype)
 
 
 def _tensor(arch: str, rows: int = 128) -> str:

@@ -42,7 +42,16 @@ def random_layer(bits: int, N: int, K: int, group_size: int = -1, act_order: boo
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """The Frobenius norm of the difference over the norm of `expected`, a float64 tensor."""
-    return ((actual.double() - expected).norm() / expected.norm()).item()
+    expected = expected.cpu()
+    return ((actual.double().cpu() - expected).norm() / expected.norm()).item()
+
+
+def on(device: torch.device, value):
+    """`value` with every tensor of it on `device`: a tensor, a packed or block-sparse weight, None, a tuple of them."""
+    if isinstance(value, tuple):
+        moved = [on(device, part) for part in value]
+        return type(value)(*moved) if hasattr(value, "_fields") else tuple(moved)
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 # Tests of one body of an operator run on the plain bodies, and once more on the Triton kernels in the interpreter.

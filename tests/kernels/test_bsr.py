@@ -4,7 +4,7 @@ import pytest
 import torch
 from hf_compress_kernels import bsr_from_dense, bsr_linear, bsr_to_dense, bsr_weight
 
-from tests.kernels.oracle import BOUNDS, plain_only, relative_error
+from tests.kernels.oracle import BOUNDS, on, plain_only, relative_error
 
 SIZES = pytest.mark.parametrize(
     "block_size", [(16, 16), (32, 32), (64, 64), (128, 128), (32, 64), (128, 16)], ids="{0[0]}x{0[1]}".format
@@ -25,34 +25,36 @@ def sparse_layer(block_size, N=160, K=200, density=0.4, dtype=torch.float32, see
 
 @SIZES
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=["fp16", "bf16", "fp32"])
-def test_product_equals_the_dense_twin(block_size, dtype):
+def test_product_equals_the_dense_twin(block_size, dtype, device):
     weight, dense, _ = sparse_layer(block_size, dtype=dtype)
     x, bias = torch.randn(2, 9, 200, dtype=dtype), torch.randn(160, dtype=dtype)
     expected = x.double() @ dense.double().T + bias.double()
-    assert relative_error(bsr_linear(x, weight, bias), expected) < BOUNDS[dtype]
+    assert relative_error(bsr_linear(*on(device, (x, weight, bias))), expected) < BOUNDS[dtype]
 
 
-def test_a_strided_bias_is_read_where_it_lies():
+def test_a_strided_bias_is_read_where_it_lies(device):
     weight, dense, _ = sparse_layer((16, 16))
-    x, bias = torch.randn(3, 200), torch.randn(160, 3)[:, 1]
-    expected = x.double() @ dense.double().T + bias.double()
-    assert relative_error(bsr_linear(x, weight, bias), expected) < BOUNDS[torch.float32]
+    x, bias = torch.randn(3, 200), torch.randn(160, 3)
+    expected = x.double() @ dense.double().T + bias[:, 1].double()
+    y = bsr_linear(x.to(device), on(device, weight), bias.to(device)[:, 1])
+    assert relative_error(y, expected) < BOUNDS[torch.float32]
 
 
 @SIZES
 @pytest.mark.parametrize("density", [0.0, 0.4, 1.0], ids="density={}".format)
-def test_gradients_equal_the_dense_twin(block_size, density):
+def test_gradients_equal_the_dense_twin(block_size, density, device):
     weight, dense, block_mask = sparse_layer(block_size, density=density)
-    values = weight.values.clone().requires_grad_()
-    x = torch.randn(33, 200, requires_grad=True)
-    bias = torch.randn(160, requires_grad=True)
+    values = weight.values.clone().to(device).requires_grad_()
+    x = torch.randn(33, 200).to(device).requires_grad_()
+    bias = torch.randn(160).to(device).requires_grad_()
     grad = torch.randn(33, 160)
-    bsr_linear(x, weight._replace(values=values), bias).backward(grad)
+    bsr_linear(x, on(device, weight)._replace(values=values), bias).backward(grad.to(device))
     kept = entries(block_mask, block_size, 160, 200)
-    expected_values = bsr_from_dense(grad.double().T @ x.detach().double() * kept, block_mask, block_size).values
-    torch.testing.assert_close(x.grad.double(), grad.double() @ dense.double(), rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(values.grad.double(), expected_values, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(bias.grad, grad.sum(0))
+    product = grad.double().T @ x.detach().double().cpu()
+    expected_values = bsr_from_dense(product * kept, block_mask, block_size).values
+    torch.testing.assert_close(x.grad.double().cpu(), grad.double() @ dense.double(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(values.grad.double().cpu(), expected_values, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(bias.grad.cpu(), grad.sum(0))
 
 
 @SIZES
@@ -96,9 +98,9 @@ def test_no_rows():
     assert bsr_linear(torch.empty(0, 200), weight).shape == (0, 160)
 
 
-def test_same_bits_on_every_run():
+def test_same_bits_on_every_run(device):
     weight, _, _ = sparse_layer((32, 32), dtype=torch.float16)
-    x = torch.randn(40, 200, dtype=torch.float16)
+    x, weight = on(device, (torch.randn(40, 200, dtype=torch.float16), weight))
     assert torch.equal(bsr_linear(x, weight), bsr_linear(x, weight))
 
 

@@ -24,9 +24,10 @@ def interpreted(*files: str, marker: str = "not gpu and not long") -> None:
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 
-@pytest.mark.parametrize(
-    "name", ["test_wna16_matrix.py", "test_bsr.py", "test_kl.py", "test_gptq_block.py", "test_fake_quant.py"]
-)
+FILES = ("wna16_matrix", "launch", "bsr", "kl", "gptq_block", "fake_quant")
+
+
+@pytest.mark.parametrize("name", [f"test_{name}.py" for name in FILES])
 def test_kernels_in_the_interpreter(name):
     interpreted(name)
 

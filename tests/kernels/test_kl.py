@@ -1,11 +1,13 @@
 """The distillation losses against float64 softmax, and against the same loss on logits that were kept."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hf_compress_kernels import fused_linear_kl, kl, kl_from_logits
+from hf_compress_kernels.dispatch import INTERPRET
 
-from tests.kernels.oracle import plain_only, relative_error
+from tests.kernels.oracle import on, plain_only, relative_error
 
 
 def slow_kl(student, teacher, temperature):
@@ -20,10 +22,10 @@ def logits(*shape, seed=0, dtype=torch.float32, scale=4.0):
 
 @pytest.mark.parametrize("V", [2, 37, 1000, 4099], ids="V={}".format)
 @pytest.mark.parametrize("temperature", [1.0, 2.5], ids="T={}".format)
-def test_loss_and_gradient_equal_float64(V, temperature):
-    student, teacher = logits(5, V, seed=1).requires_grad_(), logits(5, V, seed=2)
+def test_loss_and_gradient_equal_float64(V, temperature, device):
+    student, teacher = logits(5, V, seed=1).to(device).requires_grad_(), logits(5, V, seed=2).to(device)
     loss = kl_from_logits(student, teacher, temperature=temperature)
-    weights = torch.linspace(0.5, 2.0, 5)
+    weights = torch.linspace(0.5, 2.0, 5, device=device)
     (loss * weights).sum().backward()
     double = student.detach().double().requires_grad_()
     expected = slow_kl(double, teacher, temperature)
@@ -33,8 +35,9 @@ def test_loss_and_gradient_equal_float64(V, temperature):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-def test_half_precision_logits_lose_only_the_cast_of_the_gradient(dtype):
-    student, teacher = logits(4, 300, seed=1, dtype=dtype).requires_grad_(), logits(4, 300, seed=2, dtype=dtype)
+def test_half_precision_logits_lose_only_the_cast_of_the_gradient(dtype, device):
+    student, teacher = on(device, (logits(4, 300, seed=1, dtype=dtype), logits(4, 300, seed=2, dtype=dtype)))
+    student.requires_grad_()
     loss = kl_from_logits(student, teacher, temperature=2.0)
     loss.sum().backward()
     double = student.detach().double().requires_grad_()
@@ -61,6 +64,31 @@ def test_masked_rows_count_nothing_whatever_they_hold():
     assert loss[~mask].eq(0).all()
     assert student.grad[~mask].eq(0).all()
     assert relative_error(loss[mask].detach(), slow_kl(student.detach()[mask], teacher[mask], 2.0)) < 1e-6
+
+
+@pytest.fixture
+def _maxima_as_on_a_device(monkeypatch):
+    """In the interpreter the larger of NaN and a number is NaN; on a GPU it is the number."""
+    if INTERPRET:
+        from triton.runtime.interpreter import InterpreterBuilder
+
+        larger = lambda self, one, other: self.binary_op(one, other, np.fmax)  # noqa: E731
+        monkeypatch.setattr(InterpreterBuilder, "create_maxnumf", larger)
+
+
+@pytest.mark.usefixtures("_maxima_as_on_a_device")
+@pytest.mark.parametrize("place", ["student", "teacher"])
+@pytest.mark.parametrize("at", [0, 17, 2049], ids="column-{}".format)
+def test_not_a_number_stays_one(place, at, device):
+    """A maximum that takes the number of the two would lose it, and the training would go on."""
+    pair = {"student": logits(3, 2100, seed=1), "teacher": logits(3, 2100, seed=2)}
+    pair[place][1, at] = float("nan")
+    student, teacher = (pair[name].to(device) for name in ("student", "teacher"))
+    student.requires_grad_()
+    loss = kl_from_logits(student, teacher)
+    loss.sum().backward()
+    assert loss.isnan().tolist() == [False, True, False]
+    assert student.grad.isnan().any(1).tolist() == [False, True, False]
 
 
 def test_a_strided_mask_keeps_its_own_rows():

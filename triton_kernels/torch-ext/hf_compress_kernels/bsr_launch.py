@@ -11,6 +11,8 @@ from . import tuning
 from .blocks import BlockSparseWeight, block_density, block_rows, bsr_to_dense, gather_blocks
 from .bsr_kernels import bsr_dw_kernel, bsr_linear_kernel
 from .dispatch import INTERPRET
+from .fallback import first_that_fits
+from .tuning import TileConfig
 
 GROUP_M = 8
 
@@ -27,27 +29,43 @@ def _runs_dense(dtype: torch.dtype, values: Tensor, out_features: int, in_featur
 def launch_linear(x: Tensor, weight: BlockSparseWeight, bias: Optional[Tensor]) -> Tensor:
     if _runs_dense(x.dtype, weight.values, weight.out_features, weight.in_features):
         return F.linear(x, bsr_to_dense(weight), bias)
-    return _launch(x, weight.values, weight.crow, weight.col, None, bias, weight.out_features)
+    y = _launch(x, weight.values, weight.crow, weight.col, None, bias, weight.out_features)
+    return F.linear(x, bsr_to_dense(weight), bias) if y is None else y
 
 
 def launch_dx(grad: Tensor, weight: BlockSparseWeight) -> Tensor:
     if _runs_dense(grad.dtype, weight.values, weight.out_features, weight.in_features):
         return grad @ bsr_to_dense(weight)
-    return _launch(grad, weight.values, weight.crow_t, weight.col_t, weight.perm_t, None, weight.in_features)
+    dx = _launch(grad, weight.values, weight.crow_t, weight.col_t, weight.perm_t, None, weight.in_features)
+    return grad @ bsr_to_dense(weight) if dx is None else dx
 
 
 def _launch(
     x: Tensor, values: Tensor, crow: Tensor, col: Tensor, perm: Optional[Tensor], bias: Optional[Tensor], N: int
-) -> Tensor:
+) -> Optional[Tensor]:
+    """None where no tile fits the device."""
     M, K = x.shape
     num_blocks = values.shape[0]
     if M == 0 or num_blocks == 0:
         y = x.new_zeros(M, N)
         return y if bias is None else y + bias
     OUT, IN = values.shape[1:] if perm is None else values.shape[:0:-1]
-    config = tuning.bsr_rule(tuning.device_for(x), M, OUT, IN)
+    device = tuning.device_for(x)
+    config = tuning.bsr_rule(device, M, OUT, IN)
     if x.stride(1) != 1:
         x = x.contiguous()
+    what = ("bsr_linear", x.dtype, OUT, IN, perm is not None, config, device.name)
+    return first_that_fits(what, tuning.bsr_smaller(config),
+                           lambda smaller: _launch_tiles(x, values, crow, col, perm, bias, N, smaller))  # fmt: skip
+
+
+def _launch_tiles(
+    x: Tensor, values: Tensor, crow: Tensor, col: Tensor, perm: Optional[Tensor], bias: Optional[Tensor], N: int,
+    config: TileConfig,
+) -> Tensor:  # fmt: skip
+    M, K = x.shape
+    num_blocks = values.shape[0]
+    OUT, IN = values.shape[1:] if perm is None else values.shape[:0:-1]
     dtype = x.dtype
     if INTERPRET:  # bfloat16 arithmetic is wrong there, and the cast to it truncates: torch rounds the result
         x, values, bias = x.float(), values.float(), None if bias is None else bias.float()
@@ -88,9 +106,19 @@ def launch_dw(grad: Tensor, x: Tensor, values: Tensor, crow: Tensor, col: Tensor
     (M, K), N = x.shape, grad.shape[1]
     if M == 0 or num_blocks == 0:
         return torch.zeros_like(values)
+    device, dense = tuning.device_for(x), lambda: gather_blocks(grad.t() @ x, crow, col, num_blocks, (BN, BK))
     if _runs_dense(x.dtype, values, N, K):
-        return gather_blocks(grad.t() @ x, crow, col, num_blocks, (BN, BK))
-    config = tuning.bsr_rule(tuning.device_for(x), M, BN, BK)
+        return dense()
+    config = tuning.bsr_rule(device, M, BN, BK)._replace(block_m=tuning.BSR_DW_ROWS, num_stages=3)
+    what = ("bsr_linear, gradient of its blocks", x.dtype, BN, BK, device.name)
+    out = first_that_fits(what, tuning.bsr_smaller(config),
+                          lambda smaller: _launch_dw(grad, x, values, crow, col, smaller))  # fmt: skip
+    return dense() if out is None else out
+
+
+def _launch_dw(grad: Tensor, x: Tensor, values: Tensor, crow: Tensor, col: Tensor, config: TileConfig) -> Tensor:
+    num_blocks, BN, BK = values.shape
+    (M, K), N = x.shape, grad.shape[1]
     grad = grad.contiguous()
     x = x if x.stride(1) == 1 else x.contiguous()
     if INTERPRET:
@@ -107,14 +135,14 @@ def launch_dw(grad: Tensor, x: Tensor, values: Tensor, crow: Tensor, col: Tensor
         K,
         N,
         x.stride(0) if M > 1 else K,
-        BLOCK_M=tuning.BSR_DW_ROWS,
+        BLOCK_M=config.block_m,
         BN=BN,
         BK=BK,
         EVEN=N % BN == 0 and K % BK == 0,
         UPCAST=INTERPRET,
         PRECISION=_precision(values.dtype),
         num_warps=config.num_warps,
-        num_stages=3,
+        num_stages=config.num_stages,
     )
     return out.to(values.dtype)
 

@@ -6,9 +6,9 @@ import triton.language as tl
 
 @triton.jit
 def _scaled(ptrs, mask, to_log2, LOWEST: tl.constexpr):
-    """Logits over temperature, in units of log 2; what is masked or below LOWEST counts as LOWEST."""
+    """Logits over temperature, in units of log 2; what is masked or below LOWEST counts as LOWEST. NaN stays NaN."""
     x = tl.load(ptrs, mask=mask, other=LOWEST).to(tl.float32) * to_log2
-    return tl.maximum(x, LOWEST)
+    return tl.maximum(x, LOWEST, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

@@ -33,17 +33,29 @@ class PackedWeight(NamedTuple):
     qweight       int16, the layout of this module
     sz            scales and zero points of `dtype` activations
     perm          (K,) int32 or None: column i of the packed weight is column perm[i] of the weight (act-order)
+    tickets       int32 (2, N / 8), zeros before and after each product, see `new_tickets`
     """
 
     qweight: Tensor
     sz: Tensor
     perm: Optional[Tensor]
+    tickets: Optional[Tensor]
     bits: int
     group_size: int
     out_features: int
     in_features: int
     tile_k: int
     dtype: torch.dtype
+
+
+def new_tickets(out_features: int, device: torch.device) -> Tensor:
+    """Zeros by which the programs of a product tell who of them ends a tile last: one for each tile of up to 64 rows.
+
+    They belong to the weight, so that a launch allocates none and launches share none: the first row is for the default
+    stream, the second for CUDA graphs.
+    """
+    rows = -(-out_features // TILE_N)
+    return torch.zeros(2, rows * (TILE_N // 8), dtype=torch.int32, device=device)
 
 
 def magic(bits: int, dtype: torch.dtype) -> int:

@@ -57,7 +57,7 @@ class TileConfig(NamedTuple):
     split_k: int = 0  # 0: as `split_k` says
 
 
-CONSERVATIVE = TileConfig(16, 64, 4, 2)  # after running out of shared memory
+SMALLER = (TileConfig(16, 64, 4, 2), TileConfig(16, 64, 4, 1))  # one after the other, where shared memory runs out
 
 
 @functools.lru_cache(None)
@@ -152,6 +152,18 @@ def bsr_rule(device: Device, M: int, out_side: int, in_side: int) -> TileConfig:
     warps = 8 if block_m == 128 and out_side == 128 else 4
     stages = 5 if in_side <= 32 else 4 if in_side == 64 else 3
     return TileConfig(block_m, out_side, warps, stages)
+
+
+def bsr_smaller(config: TileConfig) -> "List[TileConfig]":
+    """`config`, then with fewer rows and stages, down to 16 and 1: for devices whose shared memory is small."""
+    found = [config]
+    while found[-1].num_stages > 1 or found[-1].block_m > 16:
+        last = found[-1]
+        if last.num_stages > 1:
+            found.append(last._replace(num_stages=last.num_stages - 1))
+        else:
+            found.append(last._replace(block_m=last.block_m // 2))
+    return found
 
 
 def user_folder() -> Path:

@@ -9,7 +9,16 @@ from . import reference
 from ._ops import add_op_namespace_prefix
 from .dispatch import TRITON_DEVICES, check_same_device, is_half, on_device, require_triton
 from .packing import check_bits, unpack_gptq, unpack_zeros
-from .planes import PackedWeight, choose_tile_k, num_groups, pack_planes, pack_sz, unpack_planes, unpack_sz
+from .planes import (
+    PackedWeight,
+    choose_tile_k,
+    new_tickets,
+    num_groups,
+    pack_planes,
+    pack_sz,
+    unpack_planes,
+    unpack_sz,
+)
 
 
 @torch.library.custom_op(add_op_namespace_prefix("wna16_dequant"), mutates_args=())
@@ -17,6 +26,7 @@ def _wna16_dequant(
     qweight: Tensor,
     sz: Tensor,
     perm: Optional[Tensor],
+    tickets: Optional[Tensor],
     bits: int,
     group_size: int,
     out_features: int,
@@ -24,7 +34,7 @@ def _wna16_dequant(
     tile_k: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    weight = PackedWeight(qweight, sz, perm, bits, group_size, out_features, in_features, tile_k, dtype)
+    weight = PackedWeight(qweight, sz, perm, tickets, bits, group_size, out_features, in_features, tile_k, dtype)
     return reference.wna16_dequant(weight)
 
 
@@ -53,13 +63,14 @@ def _wna16_linear(
     qweight: Tensor,
     sz: Tensor,
     perm: Optional[Tensor],
+    tickets: Optional[Tensor],
     bits: int,
     group_size: int,
     out_features: int,
     in_features: int,
     tile_k: int,
 ) -> Tensor:
-    weight = PackedWeight(qweight, sz, perm, bits, group_size, out_features, in_features, tile_k, x.dtype)
+    weight = PackedWeight(qweight, sz, perm, tickets, bits, group_size, out_features, in_features, tile_k, x.dtype)
     return reference.wna16_linear(x, weight, bias)
 
 
@@ -81,7 +92,7 @@ def _(x, bias, *packed) -> Tensor:
 
 
 def _save_for_backward(ctx, inputs, output) -> None:
-    _, _, qweight, sz, perm, *sizes = inputs
+    _, _, qweight, sz, perm, _, *sizes = inputs
     if ctx.needs_input_grad[3]:
         raise NotImplementedError("wna16_linear has no gradient for scales and zero points: packed weights are frozen.")
     ctx.save_for_backward(qweight, sz, perm)
@@ -92,10 +103,10 @@ def _linear_backward(ctx, grad: Tensor):
     qweight, sz, perm = ctx.saved_tensors
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = grad @ _wna16_dequant(qweight, sz, perm, *ctx.sizes, grad.dtype)
+        grad_x = grad @ _wna16_dequant(qweight, sz, perm, None, *ctx.sizes, grad.dtype)
     if ctx.needs_input_grad[1]:
         grad_bias = grad.sum(0)
-    return (grad_x, grad_bias, *[None] * 8)
+    return (grad_x, grad_bias, *[None] * 9)
 
 
 _wna16_linear.register_autograd(_linear_backward, setup_context=_save_for_backward)
@@ -120,7 +131,7 @@ def wna16_linear(x: Tensor, weight: PackedWeight, bias: Optional[Tensor] = None)
         raise ValueError(f"x must end in in_features={K}, got shape {tuple(x.shape)}.")
     if bias is not None and (bias.shape != (N,) or bias.dtype != x.dtype):
         raise ValueError(f"bias must be ({N},) in {x.dtype}, got {tuple(bias.shape)} in {bias.dtype}.")
-    check_same_device(x=x, qweight=weight.qweight, sz=weight.sz, perm=weight.perm, bias=bias)
+    check_same_device(x=x, qweight=weight.qweight, sz=weight.sz, perm=weight.perm, tickets=weight.tickets, bias=bias)
     *packed, _ = weight
     y = _wna16_linear(x.reshape(-1, K), bias, *packed)
     return y.reshape(*x.shape[:-1], N)
@@ -175,7 +186,7 @@ def wna16_pack(
         ints = ints[:, perm.long()]
     qweight = pack_planes(ints, bits, tile_k)
     sz = pack_sz(scales, zeros, bits, dtype, num_groups(K, tile_k, group_size))
-    return PackedWeight(qweight, sz, perm, bits, group_size, N, K, tile_k, dtype)
+    return PackedWeight(qweight, sz, perm, new_tickets(N, qweight.device), bits, group_size, N, K, tile_k, dtype)
 
 
 def wna16_unpack(weight: PackedWeight) -> Tuple[Tensor, Tensor, Tensor]:

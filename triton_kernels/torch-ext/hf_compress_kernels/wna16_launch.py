@@ -1,23 +1,20 @@
 """Launchers of the low-bit kernels: choose a path and a tile, allocate, launch."""
 
 import functools
-import logging
 import math
-from typing import Dict, Optional, Tuple
+from typing import Optional, Tuple
 
 import torch
 import triton
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
 
-from . import tuning
+from . import reference, tuning
 from .dispatch import INTERPRET
+from .fallback import first_that_fits
 from .magic import decoder
 from .planes import TILE_N, PackedWeight
 from .tuning import TileConfig
 from .wna16_kernels import wna16_dequant_kernel, wna16_linear_kernel
-
-logger = logging.getLogger(__name__)
 
 SCRATCH_BYTES = 512 * 2**20  # most that a dequantized weight may take at once
 GATHER_IN_KERNEL_UP_TO = 16  # rows of x; beyond, one index_select is cheaper than gathering in every program
@@ -64,11 +61,9 @@ def launch_linear(
         x, weight = x.index_select(1, weight.perm), weight._replace(perm=None)
     elif x.stride(1) != 1:
         x = x.contiguous()
-    try:
-        return _launch(x, weight, bias, config)
-    except OutOfResources as error:
-        logger.warning("wna16_linear %s on %s: %s. Using %s.", config, device.arch, error, tuning.CONSERVATIVE)
-        return _launch(x, weight, bias, tuning.CONSERVATIVE)
+    what = ("wna16_linear", *weight[4:], tuning.bucket(M), device.name)
+    y = first_that_fits(what, [config, *tuning.SMALLER], lambda smaller: _launch(x, weight, bias, smaller))
+    return reference.wna16_linear(x, weight, bias) if y is None else y
 
 
 def _launch(x: Tensor, weight: PackedWeight, bias: Optional[Tensor], config: TileConfig) -> Tensor:
@@ -79,10 +74,12 @@ def _launch(x: Tensor, weight: PackedWeight, bias: Optional[Tensor], config: Til
         x, bias = x.float(), None if bias is None else bias.float()
     split = tuning.split_k(config, device, M, N, triton.cdiv(K, weight.tile_k))
     tiles = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
+    if weight.tickets is None or tiles > weight.tickets.shape[1]:
+        split = 1
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
     if split > 1:
         partial = torch.empty(split * tiles * config.block_m * config.block_n, dtype=torch.float32, device=x.device)
-        ticket = _tickets(x.device, tiles)
+        ticket = _tickets(weight)
     else:
         partial = ticket = y
     wna16_linear_kernel[(tiles, split)](
@@ -112,19 +109,19 @@ def _launch(x: Tensor, weight: PackedWeight, bias: Optional[Tensor], config: Til
     return y.to(dtype)
 
 
-_ticket_buffers: Dict[tuple, Tensor] = {}
+def _tickets(weight: PackedWeight) -> Tensor:
+    """Zeros that no launch beside this one holds. The kernel leaves them zero.
 
-
-def _tickets(device: torch.device, tiles: int) -> Tensor:
-    """At least `tiles` zeros. Kernels leave them zero, so one buffer serves all launches of a stream."""
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        # A graph may be replayed beside other streams: it gets tickets of its own, zeroed by its own node.
-        return torch.zeros(tiles, dtype=torch.int32, device=device)
-    key = (device.index, torch.cuda.current_stream(device).cuda_stream)
-    buffer = _ticket_buffers.get(key)
-    if buffer is None or buffer.numel() < tiles:
-        buffer = _ticket_buffers[key] = torch.zeros(max(4096, tiles), dtype=torch.int32, device=device)
-    return buffer
+    The weight's own serve its launches on the default stream, which follow each other, and those in graphs: as with
+    other memory of graphs, two that hold the same weight must not be replayed at once. On any other stream, which may
+    run beside the default one, a launch has its own.
+    """
+    tickets = weight.tickets
+    if tickets.is_cuda and torch.cuda.is_current_stream_capturing():
+        return tickets[1]
+    if tickets.is_cuda and torch.cuda.current_stream(tickets.device) != torch.cuda.default_stream(tickets.device):
+        return torch.zeros_like(tickets[0])
+    return tickets[0]
 
 
 def launch_dequant(weight: PackedWeight, rows: Optional[Tuple[int, int]] = None) -> Tensor:
