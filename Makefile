@@ -7,7 +7,7 @@ TEACHER ?=
 DATASET ?=
 ARGS ?=
 
-.PHONY: demo test test-long check style clean
+.PHONY: demo test test-long gpu check style clean
 .DEFAULT_GOAL := help
 
 help:  ## what can be made
@@ -27,6 +27,9 @@ test: $(INSTALLED)  ## the test suite; test-long runs the widest cases too
 test-long: $(INSTALLED)  ## everything that needs no GPU
 	$(BIN)/python -m pytest -n 2 -m 'not gpu' $(ARGS)
 	$(BIN)/python scripts/checks/static_gate.py
+
+gpu: $(INSTALLED)  ## tests, tiles and speeds of the kernels on the GPU that is there; without one it says so
+	$(BIN)/python scripts/checks/device.py $(ARGS)
 
 check: $(INSTALLED)  ## lint, format, import direction, compiled kernels, the products on this CPU
 	$(BIN)/ruff check .

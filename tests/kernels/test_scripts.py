@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,6 +28,24 @@ def test_benchmark_times_us_against_the_dense_product(what, name, tmp_path):
     rows = [row for row in report["rows"] if row["name"] == name]
     assert rows
     assert all(row["low_us"] <= row["median_us"] <= row["high_us"] and row["ratio"] > 0 for row in rows)
+
+
+@pytest.mark.long
+def test_without_a_gpu_its_tests_skip_and_it_is_said_why(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU: `make gpu` runs everything")
+    said = run("scripts/checks/device.py", "--output", str(tmp_path))
+    assert "tests     passed" in said and "skipped" in said.partition("tests     ")[0]
+    for stage in ("products", "tune", "blocks", "losses"):
+        assert f"{stage:10}skipped: there is no GPU of CUDA or ROCm: torch.cuda.is_available() is False" in said
+
+
+@pytest.mark.long
+def test_the_small_form_passes_in_the_interpreter(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    said = run("scripts/checks/device.py", "--small", "--output", str(tmp_path))
+    assert said.count(" passed in ") == 4
+    assert {file.name for file in tmp_path.glob("*.json")} == {"products.json", "blocks.json", "losses.json"}
 
 
 def test_publishing_dry_run_builds_checks_and_lists():
