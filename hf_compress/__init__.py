@@ -109,6 +109,7 @@ _HOMES = {  # public name -> module that defines it
     "merge_neurons": "hf_compress.surgery.merging",
     "prune": "hf_compress.pruning.budget",
     "Recipe": "hf_compress.recipe.recipe",
+    "shrink": "hf_compress.shrinking.run",
     "publish": "hf_compress.publishing.hub",
     "push_to_hub": "hf_compress.publishing.hub",
 }

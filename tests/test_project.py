@@ -14,6 +14,7 @@ PACKAGE = ROOT / "hf_compress"
 # From the top of the house to its ground floor: a room may import from its own floor and from lower floors.
 FLOORS = [
     {"commands"},
+    {"shrinking"},
     {"recipe", "publishing"},
     {"distillation", "pruning", "quantization", "report"},
     {"formats", "training", "measuring"},

@@ -16,6 +16,7 @@ from hf_compress.version import __version__
 
 INTERRUPTED = 130  # as shells count it: 128 and the number of the signal
 VERBS = {  # verb -> (module, what it does)
+    "shrink": ("hf_compress.commands.shrink", "make a model as fast or as small as you say"),
     "run": ("hf_compress.commands.run", "run a recipe: a file, or one that comes with the package"),
     "distill": ("hf_compress.commands.stage", "train a student to follow its teacher"),
     "prune": ("hf_compress.commands.stage", "cut heads, neurons, layers, tokens, blocks or weights"),

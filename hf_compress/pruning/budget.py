@@ -65,7 +65,7 @@ def prune(
     else:
         total = num_parameters(model) if tokens is None else _multiply_adds(model, sequence_length)
         chosen = choose(anatomy(model), pieces, total - int(target * total))
-    return _cut(model, chosen)
+    return cut(model, chosen)
 
 
 def share_that_goes(sparsity: float | None, target: float | None) -> float:
@@ -145,7 +145,7 @@ class _Keepers:
         return True
 
 
-def _cut(model: PreTrainedModel, chosen: Sequence[Unit]) -> PreTrainedModel:
+def cut(model: PreTrainedModel, chosen: Sequence[Unit]) -> PreTrainedModel:
     layers = {unit.layer for unit in chosen if unit.is_layer}
     heads: dict[int, list[int]] = {}
     neurons: dict[int, list[int]] = {}
@@ -186,7 +186,7 @@ def _choose_by_latency(
         except ValueError:
             low = share
             continue
-        ratio = _latency_ratio(_cut(copy.deepcopy(model), chosen), model, batch)
+        ratio = _latency_ratio(cut(copy.deepcopy(model), chosen), model, batch)
         logger.info("with %.1f%% of the multiply-adds it takes %.1f%% of the time", 100 * share, 100 * ratio)
         if ratio <= target:
             best, low = chosen, share

@@ -13,6 +13,8 @@ from hf_compress.pruning.budget import prune, share_that_goes
 from hf_compress.pruning.embeddings import factorise_embeddings
 from hf_compress.pruning.importance import every_other, head_importance, neuron_importance
 from hf_compress.pruning.one_shot import prune_weights
+from hf_compress.pruning.sized import prune_to_size
+from hf_compress.pruning.timed import StructureTimes, prune_to_time
 from hf_compress.quantization.allocation import allocate_bits
 from hf_compress.quantization.block_by_block import GPTQOptions
 from hf_compress.quantization.modules import is_linear
@@ -130,6 +132,40 @@ class BudgetOptions:
 
 
 @dataclass
+class TimeOptions:
+    """Cut heads, neurons and layers, those first that are worth least for their time, until a text takes no more."""
+
+    milliseconds: float = field(metadata={"help": "Of one text, in the runtime that the times are of."})
+    fixed: float = field(default=0.0, metadata={"help": "Milliseconds of all that is not in the layers."})
+    heads: float = field(default=0.0, metadata={"help": "Milliseconds of all heads of a whole layer."})
+    neurons: float = field(default=0.0, metadata={"help": "Milliseconds of all neurons of a whole layer."})
+    rest: float = field(default=0.0, metadata={"help": "Milliseconds of a layer without heads and neurons."})
+    scoring_examples: int = field(default=128, metadata={"help": "Training examples that importance is measured on."})
+    scoring_batch_size: int = field(default=32, metadata={"help": "Examples that are scored at once."})
+
+    def apply(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: Samples):
+        times = StructureTimes(self.fixed, self.heads, self.neurons, self.rest)
+        loader = samples.loader(self.scoring_examples, self.scoring_batch_size)
+        return prune_to_time(model, loader, times, self.milliseconds), tokenizer
+
+
+@dataclass
+class SizeOptions:
+    """Cut heads, neurons and layers, those first that are worth least for their bytes, until the weights are small."""
+
+    megabytes: float = field(metadata={"help": "Of the weights, once they are stored in so many bits."})
+    bits: int = field(default=8, metadata={"help": "Bits that the weights will have."})
+    embedding_bits: int = field(default=8, metadata={"help": "Bits that the tables of tokens will have."})
+    scoring_examples: int = field(default=128, metadata={"help": "Training examples that importance is measured on."})
+    scoring_batch_size: int = field(default=32, metadata={"help": "Examples that are scored at once."})
+
+    def apply(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: Samples):
+        loader = samples.loader(self.scoring_examples, self.scoring_batch_size)
+        bits = {"bits": self.bits, "embedding_bits": self.embedding_bits}
+        return prune_to_size(model, loader, self.megabytes, **bits), tokenizer
+
+
+@dataclass
 class WeightsOptions:
     """Set single weights to zero without training; such a model is masked, not smaller."""
 
@@ -238,6 +274,8 @@ PRUNE = {
     "vocabulary": VocabularyOptions,
     "embeddings": EmbeddingOptions,
     "budget": BudgetOptions,
+    "time": TimeOptions,
+    "size": SizeOptions,
     "weights-at-once": WeightsOptions,
 }
 QUANTIZE = {"rtn": RoundOptions, "gptq": GPTQStageOptions}

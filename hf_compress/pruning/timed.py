@@ -1,0 +1,65 @@
+"""Cuts what is worth least for the time it takes, until a text takes so many milliseconds where the model will run.
+
+Times are measured in that runtime (`hf_compress.shrinking.times`), where a layer may cost next to nothing or most of
+it: Kurtic et al., 2023, https://arxiv.org/abs/2302.04089 chose structures so for one engine.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_compress.model.anatomy import anatomy
+from hf_compress.pruning.budget import choose, cut
+from hf_compress.pruning.masks import check_prunable
+from hf_compress.pruning.units import Unit, units
+
+NANOSECONDS = 10**6  # of a millisecond: costs are whole numbers
+
+
+@dataclass(frozen=True)
+class StructureTimes:
+    """Milliseconds of one text: what does not depend on the layers, and for each whole layer its heads, its neurons
+    and the rest."""
+
+    fixed: float
+    heads: float
+    neurons: float
+    rest: float
+
+    @property
+    def layer(self) -> float:
+        return self.heads + self.neurons + self.rest
+
+    def of(self, layers: int, *, heads: float = 1.0, neurons: float = 1.0) -> float:
+        """Of a model of so many layers, each with these shares of its heads and neurons."""
+        return self.fixed + layers * (self.rest + heads * self.heads + neurons * self.neurons)
+
+
+def prune_to_time(
+    model: PreTrainedModel, dataloader: Iterable[Mapping[str, Tensor]], times: StructureTimes, milliseconds: float
+) -> PreTrainedModel:
+    """Cut heads, neurons and layers of a whole `model`, in order of importance over time, until a text takes no more.
+
+    Changes `model` and returns it. `dataloader` as in `hfc.prune`. Raises ValueError, and changes nothing, for a time
+    that cannot be had.
+    """
+    check_prunable(model, "prune_to_time")
+    parts = anatomy(model)
+    surplus = times.of(len(parts.layers)) - milliseconds
+    if surplus <= 0:
+        return model
+    heads = [sum(attention.num_heads for attention in layer.attentions) for layer in parts.layers]
+
+    def timed(unit: Unit) -> Unit:
+        layer = parts.layers[unit.layer]
+        time = times.layer
+        if not unit.is_layer:
+            time = times.heads * len(unit.heads) / heads[unit.layer]
+            time += times.neurons * len(unit.neurons) / layer.feed_forward.num_neurons
+        return replace(unit, cost=round(NANOSECONDS * time))
+
+    pieces = [timed(unit) for unit in units(model, dataloader, None)]
+    pieces = sorted((unit for unit in pieces if unit.cost > 0), key=lambda unit: unit.importance / unit.cost)
+    return cut(model, choose(parts, pieces, round(NANOSECONDS * surplus)))

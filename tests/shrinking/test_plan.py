@@ -1,0 +1,140 @@
+"""The wish, what structures cost, and the stages that follow: by hand."""
+
+import pytest
+import torch
+from helpers import tiny_batch, tiny_model
+
+from hf_compress.model.anatomy import anatomy
+from hf_compress.pruning.sized import prune_to_size, stored_megabytes
+from hf_compress.pruning.timed import StructureTimes, prune_to_time
+from hf_compress.recipe import Recipe
+from hf_compress.recipe.options import RecipeError
+from hf_compress.shrinking.plan import Texts, first_target, next_target, stages
+from hf_compress.shrinking.times import MeasuredTimes, cut_evenly, solved
+from hf_compress.shrinking.wish import Wish
+
+TIMES = StructureTimes(fixed=1.0, heads=2.0, neurons=3.0, rest=0.5)
+MEASURED = MeasuredTimes(60.0, TIMES, "a machine")
+MANY, FEW = Texts(2000, 0), Texts(1000, 9000)
+
+
+def loader(model):
+    batch = tiny_batch(model)
+    return [{**batch, "labels": torch.zeros(len(batch["input_ids"]), dtype=torch.long)}]
+
+
+def test_a_wish_is_one_figure():
+    assert Wish.of(speedup=10, size_mb=None) == Wish("speedup", 10.0)
+    for given, message in [
+        ({}, "got nothing"),
+        ({"speedup": 2.0, "size_mb": 3.0}, "got speedup=2, size_mb=3"),
+        ({"speedup": 1.0}, "above 1: got 1"),
+        ({"size_mb": -1.0}, "above 0: got -1"),
+        ({"latency_ms": float("nan")}, "above 0: got nan"),
+    ]:
+        with pytest.raises(RecipeError, match=message):
+            Wish.of(**given)
+
+
+def test_a_wish_is_met_within_a_tenth_and_a_loss_exactly():
+    assert Wish("speedup", 10).is_met(9.1) and not Wish("speedup", 10).is_met(8.9)
+    assert Wish("size_mb", 10).is_met(10.9) and not Wish("size_mb", 10).is_met(11.1)
+    assert Wish("accuracy_loss", 1).is_met(1.0) and not Wish("accuracy_loss", 1).is_met(1.01)
+
+
+def test_times_are_solved_from_four_structures():
+    shapes = [(6, 1.0, 1.0), (2, 1.0, 1.0), (6, 0.5, 1.0), (6, 1.0, 0.5)]
+    times = [TIMES.of(n, heads=h, neurons=m) for n, h, m in shapes]
+    assert times == [34.0, 12.0, 28.0, 25.0]
+    found = solved(shapes, times)
+    assert vars(found) == pytest.approx(vars(TIMES))
+    noisy = solved(shapes, [34.0, 12.0, 35.0, 34.5])  # fewer heads slower: noise
+    assert noisy.heads == 0.0 == noisy.neurons and noisy.rest == pytest.approx(5.5)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt2"])
+def test_structures_to_measure_have_the_shape_asked_for(family):
+    small = anatomy(cut_evenly(tiny_model(family), 2, 0.5, 0.25))
+    whole = anatomy(tiny_model(family))
+    assert len(small.layers) == 2
+    assert [a.num_heads for a in small.attentions] == [a.num_heads // 2 for a in whole.attentions[:2]]
+    assert [p.feed_forward.num_neurons for p in small.layers] == [
+        p.feed_forward.num_neurons // 4 for p in whole.layers[:2]
+    ]
+
+
+@pytest.mark.parametrize("target", [19.0, 12.0, 4.0])
+def test_pruning_to_a_time_ends_just_below_it(target):
+    model = tiny_model()
+    prune_to_time(model, loader(model), TIMES, target)
+    parts, whole = anatomy(model), anatomy(tiny_model())
+    heads, neurons = whole.layers[0].attention.num_heads, whole.layers[0].feed_forward.num_neurons
+    left = TIMES.fixed + sum(
+        TIMES.rest + TIMES.heads * p.attention.num_heads / heads + TIMES.neurons * p.feed_forward.num_neurons / neurons
+        for p in parts.layers
+    )
+    assert left <= target + 1e-6
+    assert left > target - TIMES.layer  # no more than one piece too much
+    assert model(**tiny_batch(model)).logits.isfinite().all()
+
+
+def test_a_time_that_is_there_changes_nothing_and_one_that_cannot_be_had_is_refused():
+    model = tiny_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    prune_to_time(model, loader(model), TIMES, TIMES.of(4))
+    with pytest.raises(ValueError, match="cannot be reached"):
+        prune_to_time(model, loader(model), TIMES, 0.5)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_free_heads_stay():
+    """Where heads cost nothing, only neurons and layers go."""
+    model = tiny_model()
+    prune_to_time(model, loader(model), StructureTimes(1.0, 0.0, 3.0, 0.0), 8.0)
+    whole = anatomy(tiny_model()).layers[0].attention.num_heads
+    assert {a.num_heads for a in anatomy(model).attentions} == {whole}
+
+
+def test_pruning_to_a_size():
+    model = tiny_model()
+    whole = stored_megabytes(model, 8, 4)
+    tables = model.get_input_embeddings().weight.numel()
+    assert whole == pytest.approx((sum(p.numel() for p in model.parameters()) - tables / 2) / 1e6)
+    prune_to_size(model, loader(model), 0.7 * whole, embedding_bits=4)
+    layer = sum(p.numel() for p in anatomy(tiny_model()).layers[0].module.parameters()) / 1e6
+    assert 0.7 * whole - layer < stored_megabytes(model, 8, 4) <= 0.7 * whole  # a layer goes as one piece
+
+
+def test_the_stages_are_a_recipe():
+    speed = Wish("speedup", 10.0)
+    target = first_target(speed, MEASURED, depth=6)
+    assert target == 6.0
+    written = stages(speed, target, FEW, MEASURED, fine_tunes=True)
+    assert [stage.name for stage in Recipe(written).stages] == [
+        "teacher", "vocabulary", "structure", "student", "packed"
+    ]  # fmt: skip
+    assert written[2]["prune"] == {
+        "method": "time", "name": "structure", "milliseconds": 6.0, "fixed": 1.0, "heads": 2.0, "neurons": 3.0,
+        "rest": 0.5,
+    }  # fmt: skip
+    assert written[3]["distil"]["alpha"] == 1.0  # few labels: the teacher's answers
+    assert stages(speed, target, MANY, MEASURED, fine_tunes=False)[2]["distil"]["alpha"] == 0.7
+    size = stages(Wish("size_mb", 3.0), 3.0, MANY, None, fine_tunes=False)
+    assert size[1]["prune"]["method"] == "size" and size[-1]["quantize"]["embedding_bits"] == 4
+    assert stages(Wish("accuracy_loss", 1.0), 0.5, MANY, None, fine_tunes=False)[1]["prune"]["sparsity"] == 0.5
+    for each in (size, written):
+        assert Recipe(each).stages
+
+
+def test_a_missed_wish_aims_at_what_was_measured():
+    assert next_target(Wish("speedup", 10.0), 6.0, 8.0) == pytest.approx(4.8)
+    assert next_target(Wish("latency_ms", 6.0), 6.0, 8.0) == pytest.approx(4.5)
+    assert next_target(Wish("size_mb", 3.0), 3.0, 4.0) == pytest.approx(2.25)
+    assert next_target(Wish("accuracy_loss", 1.0), 0.5, 2.0) == 0.25
+
+
+def test_what_cannot_be_had_is_said_with_what_can():
+    with pytest.raises(RecipeError, match=r"100.0x as fast cannot be had here.*The most is 28.2x as fast"):
+        first_target(Wish("speedup", 100.0), MEASURED, depth=6)
+    with pytest.raises(RecipeError, match="The most is 2.12 ms for a text"):
+        first_target(Wish("latency_ms", 1.0), MEASURED, depth=6)

@@ -1,0 +1,88 @@
+"""One command from a model and texts to a folder that runs: tiny, to its end."""
+
+import json
+
+import pytest
+from recipe_run import reviews, tiny_folder
+from transformers import AutoModelForSequenceClassification
+
+import hf_compress as hfc
+from hf_compress.commands.main import main
+from hf_compress.pruning.timed import StructureTimes
+from hf_compress.recipe.options import RecipeError
+from hf_compress.shrinking import run as shrinking
+from hf_compress.shrinking.times import MeasuredTimes, measured_times
+
+QUICK = {"max_steps": 4, "per_device_train_batch_size": 8, "save_steps": 2, "disable_tqdm": True, "bf16": False,
+         "use_cpu": True}  # fmt: skip
+
+
+@pytest.fixture
+def given(tmp_path, monkeypatch):
+    """A folder and texts; what structures cost is made up, so that a busy machine does not decide."""
+    times = MeasuredTimes(30.0, StructureTimes(1.0, 2.0, 3.0, 0.5), "a machine")
+    monkeypatch.setattr(shrinking, "measured_times", lambda *args, **kwargs: times)
+    monkeypatch.setattr(shrinking, "MEASURING", {"latency_rounds": 2, "throughput_rounds": 2, "isolate": False})
+    return tiny_folder(tmp_path / "model"), {"source": str(reviews(tmp_path / "r.csv")), "max_length": 16}
+
+
+def test_a_size_is_reached_and_everything_is_there(given, tmp_path):
+    model, data = given
+    whole = (model / "model.safetensors").stat().st_size / 1e6
+    done = hfc.shrink(model, data, output=tmp_path / "out", size_mb=whole / 6, changes=QUICK)
+    result = json.loads((tmp_path / "out" / "shrink.json").read_text(encoding="utf-8"))
+    assert done.is_met and done.reached == result["reached"] <= 1.1 * whole / 6
+    assert (tmp_path / "out" / "report.html").is_file()
+    small = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / result["model"])
+    assert small.config.quantization_config["bits"] and small.config.id2label == {0: "neg", 1: "pos"}
+    assert [entry.name for entry in done.report.entries] == ["original", "small"]
+
+
+@pytest.mark.parametrize("runtime", ["openvino", pytest.param("onnx", marks=pytest.mark.long)])
+def test_a_speed_in_a_runtime_ends_in_its_folder(runtime, given, tmp_path, monkeypatch):
+    pytest.importorskip("openvino" if runtime == "openvino" else "onnxscript")
+    model, data = given
+    monkeypatch.setattr(shrinking, "PASSES", 1)
+    done = hfc.shrink(model, data, output=tmp_path / "out", speedup=3.0, runtime=runtime, changes=QUICK)
+    assert (done.model / "README.md").is_file() and done.model.name.startswith("exported-")
+    assert done.reached == done.report.entries[1].latency_speed_up.value
+    assert json.loads((tmp_path / "out" / "shrink.json").read_text(encoding="utf-8"))["passes"] == 1
+
+
+def test_a_plan_runs_nothing(given, tmp_path, capsys):
+    model, data = given
+    arguments = ["shrink", str(model), "--data", data["source"], "--output", str(tmp_path / "out"), "--speedup", "3"]
+    assert main([*arguments, "--plan"]) == 0
+    told = capsys.readouterr().out
+    assert "wanted    3.0x as fast, in torch" in told and "aim       10.00 ms" in told and "42 with a label" in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missed_wish_has_an_exit_code_of_its_own(given, tmp_path, capsys, monkeypatch):
+    model, data = given
+    monkeypatch.setattr(shrinking, "_figure", lambda wish, report: 2.0)  # whatever is made
+    changes = [f"--set={name}={str(value).lower()}" for name, value in QUICK.items()]
+    arguments = ["shrink", str(model), "--data", data["source"], "--output", str(tmp_path / "out"), "--speedup", "3"]
+    assert main([*arguments, "--max_length", "16", *changes]) == 3
+    assert "missed  2.0x as fast" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "shrink.json").read_text(encoding="utf-8"))["passes"] == 2
+
+
+def test_bad_input_is_refused_before_anything_runs(given, tmp_path):
+    model, data = given
+    with pytest.raises(RecipeError, match="Say one thing that is wanted"):
+        hfc.shrink(model, data, output=tmp_path / "out")
+    with pytest.raises(RecipeError, match="runtime must be one of torch, openvino, onnx, got 'tflite'"):
+        hfc.shrink(model, data, output=tmp_path / "out", speedup=2.0, runtime="tflite")
+    with pytest.raises(RecipeError, match="cannot be had here"):
+        hfc.shrink(model, data, output=tmp_path / "out", speedup=50.0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_times_are_measured_once_for_a_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_folder(tmp_path / "model")).eval()
+    first = measured_times(model, None, "torch", tokens=8)
+    assert first.original > 0 and first.structure.of(4) > 0
+    assert measured_times(model, None, "torch", tokens=8) == first  # kept
+    assert len(list((tmp_path / "hf_compress" / "times").iterdir())) == 1
