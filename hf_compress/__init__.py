@@ -38,7 +38,7 @@ _HOMES = {  # public name -> module that defines it
     "Rewinding": "hf_compress.pruning.rewinding",
     "finish": "hf_compress.training.finish",
     "export": "hf_compress.formats.export",
-    "load_compressed_tensors": "hf_compress.formats.compressed_tensors.read",
+    "load_compressed_tensors": "hf_compress.formats.compressed_tensors_read",
     "load_gptq": "hf_compress.formats.gptq",
     "quantize": "hf_compress.quantization.quantize",
     "compiled_decoding": "hf_compress.model.decoding",

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from hf_compress.commands.parser import Parser
 from hf_compress.files.whole import check_free, whole_folder
-from hf_compress.formats.compressed_tensors.read import load_compressed_tensors
+from hf_compress.formats.compressed_tensors_read import load_compressed_tensors
 from hf_compress.formats.export import FORMATS, RUNTIMES, export
 from hf_compress.formats.gptq import load_gptq
 from hf_compress.formats.runtimes.folder import RECORD

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.files.whole import check_free, whole_folder
-from hf_compress.formats.compressed_tensors.write import compressed_tensors
+from hf_compress.formats.compressed_tensors_write import compressed_tensors
 from hf_compress.formats.gemma import gemma_tensors
 from hf_compress.formats.gptq import gptq_tensors
 from hf_compress.model.unfinished import check_finished

@@ -13,8 +13,7 @@ from hf_compress.pruning.budget import prune, share_that_goes
 from hf_compress.pruning.embeddings import factorise_embeddings
 from hf_compress.pruning.importance import every_other, head_importance, neuron_importance
 from hf_compress.pruning.one_shot import prune_weights
-from hf_compress.pruning.sized import prune_to_size
-from hf_compress.pruning.timed import StructureTimes, prune_to_time
+from hf_compress.pruning.targets import StructureTimes, prune_to_size, prune_to_time
 from hf_compress.quantization.allocation import allocate_bits
 from hf_compress.quantization.block_by_block import GPTQOptions
 from hf_compress.quantization.modules import is_linear

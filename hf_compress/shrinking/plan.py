@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from hf_compress.pruning.timed import StructureTimes
+from hf_compress.pruning.targets import StructureTimes
 from hf_compress.recipe.options import RecipeError
 from hf_compress.shrinking.times import ROWS, MeasuredTimes
 from hf_compress.shrinking.wish import Wish

@@ -14,7 +14,6 @@ from hf_compress.measuring.measure import load_model
 from hf_compress.model.anatomy import anatomy
 from hf_compress.recipe.data import CLASSIFICATION, DataOptions, RecipeData
 from hf_compress.recipe.evaluate import EvaluateOptions, evaluate
-from hf_compress.recipe.labels import has_head
 from hf_compress.recipe.options import RecipeError, build
 from hf_compress.recipe.recipe import REPORT_FILES, Recipe
 from hf_compress.report.report import Report
@@ -85,7 +84,7 @@ def shrink(
     source = {"source": str(data)} if isinstance(data, str | Path) else dict(data)
     texts = RecipeData(build(DataOptions, source, "data"), CLASSIFICATION, needs_labels=True)
     config = AutoConfig.from_pretrained(model)
-    fine_tunes = not (has_head(config) and texts.fits(config))
+    fine_tunes = not texts.fits(config)
     depth, times = _costs(model, texts, runtime, tokens, wish)
     target = first_target(wish, times, depth)
     told = _told(wish, target, times, runtime, texts, fine_tunes)

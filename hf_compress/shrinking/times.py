@@ -19,7 +19,7 @@ from hf_compress.measuring.measure import device_name, evaluating, versions
 from hf_compress.measuring.timing import Spread, time_interleaved
 from hf_compress.model.anatomy import anatomy, out_features
 from hf_compress.model.inputs import example_batch
-from hf_compress.pruning.timed import StructureTimes
+from hf_compress.pruning.targets import StructureTimes
 from hf_compress.quantization.quantize import quantize
 from hf_compress.recipe.fingerprints import digest
 from hf_compress.recipe.one_shot import linear_maps

@@ -117,7 +117,7 @@ def test_gemma_export_loads_with_transformers_alone(bits, tmp_path):
 
 
 def test_compressed_tensors_layout():
-    from hf_compress.formats.compressed_tensors.write import compressed_tensors
+    from hf_compress.formats.compressed_tensors_write import compressed_tensors
 
     model = hfc.quantize(tiny_model("llama", **WIDE["llama"]), 3, group_size=16)
     state, settings = compressed_tensors(model)

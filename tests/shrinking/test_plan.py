@@ -5,8 +5,7 @@ import torch
 from helpers import tiny_batch, tiny_model
 
 from hf_compress.model.anatomy import anatomy
-from hf_compress.pruning.sized import prune_to_size, stored_megabytes
-from hf_compress.pruning.timed import StructureTimes, prune_to_time
+from hf_compress.pruning.targets import StructureTimes, prune_to_size, prune_to_time, stored_megabytes
 from hf_compress.recipe import Recipe
 from hf_compress.recipe.options import RecipeError
 from hf_compress.shrinking.plan import Texts, first_target, next_target, stages

@@ -8,7 +8,7 @@ from transformers import AutoModelForSequenceClassification
 
 import hf_compress as hfc
 from hf_compress.commands.main import main
-from hf_compress.pruning.timed import StructureTimes
+from hf_compress.pruning.targets import StructureTimes
 from hf_compress.recipe.options import RecipeError
 from hf_compress.shrinking import run as shrinking
 from hf_compress.shrinking.times import MeasuredTimes, measured_times

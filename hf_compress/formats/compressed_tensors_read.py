@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from hf_compress.checkpoint.tensors import read_headers, stored_as, unexplained
-from hf_compress.formats.compressed_tensors.modules import PACKED, UNPACKED, convert_module
+from hf_compress.formats.compressed_tensors_modules import PACKED, UNPACKED, convert_module
 from hf_compress.formats.foreign import find_folder, matches, model_class, telling
 from hf_compress.layers.scheme import check_bits
 from hf_compress.model.record import QUANT_METHOD, VERSION, find_name, stored_name

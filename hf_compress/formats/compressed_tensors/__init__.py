@@ -1,1 +1,0 @@
-"""The format of llm-compressor and vLLM, read and written."""
