@@ -16,6 +16,7 @@ from hf_compress.commands.convert import convert_parser
 from hf_compress.commands.picture import picture_parser
 from hf_compress.commands.publish import publish_parser
 from hf_compress.commands.run import run_parser
+from hf_compress.commands.shrink import shrink_parser
 from hf_compress.commands.stage import stage_parser
 from hf_compress.commands.tune import tune_parser
 from hf_compress.commands.vary import vary_parser
@@ -43,7 +44,7 @@ RECIPES = [(page, text) for page, text in blocks("yaml") if "stages:" in text]
 COMMANDS = [
     (page, line) for page, text in blocks("bash") for line in text.splitlines() if line.startswith("hf-compress")
 ]
-PARSERS = {"run": run_parser, "publish": publish_parser, "convert": convert_parser, "tune": tune_parser,
+PARSERS = {"run": run_parser, "shrink": shrink_parser, "publish": publish_parser, "convert": convert_parser, "tune": tune_parser,
            "vary": vary_parser, "picture": picture_parser}  # fmt: skip
 
 
