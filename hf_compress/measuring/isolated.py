@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from hf_compress.measuring.measurement import Measurement
-from hf_compress.measuring.timing import Spread
 
 CHILD = "hf_compress.measuring.served"
 
@@ -59,9 +58,7 @@ class Worker:
         self.process.wait()
 
     def cost(self) -> Measurement:
-        plain = json.loads(self._line())
-        spreads = {name: Spread.of(plain[name]["samples"]) for name in ("latency_ms", "throughput")}
-        return Measurement(**{**plain, **spreads})
+        return Measurement.from_plain(json.loads(self._line()))
 
     def seconds(self, kind: str) -> float:
         self._say(kind)

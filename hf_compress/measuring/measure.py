@@ -17,11 +17,12 @@ from hf_compress.engines import processor
 from hf_compress.formats.runtimes.opened import exported_format, open_exported, runner, runtime_of, skeleton
 from hf_compress.layers.packed_module import routes_of
 from hf_compress.measuring.counting import multiply_adds, num_parameters, sparsity
+from hf_compress.measuring.decoding import DECODED, prompt_of, write
 from hf_compress.measuring.isolated import How, Worker
 from hf_compress.measuring.measurement import PYTORCH, Measurement
 from hf_compress.measuring.stored import stored_size
 from hf_compress.measuring.timing import Spread, peak_allocated_bytes, synchronize
-from hf_compress.measuring.turns import KINDS, LATENCY_BATCH, measure_in_turns
+from hf_compress.measuring.turns import DECODING, KINDS, LATENCY_BATCH, measure_in_turns
 from hf_compress.model.inputs import THROUGHPUT_BATCH, example_batch
 from hf_compress.version import __version__
 
@@ -39,6 +40,7 @@ class Local:
         self.model, self.folder, self.clock = model, folder, clock
         whole = example_batch(model, sequence_length=how.sequence_length, inputs=how.inputs)
         self.batches = {kind: {name: value[:rows] for name, value in whole.items()} for kind, rows in KINDS.items()}
+        self.prompt = prompt_of(model, self.batches["single"]) if runtime_of(model) is None else None
 
     def cost(self) -> Measurement:
         runtime, single = runtime_of(self.model), self.batches["single"]
@@ -64,6 +66,7 @@ class Local:
             versions=versions(),
             identity=identity,
             runtime=PYTORCH if runtime is None else runtime.name,
+            decoding=None if self.prompt is None else Spread.of([DECODED / self.seconds(DECODING)]),
         )
 
     def seconds(self, kind: str) -> float:
@@ -72,8 +75,11 @@ class Local:
         return self.clock() - start
 
     def _forward(self, kind: str) -> None:
-        with torch.inference_mode():
-            self.model(**self.batches[kind])
+        if kind == DECODING:
+            write(self.model, self.prompt)
+        else:
+            with torch.inference_mode():
+                self.model(**self.batches[kind])
         synchronize(self.model.device)
 
     def _peak_memory_bytes(self) -> int:

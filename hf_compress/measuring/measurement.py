@@ -1,6 +1,8 @@
 """What was measured of one model: a plain record."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from hf_compress.measuring.timing import Spread
 
@@ -29,3 +31,11 @@ class Measurement:
     routes: dict[str, int] = field(default_factory=dict)  # how many packed layers each way of multiplying ran
     identity: str | None = None  # of the stored files, see `model_identity`: which model this is
     runtime: str = PYTORCH  # what ran it, with its version where it is not PyTorch
+    decoding: Spread | None = None  # tokens a second that one example is written at, greedily; None for what does not
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> "Measurement":
+        """What `dataclasses.asdict` made of one, and perhaps JSON after it."""
+        found = {name: plain.get(name) for name in ("latency_ms", "throughput", "decoding")}
+        spreads = {name: one and Spread(**{**one, "samples": tuple(one["samples"])}) for name, one in found.items()}
+        return cls(**{**plain, **spreads})

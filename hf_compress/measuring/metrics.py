@@ -40,6 +40,7 @@ class Metric:
     total     (..., n, S) -> (...): of n examples
     others    name -> further figures of the same numbers, (n, S) -> a number
     needs     columns of the rows that `keep` reads, besides what the model takes; "labels" under any of its names
+    run       run(model, arguments) -> outputs; the forward by default
     """
 
     name: str
@@ -47,6 +48,7 @@ class Metric:
     total: Callable[[Tensor], Tensor] = MeanOf(0)
     others: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     needs: tuple[str, ...] = ("labels",)
+    run: Callable[[PreTrainedModel, Mapping[str, Tensor]], Any] = lambda model, arguments: model(**arguments)
 
     def further(self, kept: Tensor) -> dict[str, float]:
         """The other figures of (seeds, n, S), the mean over seeds."""

@@ -33,7 +33,7 @@ def example_scores(
             own = [rows[i] for i in chosen]
             taken = [{name: value for name, value in row.items() if _is_read(name, model)} for row in own]
             batch = {key: value.to(model.device) for key, value in collator(taken).items()}
-            values = metric.keep(model(**_arguments(model, batch)), batch, own).double().cpu()
+            values = metric.keep(metric.run(model, _arguments(model, batch)), batch, own).double().cpu()
             if kept is None:
                 kept = torch.empty(len(rows), values.shape[1], dtype=torch.double)
             kept[chosen] = values

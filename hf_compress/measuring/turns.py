@@ -4,11 +4,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
+from hf_compress.measuring.decoding import DECODED
 from hf_compress.measuring.measurement import Measurement
 from hf_compress.measuring.timing import Spread, time_interleaved
 from hf_compress.model.inputs import THROUGHPUT_BATCH
 
 LATENCY_BATCH = 1
+DECODING = "decoding"  # writes some tokens, where a model does
 KINDS = {"single": LATENCY_BATCH, "batch": THROUGHPUT_BATCH}  # of a forward: examples in it
 
 
@@ -19,7 +21,7 @@ class Subject(Protocol):
         """What it costs; speeds are of one forward."""
 
     def seconds(self, kind: str) -> float:
-        """Of one forward, `single` or `batch`."""
+        """Of one forward, `single` or `batch`, or of writing some tokens, `decoding`."""
 
 
 def measure_in_turns(subjects: Sequence[Subject], *, latency_rounds: int, throughput_rounds: int) -> list[Measurement]:
@@ -32,10 +34,13 @@ def measure_in_turns(subjects: Sequence[Subject], *, latency_rounds: int, throug
         raise ValueError(f"models that are compared must be on one device, got {devices}. Move them, or give `device`.")
     latencies = in_turns(subjects, "single", latency_rounds)
     seconds = in_turns(subjects, "batch", throughput_rounds)
+    writers = [i for i, cost in enumerate(costs) if cost.decoding is not None]
+    written = in_turns([subjects[i] for i in writers], DECODING, throughput_rounds) if writers else []
+    speeds = {i: Spread.of([DECODED / t for t in times]) for i, times in zip(writers, written, strict=True)}
     return [
         replace(cost, latency_ms=Spread.of([1e3 * t for t in single]),
-                throughput=Spread.of([THROUGHPUT_BATCH / t for t in batch]))
-        for cost, single, batch in zip(costs, latencies, seconds, strict=True)
+                throughput=Spread.of([THROUGHPUT_BATCH / t for t in batch]), decoding=speeds.get(i))
+        for i, (cost, single, batch) in enumerate(zip(costs, latencies, seconds, strict=True))
     ]  # fmt: skip
 
 

@@ -10,11 +10,15 @@ from transformers import AutoConfig
 
 from hf_compress.formats.runtimes.opened import exported_format
 from hf_compress.measuring.measure import is_exported, load_model
+from hf_compress.measuring.rouge import rouge
 from hf_compress.recipe.data import RecipeData
 from hf_compress.recipe.options import RecipeError, unknown
+from hf_compress.recipe.tasks.language import Seq2Seq
 from hf_compress.report.compare import compare
 from hf_compress.report.harness import harness_scores
 from hf_compress.report.report import Report
+
+ROUGE = "rouge"
 
 
 @dataclass
@@ -45,11 +49,16 @@ class EvaluateOptions:
     tasks: str | None = field(
         default=None, metadata={"help": "Tasks of lm-eval, with commas, for language models; needs lm_eval."}
     )
+    metric: str = field(
+        default="usual", metadata={"help": f"The usual one of the task, or {ROUGE} for sequence to sequence."}
+    )
     tasks_limit: int | None = field(default=None, metadata={"help": "Use only so many examples of each task."})
 
     def __post_init__(self):
         if self.split not in ("test", "validation", "train"):
             raise ValueError(f"split must be test, validation or train, got {self.split!r}.")
+        if self.metric not in ("usual", ROUGE):
+            raise ValueError(f"metric must be usual or {ROUGE}, got {self.metric!r}.")
         if min(self.batch_size, self.latency_rounds, self.throughput_rounds) < 1:
             raise ValueError("batch_size, latency_rounds and throughput_rounds must be at least 1.")
 
@@ -70,7 +79,9 @@ def evaluate(options: EvaluateOptions, models: Mapping[str, Sources], data: Reci
         data.check_length(_first(sources))
         if options.tasks and is_exported(_first(sources)):
             raise RecipeError(f"tasks of lm-eval run on models in PyTorch: leave out {name}, an exported folder.")
-    rows, collators = {}, {}
+    rows, collators, metrics = {}, {}, {}
+    if options.metric == ROUGE and data.task != Seq2Seq.name:
+        raise RecipeError(f"metric: {ROUGE} is of texts that are written, of the task {Seq2Seq.name}; got {data.task}.")
     for name, sources in models.items():
         source = _first(sources)
         config = AutoConfig.from_pretrained(source)
@@ -78,10 +89,12 @@ def evaluate(options: EvaluateOptions, models: Mapping[str, Sources], data: Reci
         tokenizer = data.tokenizer(source)
         rows[name] = data.tokenized(tokenizer, config, measured=True)[options.split]
         collators[name] = data.collator(tokenizer)
+        metrics[name] = rouge(tokenizer) if options.metric == ROUGE else None
     report = compare(
         models,
         eval_dataset=rows,
         data_collator=collators,
+        metric=metrics if options.metric == ROUGE else None,
         dataset_name=f"{data.name}, {options.split}",
         batch_size=options.batch_size,
         sequence_length=options.sequence_length or data.max_length,

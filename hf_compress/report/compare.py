@@ -46,7 +46,7 @@ def compare(
     eval_dataset: Sequence[Mapping] | Mapping[str, Sequence[Mapping]] | None = None,
     processing_class: PreTrainedTokenizerBase | None = None,
     data_collator: Callable | Mapping[str, Callable] | None = None,
-    metric: Metric | Callable | None = None,
+    metric: Metric | Callable | Mapping[str, Metric] | None = None,
     metric_name: str | None = None,
     dataset_name: str | None = None,
     reference: str | None = None,
@@ -70,7 +70,8 @@ def compare(
     processing_class  the tokenizer that pads; the reference's own, where that is a folder or Hub name
     data_collator     makes a batch of rows, or name -> such; pads with the tokenizer, under a mask, by default
     metric            metric(outputs, batch) -> (B,): a score for each example, higher is better; `batch` holds
-                      "labels". Or a `Metric`; by default the usual one of the reference's task
+                      "labels". Or a `Metric`, or name -> such, as `rouge(tokenizer)` for tokenizers that differ; by
+                      default the usual one of the reference's task
     reference         name of the model that the others are held against; the first by default
     batch_size        of the evaluation; speed is always measured at 1 and 32
     dtype, device     for models that are loaded here, as in `measure`, as are the length and the rounds
@@ -96,8 +97,9 @@ def compare(
             check_labels(firsts, reference, any_order=isinstance(eval_dataset, Mapping))
         own_rows = _rows_by_name(eval_dataset, entries)
         for name, sources in entries.items():
-            rows = usable_rows(own_rows[name], firsts[name], metric)
-            metrics[name] = as_metric(metric, firsts[name], rows)
+            own_metric = metric[name] if isinstance(metric, Mapping) else metric
+            rows = usable_rows(own_rows[name], firsts[name], own_metric)
+            metrics[name] = as_metric(own_metric, firsts[name], rows)
             pads_by = name if isinstance(eval_dataset, Mapping) else reference
             own_collator = data_collator[name] if isinstance(data_collator, Mapping) else data_collator
             collator = own_collator or padding_collator(

@@ -9,7 +9,6 @@ from typing import Any
 from typing_extensions import Self
 
 from hf_compress.measuring.measurement import PYTORCH, Measurement
-from hf_compress.measuring.timing import Spread
 from hf_compress.report.layers import LayerFacts
 
 SIGNIFICANCE_LEVEL = 0.05
@@ -172,16 +171,14 @@ def _own_fields(kind: type, record: Mapping[str, Any], *, without: tuple[str, ..
 
 
 def _entry(plain: Mapping[str, Any]) -> Entry:
-    interval, cost = lambda one: Interval(**one), plain["measurement"]
-    spreads = {name: Spread(**{**cost[name], "samples": tuple(cost[name]["samples"])})
-               for name in ("latency_ms", "throughput")}  # fmt: skip
+    interval = lambda one: Interval(**one)  # noqa: E731
     difference = plain["difference"]
     if difference is not None:
         difference = Difference(interval(difference["interval"]), difference["p_value"], difference["test"])
     built = {
         "seed_qualities": tuple(plain["seed_qualities"]),
         "difference": difference,
-        "measurement": Measurement(**{**cost, **spreads}),
+        "measurement": Measurement.from_plain(plain["measurement"]),
         "latency_speed_up": interval(plain["latency_speed_up"]),
         "throughput_speed_up": interval(plain["throughput_speed_up"]),
         "layers": tuple(LayerFacts(**layer) for layer in plain.get("layers", ())),

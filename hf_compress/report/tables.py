@@ -35,7 +35,8 @@ CSV_COLUMNS = (
     "latency_speed_up", "latency_speed_up_low", "latency_speed_up_high", "throughput_speed_up",
     "throughput_speed_up_low", "throughput_speed_up_high", "quality_difference", "quality_difference_low",
     "quality_difference_high", "p_value", "zero_weights", "unknown_tokens", "num_tokens", "reference", "metric",
-    "dataset", "num_examples", "device", "runtime", "threads", "dtype", "command",
+    "dataset", "num_examples", "device", "runtime", "threads", "dtype", "decode_tokens_per_second",
+    "command",
 )  # fmt: skip
 
 
@@ -62,6 +63,7 @@ def _csv_row(report: Results, entry: Entry) -> dict[str, object]:
         "num_tokens": entry.num_tokens, "reference": report.reference, "metric": report.metric,
         "dataset": report.dataset, "num_examples": report.num_examples, "command": report.command,
         "p_value": None if difference is None else difference.p_value,
+        "decode_tokens_per_second": None if cost.decoding is None else cost.decoding.median,
     }  # fmt: skip
     same = ("parameters", "stored_bytes", "bits_per_weight", "multiply_adds", "peak_memory_bytes", "device",
             "runtime", "threads", "dtype")  # fmt: skip
@@ -170,7 +172,12 @@ def main_rows(report: Results) -> list[list[str]]:
 
 def cost_rows(report: Results) -> list[list[str]]:
     """The table of costs, its header first."""
-    return [_cost_header(), *(_cost_row(report, entry) for entry in report.entries)]
+    rows = [_cost_header(), *(_cost_row(report, entry) for entry in report.entries)]
+    speeds = [entry.measurement.decoding for entry in report.entries]
+    if not any(speeds):
+        return rows
+    written = ["decoding, batch 1", *("-" if one is None else f"{number_text(one.median)} tokens/s" for one in speeds)]
+    return [[*row, text] for row, text in zip(rows, written, strict=True)]
 
 
 def score_rows(report: Results) -> list[list[str]]:
