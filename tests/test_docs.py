@@ -13,6 +13,8 @@ from transformers import BertTokenizerFast, default_data_collator
 
 from hf_compress.commands.compare import compare_parser
 from hf_compress.commands.convert import convert_parser
+from hf_compress.commands.main import VERBS, main
+from hf_compress.commands.parser import EXAMPLES
 from hf_compress.commands.picture import picture_parser
 from hf_compress.commands.publish import publish_parser
 from hf_compress.commands.run import run_parser
@@ -41,7 +43,8 @@ def blocks(language):
 
 SNIPPETS = [(page, text) for page, text in blocks("python") if text.startswith(MARK)]
 RECIPES = [(page, text) for page, text in blocks("yaml") if "stages:" in text]
-COMMANDS = [
+IN_HELP = [(Path("help"), f"hf-compress {example}") for example in EXAMPLES.values()]
+COMMANDS = IN_HELP + [
     (page, line) for page, text in blocks("bash") for line in text.splitlines() if line.startswith("hf-compress")
 ]
 PARSERS = {"run": run_parser, "shrink": shrink_parser, "publish": publish_parser, "convert": convert_parser, "tune": tune_parser,
@@ -102,6 +105,13 @@ def test_links_lead_to_files(page):
 def test_the_index_names_every_page():
     index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
     assert [page.name for page in (ROOT / "docs").glob("*.md") if f"({page.name})" not in index] == ["README.md"]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_help_of_a_verb_ends_with_an_example(verb, capsys):
+    assert main([verb, "--help"]) == 0
+    assert capsys.readouterr().out.endswith(f"Example:\n  hf-compress {EXAMPLES[verb]}\n")
+    assert EXAMPLES[verb].startswith(verb)
 
 
 def test_there_is_something_to_test():

@@ -19,12 +19,29 @@ USUAL = (  # options of TrainingArguments that `--help` shows; `--help-all` show
 )  # fmt: skip
 
 
+EXAMPLES = {  # verb -> a line that `--help` ends with
+    "run": "run few-labels --model bert-base-uncased --data reviews.csv --output runs/reviews",
+    "distill": "distill --method tinybert --model teacher/ --num_hidden_layers 3 --data reviews.csv --output runs/half",
+    "prune": "prune --method structure --layers 0.5 --heads 0.25 --model teacher/ --data reviews.csv --output runs/cut",
+    "quantize": "quantize --method gptq --bits 4 --model student/ --data reviews.csv --output runs/packed",
+    "evaluate": "evaluate student/ --data reviews.csv --output report",
+    "compare": "compare teacher=teacher/ student=seed-0/,seed-1/ --data reviews.csv --output report",
+    "publish": "publish runs/reviews --repo_id me/small-bert --dry_run",
+    "convert": "convert runs/reviews/model exported --format openvino",
+    "picture": "picture runs/reviews/model --before teacher/ --output layers.svg",
+    "vary": "vary mine.yaml --vary distil.alpha=0.3,0.7 --model teacher/ --data reviews.csv --output runs/varied",
+    "tune": "tune --shapes 4096x4096,11008x4096 --bits 4",
+}
+
+
 class Parser(argparse.ArgumentParser):
     """Takes `--some_option` and `--some-option` alike, abbreviates nothing, and names the nearest of unknown ones."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         width = {"formatter_class": argparse.RawDescriptionHelpFormatter}
         super().__init__(*args, **{**width, "allow_abbrev": False, **kwargs})
+        if example := EXAMPLES.get(self.prog.rpartition(" ")[2]):
+            self.epilog = "\n\n".join([*[self.epilog] * bool(self.epilog), f"Example:\n  hf-compress {example}"])
 
     def parse_all(self, arguments: Sequence[str]) -> argparse.Namespace:
         """The options that were given. Raises RecipeError for others."""
