@@ -47,8 +47,8 @@ IN_HELP = [(Path("help"), f"hf-compress {example}") for example in EXAMPLES.valu
 COMMANDS = IN_HELP + [
     (page, line) for page, text in blocks("bash") for line in text.splitlines() if line.startswith("hf-compress")
 ]
-PARSERS = {"run": run_parser, "shrink": shrink_parser, "publish": publish_parser, "convert": convert_parser, "tune": tune_parser,
-           "vary": vary_parser, "picture": picture_parser}  # fmt: skip
+PARSERS = {"run": run_parser, "publish": publish_parser, "convert": convert_parser, "tune": tune_parser,
+           "vary": vary_parser, "picture": picture_parser, "shrink": shrink_parser}  # fmt: skip
 
 
 def named(cases):

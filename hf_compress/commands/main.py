@@ -1,6 +1,7 @@
 """`hf-compress <verb> ...`: chooses the verb, and says in a sentence what went wrong.
 
-Exit codes: 0, 2 for what the user can mend (options, files, data, rights), 1 for what failed, 130 for Ctrl-C.
+Exit codes: 0, 2 for what the user can mend (options, files, data, rights), 1 for what failed, 3 for a wish to
+`shrink` that was missed, 130 for Ctrl-C.
 """
 
 import logging
@@ -34,8 +35,8 @@ USAGE = """hf-compress VERB [options]
 {verbs}
 
 `hf-compress VERB --help` tells more of each. With every verb, --verbose shows what libraries tell too, --debug where an
-error came from. Exit codes: 0; 2 for what you can mend (options, files, data, rights); 1 for what failed; 130 for
-Ctrl-C.
+error came from. Exit codes: 0; 2 for what you can mend (options, files, data, rights); 1 for what failed; 3
+for a wish to `shrink` that was missed; 130 for Ctrl-C.
 """
 
 

@@ -79,4 +79,5 @@ def test_what_needs_no_work_is_said_at_once(word, start, capsys):
 def test_help_names_the_exit_codes(capsys):
     main(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "0; 2 for what you can mend (options, files, data, rights); 1 for what failed; 130 for Ctrl-C" in shown
+    assert "0; 2 for what you can mend (options, files, data, rights); 1 for what failed; 3 for a" in shown
+    assert "130 for Ctrl-C" in shown
