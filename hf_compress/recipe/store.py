@@ -90,7 +90,7 @@ class Store(Output):
 
 def reached(record: Mapping[str, Any], model: Path) -> str:
     """What a finished stage came to, in a line: how its model does, how large it is, how long it took."""
-    figures, parts = record["figures"], [record["told"]] if "told" in record else []
+    figures, parts = record.get("figures", {}), [record["told"]] if "told" in record else []
     if found := figures.get("validation"):
         value = f"{found['value']:.1%}" if is_share(found["metric"]) else f"{found['value']:.4g}"
         parts.append(f"{value} {found['metric']} on {found['texts']:,} validation texts")
@@ -98,4 +98,4 @@ def reached(record: Mapping[str, Any], model: Path) -> str:
         parts.append(f"loss {figures['last_losses']['loss']:.4g}")
     if model.is_dir():
         parts.append(size_text(sum(file.stat().st_size for file in weight_files(model))))
-    return ", ".join([*parts, f"{record['seconds']:.0f} s"])
+    return ", ".join([*parts, *([f"{record['seconds']:.0f} s"] if "seconds" in record else [])])
