@@ -44,6 +44,7 @@ def load_compressed_tensors(folder_or_id: str | Path, **kwargs) -> PreTrainedMod
         raise ValueError(
             f"{folder} holds no packed weight (format {settings.get('format')!r}): load it with Transformers."
         )
+    _check_scales(state)
     bits = {}
     for name in names:
         own_name = find_name(empty, stored_name(empty, name))
@@ -107,6 +108,16 @@ def _check_kinds(empty: PreTrainedModel, state: dict[str, Tensor]) -> None:
         found = stored_as(empty, name, state)
         if found is not None and found.is_floating_point() != expected.is_floating_point():
             raise ValueError(f"{name} must hold {expected.dtype}, but is {found.dtype} in the file: it is damaged.")
+
+
+def _check_scales(state: dict[str, Tensor]) -> None:
+    """Raise ValueError for scales of both kinds of 16 bits: the bytes of one, read as the other, are other numbers."""
+    scales = {name: tensor.dtype for name, tensor in state.items() if name.endswith(".weight_scale")}
+    kinds = [dtype for dtype in scales.values() if dtype in (torch.float16, torch.bfloat16)]
+    rare = min(set(kinds), key=kinds.count, default=None)
+    if len(set(kinds)) > 1:
+        odd = next(name for name, dtype in scales.items() if dtype == rare)
+        raise ValueError(f"{odd} is {rare} in the file, others are of the other kind of 16 bits: it is damaged.")
 
 
 def _group_of(name: str, module: nn.Module, settings: dict) -> dict:

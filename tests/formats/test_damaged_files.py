@@ -120,6 +120,17 @@ def test_compressed_tensors_settings_that_are_none(change, message, tmp_path):
         hfc.load_compressed_tensors(tmp_path)
 
 
+def test_a_scale_read_as_another_kind_of_number(tmp_path):
+    """The same bytes, half of each number's bits meaning another thing."""
+    hfc.export(hfc.quantize(bert(), 4, group_size=16), tmp_path, format="compressed-tensors")
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = f"{DENSE}.weight_scale"
+    assert tensors[name].dtype == torch.float16
+    save_file({**tensors, name: tensors[name].view(torch.bfloat16)}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"{name} is torch.bfloat16 in the file"):
+        hfc.load_compressed_tensors(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["extra", f"{DENSE}.weight_extra", "bert.encoder.layer.9.output.dense.bias"])
 def test_compressed_tensors_that_nothing_speaks_of(name, tmp_path):
     hfc.export(hfc.quantize(bert(), 4, group_size=16), tmp_path, format="compressed-tensors")
