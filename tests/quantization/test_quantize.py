@@ -234,7 +234,7 @@ def test_rows_are_padded_and_labels_left_out():
         (dict(bits=4, method="gptq", calibration=[{"input_ids": [500] * 99}]), "token 500.*own tokenizer"),
         (dict(bits=4, method="gptq", calibration=[{"text": "hello"}]), "must hold `input_ids`"),
         (dict(bits=4, skip_modules=["no.such"]), "skip_modules"),
-        (dict(bits=4, desc_act=True), "takes no calibration"),
+        (dict(bits=4, desc_act=True), "takes no options"),
     ],
 )
 def test_bad_input_is_refused(options, message):

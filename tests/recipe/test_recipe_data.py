@@ -185,7 +185,7 @@ def test_what_was_read_is_said_before_the_first_stage_and_stands_in_the_report(t
     told = [record.getMessage() for record in caplog.records if record.getMessage().startswith(("data: ", "1/1"))]
     assert told[0] == "data: r.csv: 62 rows, separated by commas, UTF-8, with the columns text, label"
     assert "data: train: left out 1 of 62 rows, without text" in told
-    assert told[-1] == "1/1 evaluate"
+    assert told[-1] == "1/1 evaluate, 12 test texts"
     for name in ("report.md", "report.html", "report.json"):
         content = (result.output / name).read_text(encoding="utf-8")
         assert "left out 1 of 62 rows, without text" in content and "1 of 61 rows have no label" in content, name

@@ -44,6 +44,11 @@ def cached(teacher: nn.Module, student: nn.Module, folder: Path) -> object:
     return hfc.cache_teacher(teacher, data, folder.parent / f"cache-of-{folder.name}", hidden_states=[2, 4])
 
 
+def rewound() -> list[TrainerCallback]:
+    pruning = hfc.WeightPruning(0.5, begin=0.25, end=0.5, num_updates=2)
+    return [pruning, hfc.Rewinding(pruning, 0.25)]
+
+
 COMPOSITIONS = {
     "several-teachers": Composition(
         "DistillationTrainer", {"hints": None, "teacher_weights": [0.7, 0.3]},
@@ -74,6 +79,7 @@ COMPOSITIONS = {
         "DistillationTrainer",
         callbacks=lambda: [hfc.WeightPruning(0.6, begin=0.0, end=0.5, num_updates=2, regrow=0.8)],
     ),
+    "rewound": Composition("DistillationTrainer", callbacks=rewound),
     "bits-fall-to-two": Composition("QBertTrainer", {"average_bits": 2, "start_bits": 8, "lowering_ratio": 1.0}),
     "bits-by-sensitivity": Composition("QBertTrainer", {"average_bits": 3.5, "sensitivity_examples": 8}),
     "learned-steps": Composition("QBertTrainer", {"learned_steps": True}),

@@ -90,9 +90,9 @@ class NeuronPruning(Pruning):
             if self.outgoing:
                 columns = matrix.weight.T  # (F, D), a view
                 columns.copy_(shrunk(columns.float(), learning_rate * self.outgoing))
-            for module, first, size in matrix.sources if self.incoming else ():
-                rows = as_matrix(module, module.weight.detach())[first : first + matrix.grid[1] * size]
-                rows.copy_(shrunk(rows.float(), learning_rate * self.incoming))
+            for module, rows, _ in matrix.sources if self.incoming else ():
+                weight = as_matrix(module, module.weight.detach())  # (N, K), a view
+                weight[rows] = shrunk(weight[rows].float(), learning_rate * self.incoming).to(weight.dtype)
 
     def check(self, model: nn.Module, pieces: Sequence[Piece]) -> None:
         check_prunable(model, type(self).__name__)
