@@ -54,30 +54,26 @@ def structure(wish: Wish, target: float, times: MeasuredTimes | None) -> dict[st
     return {"method": "budget", "name": "structure", "sparsity": target}
 
 
-def first_target(wish: Wish, times: MeasuredTimes | None, depth: int) -> float:
+def first_target(wish: Wish, times: MeasuredTimes | None) -> float:
     """Raises RecipeError for a time that not even a model of nearly nothing has."""
     if wish.kind == "accuracy_loss":
         return BUDGETS[0]
     if not wish.is_of_time:
         return wish.value
     target = times.original / wish.value if wish.kind == "speedup" else wish.value
-    check_time(target, times, depth, wish)
-    return target
-
-
-def check_time(target: float, times: MeasuredTimes, depth: int, wish: Wish) -> None:
-    least = least_time(times.structure, depth)
+    least = least_time(times.structure)
     if target < least:
         best = times.original / least if wish.kind == "speedup" else least
         raise RecipeError(
             f"{wish.text(wish.value)} cannot be had here: of {times.original:.2f} ms for a text in PyTorch, "
             f"{least:.2f} would be left in one layer of nearly nothing. The most is {wish.text(best)}."
         )
+    return target
 
 
-def least_time(parts: StructureTimes, depth: int) -> float:
+def least_time(parts: StructureTimes) -> float:
     """Of one layer with an eighth of its heads and neurons: below, nothing is left that could learn."""
-    return parts.of(min(depth, 1), heads=1 / 8, neurons=1 / 8)
+    return parts.of(1, heads=1 / 8, neurons=1 / 8)
 
 
 def next_target(wish: Wish, target: float, reached: float) -> float | None:

@@ -11,13 +11,13 @@ from transformers import AutoConfig
 from hf_compress.files.output import Output
 from hf_compress.formats.export import RUNTIMES, export, installed
 from hf_compress.measuring.measure import load_model
-from hf_compress.model.anatomy import anatomy
 from hf_compress.recipe.data import CLASSIFICATION, DataOptions, RecipeData
 from hf_compress.recipe.evaluate import EvaluateOptions, evaluate
+from hf_compress.recipe.fingerprints import model_fingerprint
 from hf_compress.recipe.options import RecipeError, build
 from hf_compress.recipe.recipe import REPORT_FILES, Recipe
 from hf_compress.report.report import Report
-from hf_compress.shrinking.plan import TEACHER, Texts, check_time, first_target, next_target, stages
+from hf_compress.shrinking.plan import TEACHER, Texts, first_target, least_time, next_target, stages
 from hf_compress.shrinking.times import MeasuredTimes, measured_times
 from hf_compress.shrinking.wish import Wish
 
@@ -63,10 +63,10 @@ def shrink(
     model          a folder or Hub name; one without a head for the data's labels is fine-tuned first
     data           texts and labels, as recipes take them; rows without a label are learned from, too
     output         a folder for everything: `model` (or `exported`), the report, the stages, `shrink.json`
-    speedup        times as fast for one text of `tokens` as the model in PyTorch, float32, on this machine's CPU; or
+    speedup        times as fast for one text of `tokens` as the model in PyTorch, as it is stored, on this CPU; or
     latency_ms     milliseconds of such a text; or
     size_mb        megabytes on disk; or
-    accuracy_loss  points that may be lost, of the smallest model that keeps the others
+    accuracy_loss  points that may be lost at most; the smaller of two sizes that keeps the others
     runtime        where it will run: torch, openvino, onnx
     plan           True only says what would be done
     changes        options of all trainings of the recipe, such as {"num_train_epochs": 1}
@@ -83,10 +83,10 @@ def shrink(
         installed(runtime)
     source = {"source": str(data)} if isinstance(data, str | Path) else dict(data)
     texts = RecipeData(build(DataOptions, source, "data"), CLASSIFICATION, needs_labels=True)
-    config = AutoConfig.from_pretrained(model)
-    fine_tunes = not texts.fits(config)
-    depth, times = _costs(model, texts, runtime, tokens, wish)
-    target = first_target(wish, times, depth)
+    model_fingerprint(model)  # says what is no model
+    fine_tunes = not texts.fits(AutoConfig.from_pretrained(model))
+    times = _times(model, texts, runtime, tokens) if wish.is_of_time else None
+    target = first_target(wish, times)
     told = _told(wish, target, times, runtime, texts, fine_tunes)
     if plan:
         return Shrunk(wish, None, False, None, None, told)
@@ -104,10 +104,8 @@ def shrink(
             reached = _figure(wish, report)
             logger.warning("asked: %s; reached: %s", wish.text(wish.value), wish.text(reached))
             again = None if wish.is_met(reached) else next_target(wish, target, reached)
-            if again is None or number == PASSES:
-                break
-            if wish.is_of_time:
-                check_time(again, times, depth, wish)
+            if again is None or number == PASSES or (times is not None and again < least_time(times.structure)):
+                break  # it is there, or as near as it comes
             target = again
         result = {"asked": {wish.kind: wish.value}, "reached": reached, "is_met": wish.is_met(reached),
                   "runtime": runtime, "machine": times.machine if times else None, "passes": number,
@@ -116,13 +114,8 @@ def shrink(
     return Shrunk(wish, reached, wish.is_met(reached), Path(served), report, told)
 
 
-def _costs(
-    model: str | Path, texts: RecipeData, runtime: str, tokens: int, wish: Wish
-) -> tuple[int, MeasuredTimes | None]:
-    """The number of layers, and what they cost where time is asked for."""
-    base = load_model(model, device="cpu").float()
-    times = measured_times(base, texts.tokenizer(model), runtime, tokens=tokens) if wish.is_of_time else None
-    return len(anatomy(base).layers), times
+def _times(model: str | Path, texts: RecipeData, runtime: str, tokens: int) -> MeasuredTimes:
+    return measured_times(load_model(model, device="cpu"), texts.tokenizer(model), runtime, tokens=tokens)
 
 
 def _counts(texts: RecipeData) -> Texts:

@@ -33,7 +33,7 @@ ROWS = {"group_size": -1, "symmetric": True, "embedding_bits": 8}  # of the 8-bi
 
 @dataclass(frozen=True)
 class MeasuredTimes:
-    """original: milliseconds of one text in the model as it is, float32 in PyTorch; `structure` in the runtime."""
+    """original: milliseconds of one text in the model as it is, in PyTorch; `structure` in the runtime."""
 
     original: float
     structure: StructureTimes

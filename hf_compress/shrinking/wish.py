@@ -6,7 +6,7 @@ from hf_compress.recipe.options import RecipeError
 
 TOLERANCE = 0.1  # of a speed or size: what a busy machine and whole layers cost
 KINDS = {  # option -> what it asks for
-    "speedup": "times as fast for one text as the model in PyTorch, float32",
+    "speedup": "times as fast for one text as the model in PyTorch, as it is stored",
     "latency_ms": "milliseconds for one text",
     "size_mb": "megabytes on disk, of all that is needed to run",
     "accuracy_loss": "points of accuracy that may be lost",

@@ -106,7 +106,7 @@ def test_pruning_to_a_size():
 
 def test_the_stages_are_a_recipe():
     speed = Wish("speedup", 10.0)
-    target = first_target(speed, MEASURED, depth=6)
+    target = first_target(speed, MEASURED)
     assert target == 6.0
     written = stages(speed, target, FEW, MEASURED, fine_tunes=True)
     assert [stage.name for stage in Recipe(written).stages] == [
@@ -134,6 +134,6 @@ def test_a_missed_wish_aims_at_what_was_measured():
 
 def test_what_cannot_be_had_is_said_with_what_can():
     with pytest.raises(RecipeError, match=r"100.0x as fast cannot be had here.*The most is 28.2x as fast"):
-        first_target(Wish("speedup", 100.0), MEASURED, depth=6)
+        first_target(Wish("speedup", 100.0), MEASURED)
     with pytest.raises(RecipeError, match="The most is 2.12 ms for a text"):
-        first_target(Wish("latency_ms", 1.0), MEASURED, depth=6)
+        first_target(Wish("latency_ms", 1.0), MEASURED)

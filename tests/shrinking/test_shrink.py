@@ -68,12 +68,22 @@ def test_a_missed_wish_has_an_exit_code_of_its_own(given, tmp_path, capsys, monk
     assert json.loads((tmp_path / "out" / "shrink.json").read_text(encoding="utf-8"))["passes"] == 2
 
 
+def test_what_cannot_be_had_after_a_training_is_missed_and_not_lost(given, tmp_path, monkeypatch):
+    model, data = given
+    monkeypatch.setattr(shrinking, "_figure", lambda wish, report: 0.5)  # six times faster is less than one layer
+    done = hfc.shrink(model, data, output=tmp_path / "out", speedup=3.0, changes=QUICK)
+    assert not done.is_met and done.reached == 0.5 and (done.model / "config.json").is_file()
+    assert json.loads((tmp_path / "out" / "shrink.json").read_text(encoding="utf-8"))["passes"] == 1
+
+
 def test_bad_input_is_refused_before_anything_runs(given, tmp_path):
     model, data = given
     with pytest.raises(RecipeError, match="Say one thing that is wanted"):
         hfc.shrink(model, data, output=tmp_path / "out")
     with pytest.raises(RecipeError, match="runtime must be one of torch, openvino, onnx, got 'tflite'"):
         hfc.shrink(model, data, output=tmp_path / "out", speedup=2.0, runtime="tflite")
+    with pytest.raises(RecipeError, match="There is no model"):
+        hfc.shrink(tmp_path / "nothing", data, output=tmp_path / "out", speedup=2.0)
     with pytest.raises(RecipeError, match="cannot be had here"):
         hfc.shrink(model, data, output=tmp_path / "out", speedup=50.0)
     assert not (tmp_path / "out").exists()
