@@ -50,8 +50,15 @@ class Cubic:
         return self.sparsity - self.sparsity * (1 - progress) ** 3
 
 
+class _Threshold:
+    """Updated every `frequency` steps from `begin` on, and at `end`."""
+
+    def updates_at(self, step: int) -> bool:
+        return self.begin <= step <= self.end and ((step - self.begin) % self.frequency == 0 or step == self.end)
+
+
 @dataclass(frozen=True)
-class TwoSlopes:
+class TwoSlopes(_Threshold):
     """A threshold on magnitudes that rises linearly from `begin`, and 1.5 times as fast from `ramp` to `end`.
 
     Narang et al. 2017, https://arxiv.org/abs/1704.05119 (weights) and https://arxiv.org/abs/1711.02782 (blocks, whose
@@ -66,9 +73,6 @@ class TwoSlopes:
     frequency: int
     num_elements: int = 1
 
-    def updates_at(self, step: int) -> bool:
-        return self.begin <= step <= self.end and ((step - self.begin) % self.frequency == 0 or step == self.end)
-
     def level(self, step: int) -> float:
         """The threshold at `step`, in units of q."""
         if step < self.begin:
@@ -82,7 +86,7 @@ class TwoSlopes:
 
 
 @dataclass(frozen=True)
-class Fixed:
+class Fixed(_Threshold):
     """A threshold on magnitudes that stays: at each update goes what has fallen below it since, retrained in between.
 
     Han et al. 2015, https://arxiv.org/abs/1506.02626, section 3, where it is a multiple of a matrix's standard
@@ -93,9 +97,6 @@ class Fixed:
     end: int
     frequency: int
     num_elements: int = 1
-
-    def updates_at(self, step: int) -> bool:
-        return self.begin <= step <= self.end and ((step - self.begin) % self.frequency == 0 or step == self.end)
 
     def level(self, step: int) -> float:
         """The threshold at `step`, in units of q."""

@@ -18,10 +18,9 @@ SOURCES = ("source", "article", "document", "dialogue", "text", "input")
 TARGETS = ("target", "summary", "highlights", "output", "translation")
 
 
-class CausalLM(Task):
-    name = "causal-lm"
-    auto_class = "AutoModelForCausalLM"
-    endings = ("ForCausalLM", "LMHeadModel")
+class _OfTexts(Task):
+    """A language model that reads single texts, and no labels."""
+
     predicts = "the words of a text"
     needs = "a text"
 
@@ -30,6 +29,12 @@ class CausalLM(Task):
 
     def texts(self, row):
         return iter((row["text"],))
+
+
+class CausalLM(_OfTexts):
+    name = "causal-lm"
+    auto_class = "AutoModelForCausalLM"
+    endings = ("ForCausalLM", "LMHeadModel")
 
     def encode(self, texts, tokenizer, config, *, max_length, unlabelled, measured):
         """All texts one after another, in blocks of `max_length` tokens."""
@@ -48,18 +53,10 @@ class CausalLM(Task):
         return PaddingCollator(tokenizer, tokens_are_labels=True)
 
 
-class MaskedLM(Task):
+class MaskedLM(_OfTexts):
     name = "masked-lm"
     auto_class = "AutoModelForMaskedLM"
     endings = ("ForMaskedLM", "WithLMHeadModel")
-    predicts = "the words of a text"
-    needs = "a text"
-
-    def open(self, options, use_of_labels):
-        return open_texts(options.source, text_column=options.text_column, labels="not used")
-
-    def texts(self, row):
-        return iter((row["text"],))
 
     def encode(self, texts, tokenizer, config, *, max_length, unlabelled, measured):
         """Each text by itself. Rows that are measured, or held out, are masked here, always alike."""
