@@ -19,6 +19,7 @@ from hf_compress.engines.ops import pack_rows, pack_zeros, unpack_rows, words_pe
 from hf_compress.layers.scheme import WeightScheme, check_activation_range
 
 PACKED, UNPACKED = "pack-quantized", ("int-quantized", "naive-quantized")
+ONE = [(1,), (1, 1), ()]  # shapes of one number for a whole tensor
 PARTS = ("weight_packed", "weight_shape", "weight", "weight_scale", "weight_zero_point", "weight_g_idx", "input_scale",
          "input_zero_point")  # fmt: skip
 
@@ -65,14 +66,19 @@ def _scales(name: str, scales: Tensor, weights: dict, N: int, K: int) -> Tensor:
     if strategy == "group" and (not isinstance(size, int) or size < 1 or K % size):
         raise ValueError(f"{name}: group_size must divide the {K} columns, got {size!r}.")
     G = K // size if strategy == "group" else 1
-    expected = 1 if strategy == "tensor" else N * G
-    if scales.numel() != expected or scales.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+    shapes = ONE if strategy == "tensor" else _shapes(N, G)
+    if tuple(scales.shape) not in shapes or scales.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(
-            f"{name}.weight_scale must hold {expected} numbers ({strategy} strategy, weight {(N, K)}) of float16, "
-            f"bfloat16 or float32, got {tuple(scales.shape)} of {scales.dtype}."
+            f"{name}.weight_scale must be {shapes[0]} ({strategy} strategy, weight {(N, K)}) of float16, bfloat16 or "
+            f"float32, got {tuple(scales.shape)} of {scales.dtype}."
         )
     scales = scales.expand(N, 1) if strategy == "tensor" else scales.reshape(N, G)
     return scales if scales.dtype == torch.float16 else scales.float()
+
+
+def _shapes(N: int, G: int) -> list[tuple[int, ...]]:
+    """Of one number a group: the usual one first. Others of as many numbers may be another order of them."""
+    return [(N, G), (N,)] if G == 1 else [(N, G)]
 
 
 def _words(name: str, found: dict[str, Tensor], bits: int, N: int, K: int) -> Tensor:
@@ -99,7 +105,7 @@ def _zero_points(name: str, zeros: Tensor | None, bits: int, N: int, G: int) -> 
     words = (words_per_row(N, bits), G)
     if zeros.dtype == torch.int32 and tuple(zeros.shape) == words:
         return unpack_rows(zeros.t(), bits, N).t()
-    if zeros.dtype != torch.int8 or zeros.numel() not in (1, N * G):
+    if zeros.dtype != torch.int8 or tuple(zeros.shape) not in [*_shapes(N, G), *ONE]:
         raise ValueError(
             f"{name}.weight_zero_point must be int32 {words} or int8 {(N, G)}, got {zeros.dtype} {tuple(zeros.shape)}."
         )
@@ -118,7 +124,7 @@ def _unsigned(name: str, values: Tensor, bits: int) -> Tensor:
 
 def _order(name: str, g_idx: Tensor | None, K: int, G: int) -> Tensor | None:
     """The group of each column (K,) int32; None where groups are neighbouring columns, which -1 may also say."""
-    if g_idx is None or (g_idx == -1).all():
+    if g_idx is None or (tuple(g_idx.shape) == (K,) and (g_idx == -1).all()):
         return None
     fits = tuple(g_idx.shape) == (K,) and g_idx.dtype in (torch.int32, torch.int64)
     if not fits or int(g_idx.min()) < 0 or int(g_idx.max()) >= G:
@@ -130,7 +136,7 @@ def _order(name: str, g_idx: Tensor | None, K: int, G: int) -> Tensor | None:
 
 
 def _one(name: str, tensor: Tensor, *dtypes: torch.dtype) -> float:
-    if tensor.numel() != 1 or tensor.dtype not in dtypes:
+    if tuple(tensor.shape) not in ONE or tensor.dtype not in dtypes:
         raise ValueError(f"{name} must hold one number of {dtypes}, got {tuple(tensor.shape)} of {tensor.dtype}.")
     return tensor.item()
 
