@@ -21,8 +21,9 @@ def tiny_folder(folder: Path, family: str = "bert", **changes) -> Path:
 
 
 def reviews(file: Path, number: int = 60) -> Path:
-    rows = [f"the film was {'good' if i % 2 else 'bad'} {'abcdefghij'[i % 10]},{'pos' if i % 2 else 'neg'}"
-            for i in range(number)]  # fmt: skip
+    """Every text is another: what is looked up by its text must not be found by chance."""
+    rows = [f"the film was {'good' if i % 2 else 'bad'} {' '.join('abcdefghij'[int(d)] for d in f'{i:02d}')},"
+            f"{'pos' if i % 2 else 'neg'}" for i in range(number)]  # fmt: skip
     file.write_text("\n".join(["text,label", *rows]) + "\n", encoding="utf-8")
     return file
 

@@ -107,7 +107,7 @@ def train(stage: Stage, work: Work, tokenizer: PreTrainedTokenizerBase) -> tuple
             model = make_student(model, **shape)
     rows = work.data.tokenized(tokenizer, model.config, unlabelled=main.kind == "distil")
     if main.kind == "distil" and student.cache_teacher:
-        extra["teacher_model"] = kept_outputs(extra["teacher_model"], rows["train"], work, tokenizer)
+        extra["teacher_model"] = kept_outputs(extra["teacher_model"], rows, work, tokenizer)
     qat: QATOptions | None = next((part.own for part in stage.parts if part.kind == "quantize"), None)
     pruning = [part.own.callback() for part in stage.parts if part.kind == "prune"]
     if qat:
@@ -141,15 +141,17 @@ def validated(model: PreTrainedModel, rows: Dataset, work: Work, tokenizer: PreT
 
 
 def kept_outputs(
-    teacher: PreTrainedModel, rows: Dataset, work: Work, tokenizer: PreTrainedTokenizerBase
+    teacher: PreTrainedModel, rows: Mapping[str, Dataset], work: Work, tokenizer: PreTrainedTokenizerBase
 ) -> CachedTeacher:
     """The teacher's logits for all rows, computed once; an interrupted run goes on with what is there."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     with fast_forward(device):
-        return cache_teacher(
-            teacher, rows, work.folder / "trainer" / "teacher", processing_class=tokenizer,
-            data_collator=work.data.collator(tokenizer),
-        )  # fmt: skip
+        for name in ("train", "validation"):
+            kept = cache_teacher(
+                teacher, rows[name], work.folder / "trainer" / "teacher", processing_class=tokenizer,
+                data_collator=work.data.collator(tokenizer),
+            )  # fmt: skip
+    return kept
 
 
 def replace_output(
