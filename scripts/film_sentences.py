@@ -34,8 +34,11 @@ def numbers(labels: int | None, sentences: int | None, kept: Path, source: str |
         chosen = ALL if expected[ALL] <= PATIENCE else FEW
         if chosen == FEW:
             minutes = {size: math.ceil(value / 60) for size, value in expected.items()}
-            print(f"on this processor all sentences take about {minutes[ALL]} minutes, fewer about {minutes[FEW]}: fewer "
-                  f"it is; make demo ARGS='--labels {ALL[0]} --sentences {ALL[1]}' for all", file=sys.stderr)  # fmt: skip
+            print(
+                f"on this processor all sentences take about {minutes[ALL]} minutes, fewer about {minutes[FEW]}: "
+                f"fewer it is; make demo ARGS='--labels {ALL[0]} --sentences {ALL[1]}' for all",
+                file=sys.stderr,
+            )
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps(chosen), encoding="utf-8")
     chosen = json.loads(kept.read_text(encoding="utf-8"))
