@@ -7,6 +7,7 @@ from transformers import Trainer
 from hf_compress.distillation.losses.sums import (
     Loss,
     binary_soft_loss,
+    drawn_loss,
     label_loss,
     logit_loss,
     soft_loss,
@@ -14,6 +15,7 @@ from hf_compress.distillation.losses.sums import (
 )
 from hf_compress.distillation.prompts import changes_positions
 from hf_compress.distillation.runs import Run
+from hf_compress.distillation.teachers.draws import DRAWN
 from hf_compress.distillation.teachers.several_teachers import Kind
 from hf_compress.model.tasks import problem_of
 
@@ -27,8 +29,15 @@ class PredictionLosses(Trainer):
         if alpha < 1:
             losses["task_loss"] = Loss(self.task_loss(student, inputs), "label", 1 - alpha)
         if alpha > 0:
-            losses["soft_loss"] = Loss(self.soft_loss(student.logits, teacher.logits), "prediction", alpha)
+            losses["soft_loss"] = Loss(self.teacher_loss(student, teacher, inputs), "prediction", alpha)
         return losses
+
+    def teacher_loss(self, student: Run, teacher: Run, inputs: dict) -> Tensor:
+        """The distance to the teacher's predictions, or to what was drawn from them."""
+        if "drawn_classes" not in teacher.outputs:
+            return self.soft_loss(student.logits, teacher.logits)
+        drawn = [self.task.logits({"logits": teacher.outputs[name]}, inputs) for name in DRAWN]
+        return drawn_loss(student.logits[..., : self.teacher.manifest["classes"]], *drawn)
 
     def task_loss(self, student: Run, inputs: dict) -> Tensor:
         """The student's own loss on the labels, as a sum over those that are there; 0 where none is."""

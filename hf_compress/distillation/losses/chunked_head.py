@@ -14,6 +14,8 @@ from hf_compress.distillation.losses.divergences import Divergence, forward_kl, 
 from hf_compress.distillation.teachers.cached_teacher import complete
 from hf_compress.engines.ops import kl_from_logits
 
+Known = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # of a teacher that is known in part
+
 LOWEST = -1e30  # a logit of -inf counts as this, so that differences of two of them stay finite
 
 
@@ -37,11 +39,13 @@ def head_losses(
     task_weight: float,
     soft_weight: float,
     chunk_size: int,
+    known: Known = top_k_forward_kl,
 ) -> HeadLosses:
     """The losses of positions with hidden states (M, Ds) under the student's head.
 
     teacher  with `teacher_head`: its hidden states (M, Dt), alone in the sequence. Without: what a cache holds, its
-             logits (M, V), or its largest logits (M, k), their classes (M, k) and the log mass of the rest (M, 1).
+             logits (M, V), or three tensors of which `known` makes the distance at temperature 1: `top_k_forward_kl`
+             of the largest logits, `drawn_forward_kl` of draws. Other temperatures are for the former.
 
     The distance, times temperature^2, is over the classes that both have; the cross entropy to `labels` (M,) over all
     of the student's. Sums are float32 (float64 for float64 states). Differentiable in the student's states, weight
@@ -51,7 +55,7 @@ def head_losses(
     is_mixed = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if is_mixed else head.weight.dtype
     of_teacher = _as_they_are if teacher_head is None else _logits_of(teacher_head, dtype)
-    step = _Step(of_teacher, divergence, temperature, task_weight, soft_weight)
+    step = _Step(of_teacher, divergence, known, temperature, task_weight, soft_weight)
     needs_gradient = torch.is_grad_enabled()
     with torch.autocast(device, enabled=False):
         return HeadLosses(
@@ -66,6 +70,7 @@ class _Step(NamedTuple):
 
     teacher_logits: Callable[[Tensor], Tensor]
     divergence: Divergence
+    known: Known
     temperature: float
     task_weight: float
     soft_weight: float
@@ -100,7 +105,7 @@ class _Step(NamedTuple):
         if isinstance(teacher, Tensor):
             distance, grad = self.divergence(log_student, teacher.clamp_(min=LOWEST).log_softmax(dim=-1))
         else:
-            distance, grad = top_k_forward_kl(log_student, *teacher)
+            distance, grad = self.known(log_student, *teacher)
         grad.mul_(self.soft_weight)
         if own is not None:
             task = -own.sum()

@@ -63,3 +63,16 @@ def top_k_forward_kl(log_student: Tensor, logits: Tensor, classes: Tensor, rest:
     of_rest = torch.where(r_t > 0, r_t * (log_r_t - r_s.log()), 0)
     grad = (p_s * (1 - r_t / r_s)).scatter_(1, classes, own - p_t)
     return (p_t * (log_t - log_s)).sum(dim=-1) + of_rest[:, 0], grad
+
+
+def drawn_forward_kl(log_student: Tensor, classes: Tensor, shares: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross entropy to the shares of classes drawn from the teacher, less its entropy; gradient p_s - shares.
+
+    classes, shares  (M, k)  shares are 0 where fewer classes were drawn
+    entropy          (M, 1)  of the teacher
+
+    In the mean over draws these are KL(teacher || student) and its gradient. Of one draw the distance can be negative.
+    """
+    shares, classes = shares.to(log_student.dtype), classes.long()
+    distance = -torch.linalg.vecdot(shares, log_student.gather(1, classes)) - entropy[:, 0].to(log_student.dtype)
+    return distance, log_student.exp_().scatter_add(1, classes, -shares)

@@ -46,6 +46,15 @@ def binary_soft_loss(student_logits: Tensor, teacher_logits: Tensor, temperature
     return temperature**2 * (yes + no).sum() / student.shape[-1]
 
 
+def drawn_loss(student_logits: Tensor, classes: Tensor, shares: Tensor, entropy: Tensor) -> Tensor:
+    """Cross-entropy of logits (items, C) to the shares (items, k) of classes drawn from the teacher, less its entropy.
+
+    In the mean over draws it is `soft_loss` at temperature 1, and its gradient that of it. entropy (items, 1)
+    """
+    log_student = F.log_softmax(exact(student_logits), dim=-1).gather(-1, classes)
+    return -(shares * log_student).sum() - entropy.sum()
+
+
 def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of logits (items, C) to the labels (items,), summed."""
     return F.cross_entropy(exact(logits), labels, reduction="sum")

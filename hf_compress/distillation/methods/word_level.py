@@ -16,11 +16,18 @@ from torch import Tensor, nn
 from hf_compress.distillation.config import DistillationConfig
 from hf_compress.distillation.heads import head_only_on, output_head
 from hf_compress.distillation.losses.chunked_head import head_losses
-from hf_compress.distillation.losses.divergences import forward_kl, jensen_shannon, reverse_kl
+from hf_compress.distillation.losses.divergences import (
+    drawn_forward_kl,
+    forward_kl,
+    jensen_shannon,
+    reverse_kl,
+    top_k_forward_kl,
+)
 from hf_compress.distillation.losses.sums import Loss
 from hf_compress.distillation.prompts import changes_positions, prompt_length
 from hf_compress.distillation.runs import Run
 from hf_compress.distillation.teachers.cached_teacher import CachedTeacher
+from hf_compress.distillation.teachers.draws import DRAWN
 from hf_compress.distillation.trainer import DistillationTrainer
 from hf_compress.model.tasks import LANGUAGE_MODELS, auto_class_name, plain_model
 
@@ -107,13 +114,14 @@ class WordLevelTrainer(DistillationTrainer):
         return [self.model] if isinstance(self.teacher, CachedTeacher) else [self.model, self.teacher]
 
     def _check_cache(self, teacher: CachedTeacher) -> None:
-        if "top_logits" not in teacher.manifest["stored"]:
+        top_k, draws = teacher.manifest["top_k"], teacher.manifest["draws"]
+        if not (top_k or draws):
             return
         if self.args.divergence != "forward":
             raise ValueError(
                 f"divergence={self.args.divergence!r} needs all of the teacher's logits, but the cache in "
-                f"{teacher.path} holds the {teacher.manifest['top_k']} largest. Use divergence='forward', or the "
-                "teacher itself."
+                f"{teacher.path} holds {f'{draws} draws' if draws else f'the {top_k} largest'}. Use "
+                "divergence='forward', or the teacher itself."
             )
         mine, theirs = output_head(self.model).weight.shape[0], teacher.manifest["classes"]
         if mine != theirs:
@@ -143,7 +151,7 @@ class WordLevelTrainer(DistillationTrainer):
         counted = self.task.counted(inputs)  # (B, T), or one shorter
         mine = [states[:, _prompt(self.model) :] for states in mine]
         theirs = [states[:, _prompt(self.teacher) :] for states in theirs]
-        theirs = theirs or [teacher.outputs[name] for name in ("logits", *TOP_K) if name in teacher.outputs]
+        theirs = theirs or [teacher.outputs[name] for name in ("logits", *TOP_K, *DRAWN) if name in teacher.outputs]
         states, *of_teacher = (own[:, : counted.shape[1]][counted] for own in (*mine, *theirs))  # (M, ...)
         labels = None
         if args.alpha < 1:
@@ -164,6 +172,7 @@ class WordLevelTrainer(DistillationTrainer):
             task_weight=1 - args.alpha,
             soft_weight=args.alpha,
             chunk_size=args.chunk_size,
+            known=drawn_forward_kl if "drawn_classes" in teacher.outputs else top_k_forward_kl,
         )
         losses = {} if labels is None else {"task_loss": Loss(task, "label", 1 - args.alpha)}
         # Both parts' gradient is that of `total`: a term of value zero carries it, at the weight of the soft loss.

@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 256 * 2**20  # a shard is held in memory while it grows
 ROWS_AT_ONCE = 1024  # read, sorted by length and spread over the ranks together
-SETTINGS = ("teacher", "tokenizer", "inputs", "top_k", "hidden_states", "dtype")
+SETTINGS = ("teacher", "tokenizer", "inputs", "top_k", "draws", "hidden_states", "dtype")
 
 
 def cache_teacher(
@@ -50,6 +50,7 @@ def cache_teacher(
     path: str | Path,
     *,
     top_k: int | None = None,
+    draws: int | None = None,
     hidden_states: Iterable[int] = (),
     dtype: torch.dtype = torch.float32,
     processing_class=None,
@@ -66,6 +67,9 @@ def cache_teacher(
     Args:
         dataset: what `Trainer` takes as train_dataset, with a length.
         top_k: keep the largest logits of each prediction and the mass of the others, for vocabularies; all by default.
+        draws: keep, for vocabularies, the classes that as many draws from each prediction at temperature 1 give, 1 to
+            255, and the entropy: at most 3 bytes for each different class among them (up to 2^24 / draws classes, else
+            4), and 3 for a token. Without bias, see `teachers/draws.py`; `bytes_per_token` of the result says the sum.
         hidden_states: which hidden states to keep as well; 0 is the embedding.
         dtype: of the logits and hidden states on disk; torch.float16 halves them and rounds to 3 digits.
         processing_class: the tokenizer, whose vocabulary the trainer's is compared with; pads, where data_collator is
@@ -74,8 +78,9 @@ def cache_teacher(
         batch_size: examples a forward of the teacher.
         shard_size: examples a file; what a stopped run may lose.
 
-    Raises ValueError for a top_k larger than the number of classes, hidden states that are not there, values that
-    `dtype` cannot hold, and a cache in `path` that belongs to another teacher, tokenizer or setting.
+    Raises ValueError for a top_k larger than the number of classes, draws from what is no prediction for each token,
+    hidden states that are not there, values that `dtype` cannot hold, and a cache in `path` that belongs to another
+    teacher, tokenizer or setting.
     """
     cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
     path, state = Path(path), PartialState(cpu=cpu)
@@ -86,7 +91,7 @@ def cache_teacher(
     collate = data_collator or (
         PaddingCollator(processing_class) if hasattr(processing_class, "pad_token_id") else default_data_collator
     )
-    rows, outputs = Rows(dataset, teacher, collate), Outputs(teacher, top_k, hidden_states, dtype)
+    rows, outputs = Rows(dataset, teacher, collate), Outputs(teacher, top_k, draws, hidden_states, dtype)
     with _evaluating(teacher):
         first = [rows.batch(rows.read(range(min(batch_size, len(dataset))))) for _ in range(2)]
         outputs.look_at(*first)
@@ -95,6 +100,7 @@ def cache_teacher(
             "tokenizer": tokenizer_fingerprint(processing_class),
             "inputs": outputs.columns,
             "top_k": top_k,
+            "draws": draws,
             "hidden_states": outputs.hidden_states,
             "dtype": str(dtype).removeprefix("torch."),
             "num_hidden_states": num_hidden_states(teacher) if outputs.hidden_states else None,

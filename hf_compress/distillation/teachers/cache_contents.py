@@ -9,6 +9,7 @@ from transformers.utils import find_labels
 
 from hf_compress.distillation.layer_map import num_hidden_states
 from hf_compress.distillation.prompts import without_prompt
+from hf_compress.distillation.teachers.draws import MOST_DRAWS, draw, starts
 from hf_compress.distillation.teachers.example_keys import MASKS, Side, example_keys, real_tokens
 from hf_compress.model.anatomy import anatomy
 from hf_compress.model.capture import capture
@@ -51,10 +52,31 @@ class Rows:
 class Outputs:
     """What is kept of the teacher's outputs: tensors with one row an example, or one row a real token."""
 
-    def __init__(self, teacher: nn.Module, top_k: int | None, hidden_states: Iterable[int], dtype: torch.dtype):
-        self.teacher, self.top_k, self.dtype, self.task = teacher, top_k, dtype, Task.of(teacher)
+    def __init__(
+        self,
+        teacher: nn.Module,
+        top_k: int | None,
+        draws: int | None,
+        hidden_states: Iterable[int],
+        dtype: torch.dtype,
+    ):
+        self.teacher, self.top_k, self.draws, self.dtype = teacher, top_k, draws, dtype
+        self.task = Task.of(teacher)
+        self._check_draws()
         self.hidden_states = sorted({_numbered(n, teacher) for n in hidden_states})
         self.stored: dict[str, Side] = {}
+
+    def _check_draws(self) -> None:
+        if self.draws is None:
+            return
+        if self.top_k is not None:
+            raise ValueError(f"top_k={self.top_k} keeps the largest logits and draws={self.draws} a sample: give one.")
+        if self.task.kind != "tokens" or not 1 <= self.draws <= MOST_DRAWS:
+            what = f"{type(plain_model(self.teacher)).__name__}, which predicts {self.task.kind}"
+            raise ValueError(
+                f"draws must lie between 1 and {MOST_DRAWS}, for a teacher that predicts a class for each token: got "
+                f"draws={self.draws} for {what}. Leave draws out to keep all logits."
+            )
 
     def look_at(self, batch: dict[str, Tensor], again: dict[str, Tensor]) -> None:
         """Learn from a batch, collated twice, which inputs tell examples apart and what there is to store."""
@@ -81,7 +103,10 @@ class Outputs:
                 "out to keep all logits."
             )
         names = ["top_logits", "top_indices", "rest"] if self.top_k else names
+        names = ["drawn_sizes", "entropy"] if self.draws else names
         self.stored = {name: "example" if self.task.kind == "sequence" else per_token for name in names}
+        if self.draws:
+            self.stored["drawn"] = "draw"
         first_decoder_state = _num_encoder_states(self.teacher) if self.hidden_states else 0
         for number in states:
             side: Side = "decoder" if number >= first_decoder_state else "input"
@@ -109,13 +134,23 @@ class Outputs:
             top, indices = logits.topk(self.top_k, dim=-1)
             rest = logits.scatter(-1, indices, -torch.inf).logsumexp(dim=-1, keepdim=True)
             values |= {"top_logits": top, "top_indices": indices.int(), "rest": rest}
-        else:
+        elif not self.draws:
             values |= {name: outputs[name] for name in self.stored if name not in values}
         tensors = {"keys": keys.cpu()}
+        if self.draws:
+            mask = real_tokens(batch, self.stored["drawn_sizes"])
+            start = starts(keys[:, None].expand(mask.shape)[mask], mask.cumsum(dim=1)[mask])
+            logits = outputs["logits"]
+            drawn = draw(logits[mask.to(logits.device)], start.to(logits.device), self.draws)
+            tensors |= {"drawn": drawn.codes, "drawn_sizes": drawn.sizes, "entropy": drawn.entropy}
+            sizes = torch.zeros(mask.shape, dtype=torch.long).masked_scatter_(mask.cpu(), drawn.sizes.long())
+            tensors["draw_lengths"] = sizes.sum(dim=1)
         for side in ("input", "decoder"):
             if side in self.stored.values():
                 tensors[f"{side}_lengths"] = real_tokens(batch, side).sum(dim=1).cpu()
         for name, side in self.stored.items():
+            if name in tensors:
+                continue
             value = (
                 values[name] if side == "example" else values[name][real_tokens(batch, side).to(values[name].device)]
             )

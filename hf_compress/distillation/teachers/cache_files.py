@@ -70,6 +70,7 @@ def read_manifest(folder: Path) -> dict:
             f"{file} has version {version}, but this hf_compress reads version {VERSION}. Write the cache again with "
             "hfc.cache_teacher."
         )
+    manifest.setdefault("draws", None)  # which earlier caches do not name
     check_manifest(file, manifest)
     return manifest
 

@@ -20,7 +20,8 @@ from hf_compress.distillation.teachers.cache_files import (
     read_manifest,
     tokenizer_fingerprint,
 )
-from hf_compress.distillation.teachers.example_keys import MASKS, example_keys, real_tokens
+from hf_compress.distillation.teachers.draws import shares
+from hf_compress.distillation.teachers.example_keys import MASKS, Side, example_keys, real_tokens
 from hf_compress.distillation.teachers.manifest import check_shard
 from hf_compress.training.progress import progress_bar
 
@@ -77,9 +78,9 @@ class CachedTeacher(nn.Module):
         shard_of = torch.arange(len(counts)).repeat_interleave(counts)
         row_of = torch.cat([torch.arange(count) for count in counts])
         self._shard_of, self._row_of = shard_of[order], row_of[order]
-        self._ends = {  # the end of each example's tokens in its shard
+        self._ends = {  # the end of each example's tokens, or draws, in its shard
             side: [shard[f"{side}_lengths"].cumsum(0).tolist() for shard in self._shards]
-            for side in ("input", "decoder")
+            for side in ("input", "decoder", "draw")
             if f"{side}_lengths" in self._shards[0]
         }
         self._in_memory = {  # small: one row of classes for each example
@@ -105,6 +106,13 @@ class CachedTeacher(nn.Module):
     def columns(self) -> list[str]:
         """The inputs that a batch needs, so that its examples can be found."""
         return [*self.manifest["inputs"], *MASKS]
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes on disk for a real token of the text (for an example, where the text has no tokens)."""
+        name = next((f"{side}_lengths" for side in ("decoder", "input") if side in self._ends), "keys")
+        tokens = sum(len(s[name]) if name == "keys" else int(s[name].sum()) for s in self._shards)
+        return sum(entry["size_bytes"] for entry in self.manifest["shards"].values()) / tokens
 
     @property
     def hidden_states(self) -> list[int]:
@@ -167,7 +175,8 @@ class CachedTeacher(nn.Module):
         """The teacher's outputs for a batch, as the teacher would give them (zeros at padding), and `hidden_states`.
 
         Where the cache holds the largest `top_k` logits only, there are `top_logits`, `top_indices` and `rest` instead
-        of `logits`: see `complete`.
+        of `logits`: see `complete`. Where it holds draws, there are the `drawn_classes` and `drawn_shares` of each
+        token, and its `entropy`.
         """
         places, found = self._find(inputs)
         if not found.all():
@@ -176,8 +185,10 @@ class CachedTeacher(nn.Module):
                 f"in {self.path}. Add them with hfc.cache_teacher(teacher, dataset, {str(self.path)!r})."
             )
         states = {n: self._gather(f"hidden_states.{self._number(n)}", places, inputs) for n in hidden_states}
-        names = [name for name in self.manifest["stored"] if not name.startswith("hidden_states.")]
+        names = [name for name in self.manifest["stored"] if not name.startswith(("hidden_states.", "drawn"))]
         outputs = ModelOutput({name: self._gather(name, places, inputs) for name in names})
+        if self.manifest["draws"]:
+            outputs |= self._drawn(places, inputs)
         if "rest" in outputs and self.rest == "renormalised":
             outputs["rest"] = torch.full_like(outputs["rest"], -torch.inf)
         return outputs, states
@@ -186,19 +197,35 @@ class CachedTeacher(nn.Module):
         device, side = inputs[self.manifest["inputs"][0]].device, self.manifest["stored"][name]
         if name in self._in_memory:
             return _exact(self._in_memory[name][places].to(device))
-        shards, rows = self._shard_of[places].tolist(), self._row_of[places].tolist()
         if side == "example":
-            pairs = zip(shards, rows, strict=True)
+            pairs = zip(self._shard_of[places].tolist(), self._row_of[places].tolist(), strict=True)
             return _exact(torch.stack([self._shards[shard][name][row] for shard, row in pairs]).to(device))
+        return _spread(self._rows(name, places).to(device), inputs, side)
+
+    def _rows(self, name: str, places: Tensor) -> Tensor:
+        """What is stored of the tokens of some examples, one after the other, (real tokens, ...)."""
         parts = []
-        for shard, row in zip(shards, rows, strict=True):
-            ends = self._ends[side][shard]
+        for shard, row in zip(self._shard_of[places].tolist(), self._row_of[places].tolist(), strict=True):
+            ends = self._ends[self.manifest["stored"][name]][shard]
             parts.append(self._shards[shard][name][ends[row - 1] if row else 0 : ends[row]])
-        tokens = _exact(joined(parts).to(device))  # (real tokens, ...)
-        mask = real_tokens(inputs, side).to(device)
-        values = tokens.new_zeros(*mask.shape, *tokens.shape[1:])
-        values[mask] = tokens
-        return values
+        return joined(parts)
+
+    def _drawn(self, places: Tensor, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        device, side = inputs[self.manifest["inputs"][0]].device, self.manifest["stored"]["drawn_sizes"]
+        codes, sizes = (self._rows(name, places).to(device) for name in ("drawn", "drawn_sizes"))
+        classes, found = shares(codes, sizes, self.manifest["draws"])
+        if classes.numel() and int(classes.max()) >= self.manifest["classes"]:
+            raise ValueError(f"The cache in {self.path} is damaged: draws of more classes than the teacher has.")
+        return {"drawn_classes": _spread(classes, inputs, side), "drawn_shares": _spread(found, inputs, side)}
+
+
+def _spread(tokens: Tensor, inputs: Mapping[str, Tensor], side: Side) -> Tensor:
+    """Rows of real tokens at their places in the batch, (B, T, ...); zeros at padding."""
+    mask = real_tokens(inputs, side).to(tokens.device)
+    tokens = _exact(tokens)
+    values = tokens.new_zeros(*mask.shape, *tokens.shape[1:])
+    values[mask] = tokens
+    return values
 
 
 def complete(top_logits: Tensor, top_indices: Tensor, rest: Tensor, student_logits: Tensor, *, classes: int) -> Tensor:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 MASKS = ("attention_mask", "decoder_attention_mask")
-Side = Literal["example", "input", "decoder"]  # what a stored tensor has one row of: an example, or a token of a side
+# What a stored tensor has one row of: an example, a token of a side, or a different class among a token's draws.
+Side = Literal["example", "input", "decoder", "draw"]
 
 # The constants of splitmix64 (Steele et al., 2014), as signed integers.
 GOLDEN, FIRST, SECOND = -7046029254386353131, -4658895280553007687, -7723592293110705685
@@ -56,12 +57,12 @@ def example_keys(inputs: Mapping[str, Tensor], columns: Iterable[str]) -> Tensor
             mask = torch.ones_like(places, dtype=torch.bool)
         else:
             places = mask.cumsum(dim=1)  # left and right padding alike
-        hashes = _mix(_mix(values.long() + zlib.crc32(column.encode())) + places * GOLDEN)  # (B, T)
+        hashes = mix(mix(values.long() + zlib.crc32(column.encode())) + places * GOLDEN)  # (B, T)
         keys = keys + (hashes * mask).sum(dim=1)
-    return _mix(keys)
+    return mix(keys)
 
 
-def _mix(x: Tensor) -> Tensor:
+def mix(x: Tensor) -> Tensor:
     """The finaliser of splitmix64: every bit of the result depends on every bit of `x` (int64, wraps around)."""
     x = (x ^ _shift(x, 30)) * FIRST
     x = (x ^ _shift(x, 27)) * SECOND

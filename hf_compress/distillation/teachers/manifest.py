@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from hf_compress.distillation.teachers.draws import MOST_DRAWS
+
 SHARD = re.compile(r"shard-[0-9a-f]{16}\.safetensors")  # nothing that leads out of the folder
-SIDES = ("example", "input", "decoder")
+SIDES = ("example", "input", "decoder", "draw")
 
 
 def is_shard(name: Any, entry: Any) -> bool:
@@ -31,6 +33,7 @@ def check_manifest(file: Path, manifest: Mapping[str, Any]) -> None:
         "tokenizer": lambda v: v is None or is_text(v),
         "inputs": lambda v: is_texts(v) and bool(v),
         "top_k": lambda v: v is None or _is_count(v),
+        "draws": lambda v: v is None or (_is_count(v) and 1 <= v <= MOST_DRAWS),
         "hidden_states": lambda v: isinstance(v, list) and all(map(_is_count, v)),
         "num_hidden_states": lambda v: v is None or _is_count(v),
         "dtype": is_text,
@@ -44,13 +47,16 @@ def check_manifest(file: Path, manifest: Mapping[str, Any]) -> None:
                 f"{file} is damaged: {name} is {str(manifest.get(name, 'missing'))[:80]}. Delete the folder and write "
                 "the cache again with hfc.cache_teacher."
             )
+    drawn = {name for name, side in manifest["stored"].items() if name in ("drawn_sizes", "entropy") or side == "draw"}
+    if drawn != ({"drawn", "drawn_sizes", "entropy"} if manifest["draws"] else set()):
+        raise ValueError(f"{file} is damaged: draws={manifest['draws']}, but it stores {sorted(manifest['stored'])}.")
     if manifest["is_complete"] and not manifest["shards"]:
         raise ValueError(f"{file} is damaged: it has no shards. Delete the folder and write the cache again.")
 
 
 def check_shard(file: Path, shard: Mapping[str, Tensor], stored: Mapping[str, str]) -> None:
     """Raise ValueError for tensors that are not those of the manifest, with a row for each of the shard's keys."""
-    needed = {"keys", *stored, *(f"{side}_lengths" for side in ("input", "decoder") if side in stored.values())}
+    needed = {"keys", *stored, *(f"{side}_lengths" for side in SIDES[1:] if side in stored.values())}
     if missing := sorted(needed - shard.keys()):
         raise ValueError(f"{file} lacks {', '.join(missing)}, which its manifest says it has: the cache is damaged.")
     examples = shard["keys"].numel()

@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 from transformers.modeling_outputs import ModelOutput
 
@@ -15,7 +15,7 @@ from hf_compress.distillation.teachers.cached_teacher import CachedTeacher, comp
 from hf_compress.distillation.teachers.several_teachers import SeveralTeachers, mean_logits, teachers_of
 from hf_compress.distillation.terms import joint_signals
 from hf_compress.model.capture import capture
-from hf_compress.model.tasks import plain_model
+from hf_compress.model.tasks import LANGUAGE_MODELS, auto_class_name, plain_model
 
 
 class RunsTeacher(Trainer):
@@ -49,10 +49,31 @@ class RunsTeacher(Trainer):
         return self._logits_of(self.teacher, outputs, student_logits, inputs)
 
     def _logits_of(self, teacher: nn.Module, outputs: ModelOutput, student_logits: Tensor, inputs: dict) -> Tensor:
+        if "drawn_classes" in outputs:
+            return NO_LOGITS  # but draws, see `PredictionLosses.teacher_loss`
         if "top_logits" not in outputs:
             return self.task.logits(outputs, inputs)
         parts = [self.task.logits({"logits": outputs[n]}, inputs) for n in ("top_logits", "top_indices", "rest")]
         return complete(*parts, student_logits.detach(), classes=teacher.manifest["classes"])
+
+    def _check_draws(self, cache: CachedTeacher) -> None:
+        """Raise ValueError where a loss needs more of the teacher's distribution than draws from it."""
+        args, who = self.args, f"The cache in {cache.path} holds {cache.manifest['draws']} draws of each prediction"
+        if isinstance(self.teacher, SeveralTeachers):
+            raise ValueError(f"{who}, which have no mean with other teachers' logits. Cache all logits, or top_k.")
+        if args.temperature != 1 or args.prediction_loss == "logits" or args.teacher_noise:
+            raise ValueError(
+                f"{who}, at temperature 1 and without logits: expected temperature=1, prediction_loss='auto' and "
+                f"teacher_noise=0, got {args.temperature}, {args.prediction_loss!r} and {args.teacher_noise}. Change "
+                "these, or use a cache of all logits or top_k, or the teacher itself."
+            )
+        config = getattr(plain_model(self.model), "config", None)
+        mine = config.get_text_config().vocab_size if auto_class_name(self.model) in LANGUAGE_MODELS else None
+        if mine is not None and mine < cache.manifest["classes"]:
+            raise ValueError(
+                f"{who} among {cache.manifest['classes']} classes, of which the student has the first {mine}. Resize "
+                "the student's embeddings."
+            )
 
     def _check_signals(self) -> None:
         """Raise ValueError when caches lack signals that the losses need, or examples of the data."""
@@ -66,10 +87,12 @@ class RunsTeacher(Trainer):
         for cache in caches:
             cache.check_signals(signals, who)
             cache.check_tokenizer(self.processing_class)
+            if cache.manifest["draws"]:
+                self._check_draws(cache)
         evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"evaluation set": self.eval_dataset}
         prepare = partial(self._with_decoder_inputs, plain_model(self.model))
         for what, data in {"training set": self.train_dataset, **evaluated}.items() if caches else ():
-            if hasattr(data, "__len__"):
+            if hasattr(data, "__len__") and not isinstance(data, IterableDataset):  # a stream is read once
                 has_columns = getattr(data, "column_names", None) is not None
                 collate = self.data_collator
                 if not has_columns:
