@@ -4,20 +4,27 @@ Rows, batches of a `DataLoader`, what a tokenizer returned, arrays and plain tex
 without padding. Labels go, but for an encoder-decoder, whose decoder reads them.
 """
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import groupby
+from itertools import groupby, islice
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import has_length
 
 from hf_compress.model.inputs import forward_names
+
+logger = logging.getLogger(__name__)
 
 MOST_TOKENS = 512  # of a text that is tokenized here
 ROW_DIMS = {"pixel_values": 3}  # dimensions of one example, where it is not a line of tokens
 IGNORED = -100  # the label of what no loss counts
+
+MOST_ROWS = 256  # of a stream, which may have no end
 
 Row = dict[str, Tensor]
 
@@ -32,13 +39,18 @@ def calibration_batches(
     """Batches of at most `batch_size` rows, padded on the right under an attention mask where lengths differ.
 
     calibration  a dataset or list of rows, batches of any size and padding, a tokenizer's output, lists or arrays of
-                 token ids, or texts, which need `tokenizer` (at most 512 tokens of each are taken)
+                 token ids, or texts, which need `tokenizer` (at most 512 tokens of each are taken). Of an
+                 `IterableDataset` 256 rows are read and no more: `list(stream.take(n))` is for other numbers.
 
     Raises ValueError for data that is empty, lacks the model's inputs, holds no token, or holds tokens that the model's
     vocabulary does not have.
     """
     names = _wanted(model)
-    rows = [_without_padding(row, model) for row in _rows(calibration, model, names, tokenizer)]
+    found = _rows(calibration, model, names, tokenizer)
+    if is_stream(calibration):
+        logger.warning("Of the stream the first %d rows are read; pass list(stream.take(n)) for others.", MOST_ROWS)
+        found = islice(found, MOST_ROWS)
+    rows = [_without_padding(row, model) for row in found]
     if not rows:
         raise ValueError("calibration is empty: pass a dataset with `input_ids`, or batches of tensors.")
     main = model.main_input_name
@@ -47,6 +59,22 @@ def calibration_batches(
     # without a mask the model would take padding for text
     runs = [rows] if "attention_mask" in names else [list(run) for _, run in groupby(rows, lambda row: row[main].shape)]
     return [_collate(run[i : i + batch_size], model) for run in runs for i in range(0, len(run), batch_size)]
+
+
+def is_stream(data: object) -> bool:
+    """Whether `data` is an `IterableDataset` that does not say where it ends."""
+    return isinstance(data, IterableDataset) and not has_length(data)
+
+
+def first_batches(dataloader: Iterable[Mapping[str, Tensor]]) -> Iterator[Mapping[str, Tensor]]:
+    """All batches; of a stream, or a data loader over one, those that have the first 256 examples."""
+    rows, most = 0, MOST_ROWS if is_stream(getattr(dataloader, "dataset", dataloader)) else None
+    for batch in dataloader:
+        yield batch
+        rows += len(next(iter(batch.values())))
+        if most is not None and rows >= most:
+            logger.warning("Of the stream the first %d examples are read; pass batches of others in a list.", rows)
+            return
 
 
 def _wanted(model: PreTrainedModel) -> set[str]:

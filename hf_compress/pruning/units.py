@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from hf_compress.measuring.measure import evaluating
 from hf_compress.model.anatomy import Anatomy, Layer, anatomy, in_features, out_features
 from hf_compress.model.attention import Attention, Projection
+from hf_compress.model.calibration_data import first_batches
 from hf_compress.pruning.importance.gates import labelled_batch, loss_shares, mean_absolute_gradients
 from hf_compress.pruning.importance.layers import skipped
 from hf_compress.training.progress import progress_bar
@@ -34,7 +35,7 @@ class Unit:
 
 def units(model: PreTrainedModel, dataloader: Iterable[Mapping[str, Tensor]], tokens: int | None) -> list[Unit]:
     """Everything that may go. Costs are multiply-adds of a sequence of `tokens`, or parameters where that is None."""
-    parts, batches = anatomy(model), list(dataloader)
+    parts, batches = anatomy(model), list(first_batches(dataloader))
     attentions, forwards = parts.attentions, [layer.feed_forward.output for layer in parts.layers]
     modules = [*(a.output for a in attentions), *forwards]
     widths = [*(a.head_dim for a in attentions), *(1 for _ in forwards)]

@@ -8,9 +8,10 @@ activations 8 bit, gradients straight through the rounding. The bits of each mod
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, Trainer
 
 from hf_compress.model.anatomy import anatomy
@@ -112,11 +113,13 @@ class QBertTrainer(TrainingStateMixin, Trainer):
         args: QBertConfig = self.args
         if args.average_bits in (2, 3, 4, 8):
             return choose_modules(self.model, int(args.average_bits))
-        count = min(args.sensitivity_examples, len(self.train_dataset))
-        subsample = self.train_dataset.select(range(count))
-        loader = DataLoader(
-            self._remove_unused_columns(subsample), batch_size=args.train_batch_size, collate_fn=self.data_collator
-        )
+        if isinstance(self.train_dataset, IterableDataset):
+            rows = list(islice(self.train_dataset, args.sensitivity_examples))
+            collate = self._get_collator_with_removed_columns(self.data_collator)
+        else:
+            count = min(args.sensitivity_examples, len(self.train_dataset))
+            rows, collate = self._remove_unused_columns(self.train_dataset.select(range(count))), self.data_collator
+        loader = DataLoader(rows, batch_size=args.train_batch_size, collate_fn=collate)
         sensitivity = hessian_sensitivity(self.model, loader, method=args.sensitivity_method)
         return allocate_bits(self.model, sensitivity, average_bits=args.average_bits, group_size=-1)
 

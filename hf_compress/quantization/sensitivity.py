@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_compress.model.anatomy import layer_maps
+from hf_compress.model.calibration_data import first_batches
 from hf_compress.model.weights import check_no_adapters
 from hf_compress.quantization.modules import check_quantizable, is_linear
 from hf_compress.training.progress import progress_bar
@@ -50,7 +51,8 @@ def hessian_sensitivity(
     """How sensitive the loss is to each module's weight: {module name: value}, for `allocate_bits`.
 
     Args:
-        dataloader: batches with labels, as the model takes them; all of them are used, a fixed subsample is enough.
+        dataloader: batches with labels, as the model takes them; all of them are used, a fixed subsample is enough. Of
+            a stream 256 examples are read.
         method: "eigenvalue", |mean| + standard deviation of the top eigenvalue over the parts of the data (Q-BERT);
             "trace", the mean diagonal of the Hessian (HAWQ-V2), which costs much less; or "fisher", the mean square of
             gradients, which costs least and suits large models.
@@ -66,7 +68,7 @@ def hessian_sensitivity(
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}.")
     check_no_adapters(model)
-    batches = list(dataloader)
+    batches = list(first_batches(dataloader))
     if not batches:
         raise ValueError("dataloader is empty: the Hessian needs batches with labels.")
     weights = {name: check_quantizable(model, name).weight for name in modules or _linear_names(model)}

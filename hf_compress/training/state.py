@@ -22,6 +22,7 @@ from hf_compress.training.optimizers import add_missing
 from hf_compress.training.pieces import Piece, check_pieces
 from hf_compress.training.resume import begin_checkpoint, end_checkpoint, find_fault, last_complete_checkpoint
 from hf_compress.training.step_counts import StepCountsMixin
+from hf_compress.training.stream import StreamMixin
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ def attached(state: TrainingState, model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-class TrainingStateMixin(StepCountsMixin):
+class TrainingStateMixin(StreamMixin, StepCountsMixin):
     """A `Trainer` whose `training_state` trains with the model, is saved in every checkpoint and resumed exactly.
 
     A checkpoint is marked while it is written, so that one that a kill or a full disk tore is known as such. Resumes

@@ -3,6 +3,7 @@
 import inspect
 from unittest import mock
 
+import datasets
 import pytest
 import transformers
 from helpers import tiny_batch, tiny_model
@@ -10,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.modeling_utils import AttentionInterface
 from transformers.quantizers import HfQuantizer
+
+from hf_compress.training.stream import keeps_place
 
 WHERE = f"Transformers {transformers.__version__}"
 OVERRIDDEN = (  # in hf_compress/training/state.py and the trainers made of it
@@ -19,7 +22,7 @@ OVERRIDDEN = (  # in hf_compress/training/state.py and the trainers made of it
 )  # fmt: skip
 
 CALLED = (  # by trainers of hf_compress
-    "_get_collator_with_removed_columns", "_prepare_inputs", "_remove_unused_columns",
+    "_get_collator_with_removed_columns", "_load_rng_state", "_prepare_inputs", "_remove_unused_columns",
     "_set_signature_columns_if_needed", "compute_loss_context_manager", "create_scheduler", "evaluation_loop",
     "get_batch_samples", "prediction_step",
 )  # fmt: skip
@@ -53,6 +56,14 @@ def test_attention_is_looked_up_where_a_capture_listens():
         model = tiny_model("bert")
         model(**tiny_batch(model))
     assert len(seen) == 4, f"{WHERE}: attention is not looked up by AttentionInterface.get_interface, once a layer."
+
+
+def test_a_shuffle_buffer_can_be_seen():
+    """`hf_compress/training/stream.py` looks for it in a stream of datasets: a state without its examples is none."""
+    stream = datasets.Dataset.from_dict({"a": range(4)}).to_iterable_dataset()
+    assert keeps_place(stream.map(dict)), f"datasets {datasets.__version__}: a stream has no state."
+    inside = datasets.interleave_datasets([stream, stream.shuffle(seed=0, buffer_size=2).map(dict)])
+    assert not keeps_place(inside), f"datasets {datasets.__version__}: a stream no longer shows its shuffle buffer."
 
 
 def test_models_say_what_is_tied_and_what_may_be_unexpected():

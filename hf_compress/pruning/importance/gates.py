@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.trainer_utils import has_length
 
 from hf_compress.model.anatomy import in_features
 from hf_compress.model.attention import Projection
+from hf_compress.model.calibration_data import first_batches
 from hf_compress.model.inputs import forward_names
 from hf_compress.training.progress import progress_bar
 
@@ -61,7 +63,8 @@ def mean_absolute_gradients(
     sizes = [in_features(module) // width for module, width in zip(modules, widths, strict=True)]
     sums = [torch.zeros(size, dtype=torch.float64, device=model.device) for size in sizes]
     num_examples = 0
-    for batch in progress_bar(dataloader, desc="Scoring", unit="batch"):
+    total = len(dataloader) if has_length(dataloader) else None
+    for batch in progress_bar(first_batches(dataloader), desc="Scoring", unit="batch", total=total):
         batch = labelled_batch(model, batch)
         shares = loss_shares(model, batch)  # (B,)
         gates = [torch.ones(len(shares), size, device=model.device, requires_grad=True) for size in sizes]

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from hf_compress.measuring.measure import evaluating
 from hf_compress.model.anatomy import anatomy
+from hf_compress.model.calibration_data import first_batches
 from hf_compress.model.capture import AttentionSignals, capture
 from hf_compress.model.cuttable import cuttable
 from hf_compress.model.inputs import forward_arguments
@@ -55,7 +56,7 @@ def _confidences(model: PreTrainedModel, dataloader: Iterable[Mapping[str, Tenso
     selves, crosses = ([i for i, cross in places if cross == kind] for kind in (0, 1))
     sums: dict[tuple[int, int], Tensor] = {}
     counts = dict.fromkeys(places, 0)
-    for batch in dataloader:
+    for batch in first_batches(dataloader):
         batch = forward_arguments(model, batch)
         with capture(model, attention=selves) as own, capture(model, attention=crosses, cross=True) as over:
             model(**batch)

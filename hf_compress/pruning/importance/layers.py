@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from hf_compress.measuring.measure import evaluating
 from hf_compress.model.anatomy import anatomy
+from hf_compress.model.calibration_data import first_batches
 from hf_compress.model.inputs import forward_arguments
 from hf_compress.pruning.importance.tokens import decoder_layers, real_tokens
 
@@ -29,7 +30,7 @@ def layer_importance(model: PreTrainedModel, dataloader: Iterable[Mapping[str, T
     counts = torch.zeros(len(parts.layers), dtype=torch.float64)
     blocks = [layer.module for layer in parts.layers]
     with evaluating([model]), torch.no_grad():
-        for batch in dataloader:
+        for batch in first_batches(dataloader):
             batch = forward_arguments(model, batch)
             with _recorded_states(blocks) as states:
                 model(**batch)

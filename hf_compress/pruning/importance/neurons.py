@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from hf_compress.measuring.measure import evaluating
 from hf_compress.model.anatomy import Anatomy, FeedForward, anatomy, in_features, matrix
+from hf_compress.model.calibration_data import first_batches
 from hf_compress.model.cuttable import cuttable
 from hf_compress.model.inputs import forward_arguments
 from hf_compress.pruning.importance.gates import mean_absolute_gradients, padded_rows
@@ -73,7 +74,7 @@ def _active_shares(model: PreTrainedModel, dataloader: Iterable[Mapping[str, Ten
     decoder = decoder_layers(parts)
     active = [torch.zeros(in_features(m), dtype=torch.float64, device=model.device) for m in outputs]
     counts = [0] * len(outputs)
-    for batch in dataloader:
+    for batch in first_batches(dataloader):
         batch = forward_arguments(model, batch)
         with _recorded_inputs(outputs) as inputs:
             model(**batch)
