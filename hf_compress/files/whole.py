@@ -3,6 +3,7 @@
 import hashlib
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ def beside(file: Path) -> Iterator[Path]:
 
     A link at `file` is replaced, not followed. A kill leaves the old file or the new one.
     """
-    temporary = file.with_name(f".{file.name}.{os.getpid()}{WRITING}")
+    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}{WRITING}")  # of several machines on one disk, too
     try:
         yield temporary
         flush(temporary)

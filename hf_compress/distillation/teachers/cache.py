@@ -2,24 +2,27 @@
 
 import json
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from transformers import PretrainedConfig, default_data_collator
 
 from hf_compress.distillation.layer_map import num_hidden_states
-from hf_compress.distillation.teachers.cache_contents import Outputs, Rows
+from hf_compress.distillation.teachers.apart import Leases, Parts, worker_here, write_parts
+from hf_compress.distillation.teachers.cache_contents import Outputs, Rows, together
 from hf_compress.distillation.teachers.cache_files import (
-    check_settings,
+    check_same,
     find_faults,
     is_cache,
-    joined,
     only_writer,
     plain_config,
     read_manifest,
@@ -32,6 +35,7 @@ from hf_compress.distillation.teachers.cache_files import (
 )
 from hf_compress.distillation.teachers.cached_teacher import CachedTeacher
 from hf_compress.distillation.teachers.example_keys import example_keys
+from hf_compress.files.store import Store, is_remote
 from hf_compress.files.whole import remove_leftovers
 from hf_compress.model.reading import PaddingCollator
 from hf_compress.model.tasks import plain_model
@@ -41,12 +45,11 @@ logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 256 * 2**20  # a shard is held in memory while it grows
 ROWS_AT_ONCE = 1024  # read, sorted by length and spread over the ranks together
-SETTINGS = ("teacher", "tokenizer", "inputs", "top_k", "draws", "hidden_states", "dtype")
 
 
 def cache_teacher(
     teacher: nn.Module,
-    dataset: Sequence,
+    dataset: Sequence | IterableDataset,
     path: str | Path,
     *,
     top_k: int | None = None,
@@ -57,6 +60,8 @@ def cache_teacher(
     data_collator: Callable[[list], dict] | None = None,
     batch_size: int = 32,
     shard_size: int = 8192,
+    worker: tuple[int, int] | Literal["env"] | None = None,
+    lease_seconds: float = 600,
 ) -> CachedTeacher:
     """Write the teacher's outputs for each example of `dataset` to `path`, and return them as a teacher.
 
@@ -64,8 +69,12 @@ def cache_teacher(
     again, it adds the examples that are missing and goes on after a stop; examples that are there are not computed
     again. Under `accelerate launch` the ranks share the work. The teacher runs in eval mode, without dropout.
 
+    Workers that were started apart share it, too, one shard at a time: see `worker`. What they write is all of one
+    dataset, in its order; more is added by a call without.
+
     Args:
-        dataset: what `Trainer` takes as train_dataset, with a length.
+        dataset: what `Trainer` takes as train_dataset. A stream is written as by workers.
+        path: a folder; or an address of fsspec (`s3://...`), written to as by workers.
         top_k: keep the largest logits of each prediction and the mass of the others, for vocabularies; all by default.
         draws: keep, for vocabularies, the classes that as many draws from each prediction at temperature 1 give, 1 to
             255, and the entropy: at most 3 bytes for each different class among them (up to 2^24 / draws classes, else
@@ -76,25 +85,29 @@ def cache_teacher(
             not given.
         data_collator: as the trainer's. It must not change the inputs at random.
         batch_size: examples a forward of the teacher.
-        shard_size: examples a file; what a stopped run may lose.
+        shard_size: examples a file; what a stopped run, or a worker that dies, may lose.
+        worker: the number of this worker and how many there are; "env" for what torchrun or Slurm says (the default
+            for streams and addresses). All have the same dataset and settings; they may come and go.
+        lease_seconds: another worker takes over a shard whose worker has written no sign of life for so long. More
+            than a batch takes.
 
     Raises ValueError for a top_k larger than the number of classes, draws from what is no prediction for each token,
     hidden states that are not there, values that `dtype` cannot hold, and a cache in `path` that belongs to another
     teacher, tokenizer or setting.
     """
+    is_apart = worker is not None or is_remote(path) or isinstance(dataset, IterableDataset)
     cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
-    path, state = Path(path), PartialState(cpu=cpu)
-    if len(dataset) == 0:
-        raise ValueError("The dataset is empty: expected at least one example. Was everything filtered out?")
+    state = None if is_apart else PartialState(cpu=cpu)  # which brings the ranks together
     if not getattr(teacher, "is_quantized", False) and not hasattr(teacher, "hf_device_map"):
-        teacher.to(state.device)
+        teacher.to(_own_device(cpu=cpu) if is_apart else state.device)
     collate = data_collator or (
         PaddingCollator(processing_class) if hasattr(processing_class, "pad_token_id") else default_data_collator
     )
     rows, outputs = Rows(dataset, teacher, collate), Outputs(teacher, top_k, draws, hidden_states, dtype)
     with _evaluating(teacher):
-        first = [rows.batch(rows.read(range(min(batch_size, len(dataset))))) for _ in range(2)]
-        outputs.look_at(*first)
+        if not (first := rows.first(batch_size)):
+            raise ValueError("The dataset is empty: expected at least one example. Was everything filtered out?")
+        outputs.look_at(rows.batch(first), rows.batch(first))
         manifest = {
             "teacher": _description(teacher),
             "tokenizer": tokenizer_fingerprint(processing_class),
@@ -107,19 +120,41 @@ def cache_teacher(
             "classes": outputs.classes,
             "stored": outputs.stored,
         }
-        with only_writer(path, state):
-            shards = _open(path, manifest, state)
-            known = set()
-            for name in shards:
-                known.update(load_file(path / name)["keys"].tolist())
-            for tensors in _missing(outputs, rows, known, batch_size, shard_size, state):
-                write_shard(path, tensors)
-            state.wait_for_everyone()
-            if state.is_main_process:
-                write_manifest(path, {**manifest, "is_complete": True, "shards": {**shards, **read_notes(path)}})
-                remove_notes(path)
-    state.wait_for_everyone()
+        if is_apart:
+            worker = worker_here() if worker in (None, "env") else worker
+            leases = Leases(Store(path), lease_seconds)
+            parts = Parts(rows, shard_size, keys=example_keys(rows.batch(first), outputs.columns))
+            write_parts(leases, manifest, outputs, parts, worker=worker, batch_size=batch_size)
+        else:
+            _write_together(Path(path), manifest, outputs, rows, batch_size, shard_size, state)
     return CachedTeacher(path)
+
+
+def _write_together(
+    path: Path, manifest: dict, outputs: Outputs, rows: Rows, batch_size: int, shard_size: int, state: PartialState
+) -> None:
+    """All ranks of one job, while no other job writes."""
+    with only_writer(path, state):
+        shards = _open(path, manifest, state)
+        known = set()
+        for name in shards:
+            known.update(load_file(path / name)["keys"].tolist())
+        for tensors in _missing(outputs, rows, known, batch_size, shard_size, state):
+            write_shard(path, tensors)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            write_manifest(path, {**manifest, "is_complete": True, "shards": {**shards, **read_notes(path)}})
+            remove_notes(path)
+    state.wait_for_everyone()
+
+
+def _own_device(*, cpu: bool) -> torch.device:
+    """The accelerator of this process among those of its machine."""
+    return (
+        torch.device("cpu")
+        if cpu
+        else torch.device(torch.accelerator.current_accelerator().type, int(os.environ.get("LOCAL_RANK", 0)))
+    )
 
 
 def _open(path: Path, manifest: dict, state: PartialState) -> dict[str, dict]:
@@ -129,8 +164,12 @@ def _open(path: Path, manifest: dict, state: PartialState) -> dict[str, dict]:
     state.wait_for_everyone()  # all ranks have looked before one writes
     if is_there:
         found = read_manifest(path)
-        theirs, mine = ({**m, "teacher": m["teacher"]["fingerprint"][:16]} for m in (found, manifest))
-        check_settings(path, theirs, mine, SETTINGS)
+        check_same(path, found, manifest)
+        if "text" in found and not found["is_complete"]:
+            raise ValueError(
+                f"Workers that were started apart write the cache in {path}. Finish it with worker='env' or (0, 1) and "
+                "the same dataset and shard_size, or choose another folder."
+            )
         shards = {**found["shards"], **read_notes(path)}
         faults = find_faults(path, shards)
         for name, fault in faults.items():
@@ -157,30 +196,15 @@ def _missing(
     with progress_bar(total=len(rows), desc="Running the teacher", unit="text") as progress:
         for start in range(state.process_index * chunk, len(rows), state.num_processes * chunk):
             examples = rows.read(range(start, min(start + chunk, len(rows))))
-            examples.sort(key=_length)  # little padding
-            for first in range(0, len(examples), batch_size):
-                batch = rows.batch(examples[first : first + batch_size])
-                keys = example_keys(batch, outputs.columns)
-                new = [i for i, key in enumerate(keys.tolist()) if not (key in known or known.add(key))]
-                if new:
-                    batch = {k: v[new] for k, v in batch.items() if isinstance(v, Tensor) and len(v) == len(keys)}
-                    held.append(outputs.of(batch, keys[new]))
+            for tensors in outputs.batches(rows, examples, known, batch_size):
+                held.append(tensors)
                 size = sum(t.numel() * t.element_size() for tensors in held for t in tensors.values())
                 if size >= SHARD_BYTES or sum(len(tensors["keys"]) for tensors in held) >= shard_size:
-                    yield _joined(held)
+                    yield together(held)
                     held = []
             progress.update(min(chunk * state.num_processes, len(rows) - progress.n))
     if held:
-        yield _joined(held)
-
-
-def _joined(held: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: joined([tensors[name] for tensors in held]) for name in held[0]}
-
-
-def _length(row) -> int:
-    tokens = row.get("input_ids") if isinstance(row, dict) else None
-    return 0 if tokens is None else len(tokens)
+        yield together(held)
 
 
 def _description(teacher: nn.Module) -> dict:

@@ -1,14 +1,18 @@
 """What goes into a teacher cache: the examples as the teacher reads them, and what is kept of its outputs."""
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from transformers.utils import find_labels
 
 from hf_compress.distillation.layer_map import num_hidden_states
 from hf_compress.distillation.prompts import without_prompt
+from hf_compress.distillation.teachers.cache_files import joined
 from hf_compress.distillation.teachers.draws import MOST_DRAWS, draw, starts
 from hf_compress.distillation.teachers.example_keys import MASKS, Side, example_keys, real_tokens
 from hf_compress.model.anatomy import anatomy
@@ -22,20 +26,42 @@ LABELS = ("label", "label_ids", "labels")
 class Rows:
     """The examples of a dataset as batches of what the teacher reads, labels included, as a trainer makes them."""
 
-    def __init__(self, dataset: Sequence, teacher: nn.Module, collate: Callable[[list], dict]):
+    def __init__(self, dataset: Sequence | IterableDataset, teacher: nn.Module, collate: Callable[[list], dict]):
         model = plain_model(teacher)
         self.wanted = {*inspect.signature(model.forward).parameters, *LABELS, *find_labels(type(model))}
-        if hasattr(dataset, "column_names"):
+        if getattr(dataset, "column_names", None) is not None:
             dataset = dataset.select_columns([name for name in dataset.column_names if name in self.wanted])
         self.dataset, self.teacher, self.collate = dataset, model, collate
+        self.is_stream = isinstance(dataset, IterableDataset)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def first(self, number: int) -> list:
+        rows = islice(self.dataset, number) if self.is_stream else self.read(range(min(number, len(self))))
+        return self._chosen(rows)
+
+    def parts(self, size: int, begin: int = 0) -> Iterator[tuple[int, Callable[[], list]]]:
+        """The text cut into parts of `size` rows: their numbers, and what reads one, from part `begin` all around.
+
+        A stream is read once, in its order, whatever `begin` is.
+        """
+        if self.is_stream:
+            rows, number = iter(self.dataset), 0
+            while part := list(islice(rows, size)):
+                yield number, partial(self._chosen, part)
+                number += 1
+            return
+        count = -(-len(self) // size)
+        for number in (*range(begin, count), *range(begin)):
+            yield number, partial(self.read, range(number * size, min((number + 1) * size, len(self))))
+
     def read(self, numbers: Iterable[int]) -> list:
         if hasattr(self.dataset, "__getitems__"):
             return self.dataset.__getitems__(list(numbers))
-        rows = [self.dataset[i] for i in numbers]
+        return self._chosen(self.dataset[i] for i in numbers)
+
+    def _chosen(self, rows: Iterable) -> list:
         return [{k: v for k, v in r.items() if k in self.wanted} if isinstance(r, dict) else r for r in rows]
 
     def batch(self, rows: list) -> dict[str, Tensor]:
@@ -157,6 +183,17 @@ class Outputs:
             tensors[name] = value.cpu() if name in ("top_indices", "rest") else self._rounded(name, value.cpu())
         return tensors
 
+    def batches(self, rows: Rows, examples: list, known: set[int], batch_size: int) -> Iterator[dict[str, Tensor]]:
+        """The tensors of those of `examples` that are not `known` yet, batch by batch; they are then."""
+        examples = sorted(examples, key=_length)  # little padding
+        for first in range(0, len(examples), batch_size):
+            batch = rows.batch(examples[first : first + batch_size])
+            keys = example_keys(batch, self.columns)
+            new = [i for i, key in enumerate(keys.tolist()) if not (key in known or known.add(key))]
+            if new:
+                batch = {k: v[new] for k, v in batch.items() if isinstance(v, Tensor) and len(v) == len(keys)}
+                yield self.of(batch, keys[new])
+
     def _rounded(self, name: str, value: Tensor) -> Tensor:
         rounded = value.to(self.dtype)
         if not torch.equal(rounded.isfinite(), value.isfinite()):
@@ -166,6 +203,15 @@ class Outputs:
                 f"{torch.finfo(self.dtype).max:.3g}. Use dtype=torch.float32 or torch.bfloat16."
             )
         return rounded
+
+
+def together(held: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: joined([tensors[name] for tensors in held]) for name in held[0]}
+
+
+def _length(row) -> int:
+    tokens = row.get("input_ids") if isinstance(row, dict) else None
+    return 0 if tokens is None else len(tokens)
 
 
 def _numbered(state: int, teacher: nn.Module) -> int:

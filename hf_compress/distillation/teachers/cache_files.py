@@ -22,17 +22,21 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from hf_compress.distillation.teachers.manifest import check_manifest, is_shard
+from hf_compress.files.store import Store, is_remote
 from hf_compress.files.whole import file_digest, write_whole
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "teacher_cache.json"
 VERSION = 1
+SETTINGS = ("teacher", "tokenizer", "inputs", "top_k", "draws", "hidden_states", "dtype")
 VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "_attn_implementation")
 
 
 def is_cache(path) -> bool:
-    """Whether `path` is a folder that holds a teacher cache, finished or not."""
+    """Whether `path` is a folder, or an address of fsspec, that holds a teacher cache, finished or not."""
+    if isinstance(path, str) and is_remote(path):
+        return Store(path).read(MANIFEST) is not None
     return isinstance(path, str | os.PathLike) and (Path(path) / MANIFEST).is_file()
 
 
@@ -53,15 +57,15 @@ def only_writer(path: Path, state: PartialState) -> Iterator[None]:
         yield
 
 
-def read_manifest(folder: Path) -> dict:
-    file = folder / MANIFEST
-    if not file.is_file():
+def read_manifest(folder: Path | str) -> dict:
+    file, content = f"{folder}/{MANIFEST}", Store(folder).read(MANIFEST)
+    if content is None:
         raise ValueError(
             f"There is no teacher cache at {folder}: {MANIFEST} is missing. Write one with hfc.cache_teacher(teacher, "
             "dataset, path)."
         )
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = json.loads(content)
         version = manifest.get("version")
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{file} cannot be read ({error}). Delete the folder and write the cache again.") from error
@@ -75,16 +79,21 @@ def read_manifest(folder: Path) -> dict:
     return manifest
 
 
-def write_manifest(folder: Path, manifest: dict) -> None:
-    write_whole(folder / MANIFEST, json.dumps({"version": VERSION, **manifest}, indent=2))
+def write_manifest(folder: Path | str, manifest: dict) -> None:
+    Store(folder).write(MANIFEST, json.dumps({"version": VERSION, **manifest}, indent=2).encode())
 
 
-def write_shard(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Write one shard, named by its content, and the note that it is whole."""
+def packed_shard(tensors: dict[str, Tensor]) -> tuple[str, bytes, dict]:
+    """A shard's name, by its content; its content; and its entry in the manifest."""
     data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
     digest = hashlib.sha256(data).hexdigest()
     entry = {"size_bytes": len(data), "sha256": digest, "examples": len(tensors["keys"])}
-    name = f"shard-{digest[:16]}.safetensors"
+    return f"shard-{digest[:16]}.safetensors", data, entry
+
+
+def write_shard(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Write one shard, and the note that it is whole."""
+    name, data, entry = packed_shard(tensors)
     write_whole(folder / name, data)
     write_whole(folder / f"{name}.json", json.dumps(entry))
 
@@ -109,16 +118,21 @@ def remove_notes(folder: Path) -> None:
         note.unlink()
 
 
-def find_faults(folder: Path, shards: dict[str, dict]) -> dict[str, str]:
-    """What is wrong with the shards, by length and hash: name -> fault, in words."""
+def find_faults(folder: Path | str, shards: dict[str, dict]) -> dict[str, str]:
+    """What is wrong with the shards, by length and, on this machine, hash: name -> fault, in words.
+
+    Far shards are hashed when they are fetched.
+    """
+    store = Store(folder)
+    sizes = store.sizes()
 
     def fault(name: str) -> str | None:
-        file, entry = folder / name, shards[name]
-        if not file.is_file():
+        size, entry = sizes.get(name), shards[name]
+        if size is None:
             return "is missing"
-        if (size := file.stat().st_size) != entry["size_bytes"]:
+        if size != entry["size_bytes"]:
             return f"has {size} bytes where the manifest says {entry['size_bytes']}"
-        if (found := file_digest(file)) != entry["sha256"]:
+        if store.folder is not None and (found := file_digest(store.folder / name)) != entry["sha256"]:
             return f"was altered: its SHA-256 is {found[:16]}... where the manifest says {entry['sha256'][:16]}..."
         return None
 
@@ -161,6 +175,12 @@ def tokenizer_fingerprint(tokenizer) -> str | None:
     if not hasattr(tokenizer, "get_vocab"):
         return None
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+
+
+def check_same(folder: Path | str, found: dict, manifest: dict) -> None:
+    """Raise ValueError where the cache in `folder` is of another teacher or was written with other settings."""
+    theirs, mine = ({**m, "teacher": m["teacher"]["fingerprint"][:16]} for m in (found, manifest))
+    check_settings(folder, theirs, mine, SETTINGS)
 
 
 def check_settings(folder: Path, found: dict, expected: dict, names: Iterable[str]) -> None:

@@ -1,6 +1,6 @@
 """A teacher read from a cache: its outputs for every example, without the teacher."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,7 +22,9 @@ from hf_compress.distillation.teachers.cache_files import (
 )
 from hf_compress.distillation.teachers.draws import shares
 from hf_compress.distillation.teachers.example_keys import MASKS, Side, example_keys, real_tokens
+from hf_compress.distillation.teachers.far_shards import FarShards
 from hf_compress.distillation.teachers.manifest import check_shard
+from hf_compress.files.store import is_remote
 from hf_compress.training.progress import progress_bar
 
 RESTS = ("kept", "renormalised")
@@ -32,10 +34,12 @@ NO_MASS = -1e30  # a logit whose probability is zero, and whose share of a diver
 class CachedTeacher(nn.Module):
     """The outputs that `hfc.cache_teacher` wrote to `path`; any trainer takes it as its `teacher_model`.
 
-    The shards stay on disk and are mapped into memory, so a large cache costs the pages that a batch touches. The
-    module holds the teacher's architecture without weights, so that layers and widths can be checked.
+    The shards stay on disk and are mapped into memory, so a large cache costs the pages that a batch touches. Those at
+    an address of fsspec are fetched as they are read, see `far_shards.py`. The module holds the teacher's architecture
+    without weights, so that layers and widths can be checked.
 
     Args:
+        path: a folder, or an address such as `s3://bucket/cache`.
         rest: of a cache that holds the `top_k` largest logits, what becomes of the mass of the others: `kept`, as that
             of one class beside the k; or `renormalised`, given to the k in proportion, as though there were no others.
 
@@ -46,7 +50,7 @@ class CachedTeacher(nn.Module):
         super().__init__()
         if rest not in RESTS:
             raise ValueError(f"rest must be one of {', '.join(RESTS)}, got {rest!r}.")
-        self.path, self.rest = Path(path), rest
+        self.path, self.rest = path if is_remote(path) else Path(path), rest
         self.manifest = read_manifest(self.path)
         if not self.manifest["is_complete"]:
             raise ValueError(
@@ -60,8 +64,12 @@ class CachedTeacher(nn.Module):
                 f"{name} {fault}. Call hfc.cache_teacher again with the same arguments: it writes them anew."
             )
         self.architecture = _architecture(self.manifest["teacher"])
-        self._shards = [self._open(name) for name in self.manifest["shards"]]
-        self._index()
+        if is_remote(path):
+            self._shards = FarShards(path, self.manifest["shards"], self.manifest["stored"])
+            self._index([self._shards.index_of(number) for number in range(len(self._shards))])
+        else:
+            self._shards = [self._open(name) for name in self.manifest["shards"]]
+            self._index(self._shards)
 
     def _open(self, name: str) -> dict[str, Tensor]:
         try:
@@ -71,22 +79,22 @@ class CachedTeacher(nn.Module):
         check_shard(self.path / name, shard, self.manifest["stored"])
         return shard
 
-    def _index(self) -> None:
-        keys = torch.cat([shard["keys"] for shard in self._shards])
+    def _index(self, shards: Sequence[Mapping[str, Tensor]]) -> None:
+        keys = torch.cat([shard["keys"] for shard in shards])
         self._keys, order = keys.sort()
-        counts = torch.tensor([len(shard["keys"]) for shard in self._shards])
+        counts = torch.tensor([len(shard["keys"]) for shard in shards])
         shard_of = torch.arange(len(counts)).repeat_interleave(counts)
         row_of = torch.cat([torch.arange(count) for count in counts])
         self._shard_of, self._row_of = shard_of[order], row_of[order]
         self._ends = {  # the end of each example's tokens, or draws, in its shard
-            side: [shard[f"{side}_lengths"].cumsum(0).tolist() for shard in self._shards]
+            side: [shard[f"{side}_lengths"].cumsum(0).tolist() for shard in shards]
             for side in ("input", "decoder", "draw")
-            if f"{side}_lengths" in self._shards[0]
+            if f"{side}_lengths" in shards[0]
         }
         self._in_memory = {  # small: one row of classes for each example
-            name: joined([shard[name] for shard in self._shards])[order]
+            name: joined([shard[name] for shard in shards])[order]
             for name, side in self.manifest["stored"].items()
-            if side == "example" and self._shards[0][name].dim() == 2
+            if side == "example" and name in shards[0] and shards[0][name].dim() == 2
         }
 
     def __len__(self) -> int:
@@ -110,8 +118,8 @@ class CachedTeacher(nn.Module):
     @property
     def bytes_per_token(self) -> float:
         """Bytes on disk for a real token of the text (for an example, where the text has no tokens)."""
-        name = next((f"{side}_lengths" for side in ("decoder", "input") if side in self._ends), "keys")
-        tokens = sum(len(s[name]) if name == "keys" else int(s[name].sum()) for s in self._shards)
+        ends = next((self._ends[side] for side in ("decoder", "input") if side in self._ends), None)
+        tokens = len(self) if ends is None else sum(of_shard[-1] for of_shard in ends)
         return sum(entry["size_bytes"] for entry in self.manifest["shards"].values()) / tokens
 
     @property

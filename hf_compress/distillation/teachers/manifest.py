@@ -21,7 +21,7 @@ def is_shard(name: Any, entry: Any) -> bool:
     return all(_is_count(count) for count in counts) and bool(re.fullmatch("[0-9a-f]{64}", str(entry.get("sha256"))))
 
 
-def check_manifest(file: Path, manifest: Mapping[str, Any]) -> None:
+def check_manifest(file: Path | str, manifest: Mapping[str, Any]) -> None:
     """Raise ValueError, naming the entry, for a manifest that no run of ours has written."""
     is_text, is_texts = lambda v: isinstance(v, str), lambda v: isinstance(v, list) and all(map(is_text, v))
     wanted = {
@@ -54,7 +54,7 @@ def check_manifest(file: Path, manifest: Mapping[str, Any]) -> None:
         raise ValueError(f"{file} is damaged: it has no shards. Delete the folder and write the cache again.")
 
 
-def check_shard(file: Path, shard: Mapping[str, Tensor], stored: Mapping[str, str]) -> None:
+def check_shard(file: Path | str, shard: Mapping[str, Tensor], stored: Mapping[str, str]) -> None:
     """Raise ValueError for tensors that are not those of the manifest, with a row for each of the shard's keys."""
     needed = {"keys", *stored, *(f"{side}_lengths" for side in SIDES[1:] if side in stored.values())}
     if missing := sorted(needed - shard.keys()):
