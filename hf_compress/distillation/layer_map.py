@@ -5,7 +5,9 @@ A layer map is a list: `layer_map[i]` is the teacher's hidden state that student
 """
 
 import math
+import re
 from collections.abc import Sequence
+from fractions import Fraction
 
 from torch import nn
 
@@ -23,7 +25,9 @@ def last(num_student_layers: int, num_teacher_layers: int) -> list[int]:
     return [num_teacher_layers - num_student_layers + m for m in range(1, num_student_layers + 1)]
 
 
-NAMED = {"uniform": uniform, "last": last}
+NAMED = {"uniform": uniform, "skip": uniform, "last": last}  # `skip` is what `make_student` calls it
+
+SHARE = re.compile(r"\d+/0*[1-9]\d*|\d*\.\d+")  # that `Fraction` reads, and divides by nothing
 
 
 def num_layers(model: nn.Module) -> int:
@@ -78,21 +82,47 @@ def make_layer_map(layers: str, student: nn.Module, teacher: nn.Module, *, witho
     return layer_map
 
 
-def parse_pairs(pairs: str, student: nn.Module, teacher: nn.Module, *, option: str = "hints") -> list[tuple[int, int]]:
-    """Read pairs of hidden states student:teacher, such as `1:2,3:6`. Raises ValueError for one that is not there.
+def number_of(text: str, depth: int) -> int:
+    """A number of layers, or of one counted from 1: as it is, `last`, or a share of the depth such as 1/3 or 0.5.
 
-    `option` is what an error calls them.
+    A share is rounded, to at least 1. Raises ValueError for another word, and for a share outside of 0 to 1.
     """
+    text = text.strip()
+    if text == "last":
+        return depth
+    if text.lstrip("-").isdecimal():
+        return int(text)
+    share = Fraction(text) if SHARE.fullmatch(text) else 0
+    if not 0 < share <= 1:
+        raise ValueError(
+            f"Layers are a number, or a share above 0 and up to 1, such as 1/3 or 0.5, or `last`; got {text!r}."
+        )
+    return max(1, round(share * depth))
+
+
+def parse_pairs(pairs: str, student: nn.Module, teacher: nn.Module, *, option: str = "hints") -> list[tuple[int, int]]:
+    """Read pairs of hidden states student:teacher. Raises ValueError for one that is not there.
+
+    pairs   numbers `1:2,3:6`, shares of each model's depth `1/3:1/3,last:last`, or a name of `NAMED` for every layer of
+            the student; two shares that come to the same layers are one pair
+    option  what an error calls them
+    """
+    if not re.fullmatch(r"[\d:,\s]+", pairs):  # what is said of a depth is said of one stack
+        check_one_stack(student, teacher, f"{option}={pairs!r}")
+    if pairs in NAMED:
+        return list(enumerate(make_layer_map(pairs, student, teacher), 1))
+    depths = num_layers(student), num_layers(teacher)
     try:
-        parsed = [tuple(int(n) for n in pair.split(":")) for pair in pairs.split(",")]
-        parsed = [(mine, theirs) for mine, theirs in parsed]
+        words = [pair.split(":") for pair in pairs.split(",")]
+        parsed = [(number_of(mine, depths[0]), number_of(theirs, depths[1])) for mine, theirs in words]
     except ValueError:
         raise ValueError(
-            f"{option} are pairs student:teacher of hidden states, as in `1:2,3:6`, got {pairs!r}."
+            f"{option} are pairs student:teacher of hidden states, as in `1:2,3:6`, shares of the depth, as in "
+            f"`1/2:1/2,last:last`, or one of {sorted(NAMED)}, got {pairs!r}."
         ) from None
     check_range([mine for mine, _ in parsed], num_hidden_states(student) - 1, option, "student")
     check_range([theirs for _, theirs in parsed], num_hidden_states(teacher) - 1, option, "teacher")
-    return parsed
+    return list(dict.fromkeys(parsed))
 
 
 def check_range(numbers: Sequence[int], last: int, what: str, who: str) -> None:

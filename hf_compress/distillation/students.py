@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_compress.distillation.layer_map import uniform
+from hf_compress.distillation.layer_map import number_of, uniform
 from hf_compress.distillation.slices import Axes, hidden_norms, largest, layer_slices
 from hf_compress.distillation.student_config import check_shape, student_config
 from hf_compress.model.anatomy import Anatomy, anatomy
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 def make_student(
     teacher: PreTrainedModel,
     *,
-    num_hidden_layers: int | None = None,
+    num_hidden_layers: int | str | None = None,
     layers: str | Sequence[int] = "skip",
     hidden_size: int | None = None,
     intermediate_size: int | None = None,
@@ -32,7 +32,8 @@ def make_student(
     """A new, smaller model of the teacher's class and task; the teacher is left as it is.
 
     Args:
-        num_hidden_layers: layers of the student, in each of encoder and decoder; the teacher's number by default.
+        num_hidden_layers: layers of the student, in each of encoder and decoder, or their share of the teacher's, such
+            as "1/3"; the teacher's number by default.
         layers: which teacher layers it starts from: `first`, `last`, `skip` (evenly spaced, the last one included), or
             their numbers, from 0.
         hidden_size, intermediate_size, num_attention_heads: widths, where they differ from the teacher's.
@@ -96,7 +97,8 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-def _kept_layers(stack: str, depth: int, number: int | None, layers: str | Sequence[int]) -> list[int]:
+def _kept_layers(stack: str, depth: int, asked: int | str | None, layers: str | Sequence[int]) -> list[int]:
+    number = None if asked is None else number_of(str(asked), depth)
     if not isinstance(layers, str):
         kept = list(layers)
         if not kept or any(not 0 <= i < depth for i in kept) or number not in (None, len(kept)):

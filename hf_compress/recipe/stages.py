@@ -41,7 +41,9 @@ class StudentOptions:
     cache_teacher: bool = field(
         default=False, metadata={"help": "Run the teacher once over the texts and keep its logits for all epochs."}
     )
-    num_hidden_layers: int | None = field(default=None, metadata={"help": "Layers of the student."})
+    num_hidden_layers: str | None = field(
+        default=None, metadata={"help": "Layers of the student, or their share of what enters, such as 1/3."}
+    )
     layers: str = field(default="skip", metadata={"help": "Which it starts from: first, last, skip, or 0,2,5."})
     hidden_size: int | None = field(default=None, metadata={"help": "Width of the student."})
     intermediate_size: int | None = field(default=None, metadata={"help": "Neurons in each layer of the student."})

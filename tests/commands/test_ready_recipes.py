@@ -56,7 +56,7 @@ def test_a_language_model_in_few_bits(name, changes, most, width, group, texts, 
 
 def test_an_encoder_of_sparse_blocks(tmp_path, capsys):
     training = {f"{stage}.{name}": value for stage in ("fine-tune", "distil") for name, value in TRAIN.items()}
-    changes = {**training, "distil.hints": "1:1,2:2", "prune.num_updates": 2, "prune.end": 0.7}
+    changes = {**training, "prune.num_updates": 2, "prune.end": 0.7}
     data = reviews(tmp_path / "r.csv")
     tuned, sparse = run("sparse-blocks", tiny_folder(tmp_path / "bert"), tmp_path / "out", data, changes, capsys)
     assert sparse["measurement"]["sparsity"].get("dropped_blocks", 0) > 0, "what is left of cut matrices has holes"
@@ -67,7 +67,7 @@ def test_an_encoder_of_sparse_blocks(tmp_path, capsys):
 
 def test_a_classifier_distilled_pruned_and_rounded_at_once(tmp_path, capsys):
     training = {f"{stage}.{name}": value for stage in ("fine-tune", "distil") for name, value in TRAIN.items()}
-    changes = {**training, "distil.hints": "1:2,2:4"}
+    changes = training
     model = tiny_folder(tmp_path / "bert")
     reviewed = reviews(tmp_path / "r.csv")
     tuned, _, small = run("classifier-cpu-together", model, tmp_path / "out", reviewed, changes, capsys)

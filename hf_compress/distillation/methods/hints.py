@@ -25,7 +25,8 @@ class HintOptions(TermOptions):
     hints: str | None = field(
         default=None,
         metadata={
-            "help": "Hidden states to learn from, as pairs student:teacher, such as `1:2,3:6`; 0 is the embedding."
+            "help": "Hidden states to learn from, as pairs student:teacher, such as `1:2,3:6`; 0 is the embedding. Or "
+            "shares of the depth, `1/2:1/2,last:last`, or for all layers `skip` or `last`, as `make_student` means it."
         },
     )
     hint_weight: float = field(default=1.0, metadata={"help": "Weight of the hint losses."})

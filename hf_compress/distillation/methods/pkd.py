@@ -90,8 +90,7 @@ class PatientStates(Term):
                 f"PKD imitates the first token, which in {type(plain_model(student)).__name__} reads nothing but "
                 "itself. Use DistillationTrainer with hints."
             )
-        layers = "uniform" if self.options.layer_map == "skip" else self.options.layer_map
-        self.layer_map = make_layer_map(layers, student, teacher, without_last=True)
+        self.layer_map = make_layer_map(self.options.layer_map, student, teacher, without_last=True)
         widths = [plain_model(model).config.hidden_size for model in (student, teacher)]
         if widths[0] != widths[1] and not self.options.learn_projection:
             raise ValueError(
