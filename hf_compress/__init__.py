@@ -66,6 +66,8 @@ _HOMES = {  # public name -> module that defines it
     "weigh_teachers": "hf_compress.distillation.teachers.several_teachers",
     "EmbeddingDistillationConfig": "hf_compress.distillation.methods.embeddings",
     "EmbeddingDistillationTrainer": "hf_compress.distillation.methods.embeddings",
+    "MarginMSEConfig": "hf_compress.distillation.methods.margin_mse",
+    "MarginMSETrainer": "hf_compress.distillation.methods.margin_mse",
     "SentenceVectors": "hf_compress.distillation.methods.embeddings",
     "DistillationConfig": "hf_compress.distillation.config",
     "DistillationTrainer": "hf_compress.distillation.trainer",
