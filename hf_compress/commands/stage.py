@@ -7,6 +7,7 @@ from hf_compress.commands.run import add_shared, command_line, shared_arguments,
 from hf_compress.recipe.options import option_fields
 from hf_compress.recipe.recipe import Recipe
 from hf_compress.recipe.stages import ALIASES, DEFAULT_METHODS, KINDS, Method, StageOptions, method_of
+from hf_compress.recipe.tasks.embedding import Embeddings
 
 DESCRIPTIONS = {
     "distil": "Train a student to follow its teacher. Methods: {methods}.",
@@ -17,7 +18,10 @@ DESCRIPTIONS = {
 
 def run(verb: str, arguments: list[str]) -> int:
     kind = ALIASES.get(verb, verb)
-    method = method_of(kind, _chosen(arguments), f"hf-compress {verb}")
+    chosen = _chosen(arguments, "method")
+    if chosen is None and kind == "distil" and _chosen(arguments, "task") == Embeddings.name:
+        chosen = Embeddings.name
+    method = method_of(kind, chosen, f"hf-compress {verb}")
     parser = stage_parser(verb, method, help_all="--help-all" in arguments)
     given = vars(parser.parse_all(["--help" if word == "--help-all" else word for word in arguments]))
     names = {name for options in method.options for name in option_fields(options)}
@@ -35,7 +39,7 @@ def stage_parser(verb: str, method: Method, *, help_all: bool = False) -> Parser
     kind = method.kind
     parser = Parser(
         f"hf-compress {verb}",
-        description=DESCRIPTIONS[kind].format(methods=", ".join(_methods(kind))),
+        description=DESCRIPTIONS[kind].format(methods=", ".join(methods(kind))),
         epilog="--help-all shows every option of TrainingArguments; all are taken." if method.trains else None,
     )
     parser.add_argument("--method", default=method.name, help=f"Default: {DEFAULT_METHODS[kind]}.")
@@ -48,14 +52,15 @@ def stage_parser(verb: str, method: Method, *, help_all: bool = False) -> Parser
     return parser
 
 
-def _methods(kind: str) -> list[str]:
+def methods(kind: str) -> list[str]:
     return [name for name in KINDS[kind] if name != "qat"]  # joins another training: in recipes only
 
 
-def _chosen(arguments: list[str]) -> str | None:
+def _chosen(arguments: list[str], option: str) -> str | None:
+    """The value of an option, before it is known which options there are."""
     for i, word in enumerate(arguments):
-        if word == "--method" and i + 1 < len(arguments):
+        if word == f"--{option}" and i + 1 < len(arguments):
             return arguments[i + 1]
-        if word.startswith("--method="):
+        if word.startswith(f"--{option}="):
             return word.partition("=")[2]
     return None

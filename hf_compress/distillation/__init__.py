@@ -10,5 +10,10 @@ METHODS = {  # name on the command line -> (module, config, trainer)
     "bert-emd": ("hf_compress.distillation.methods.bert_emd", "BertEmdConfig", "BertEmdTrainer"),
     "fsp": ("hf_compress.distillation.methods.fsp", "FSPConfig", "FSPTrainer"),
     "relational": ("hf_compress.distillation.methods.relational", "RelationalConfig", "RelationalTrainer"),
+    "embeddings": (
+        "hf_compress.distillation.methods.embeddings",
+        "EmbeddingDistillationConfig",
+        "EmbeddingDistillationTrainer",
+    ),  # fmt: skip
     "tinybert": ("hf_compress.distillation.methods.tinybert", "TinyBertConfig", "TinyBertTrainer"),
 }

@@ -49,24 +49,77 @@ def read_pooling(folder: str | Path) -> Pooling | None:
 
     Raises ValueError for steps that are more than a pooling, or poolings that are several at once.
     """
+    steps = _steps(folder)
+    if any(kind == "Dense" for kind, _ in steps):
+        raise ValueError(
+            f"{Path(folder) / 'modules.json'} has the steps {[kind for kind, _ in steps]}; expected Transformer and "
+            "Pooling, then Normalize or nothing. Give the pooling by name, and what follows it will not be learned."
+        )
+    return _pooling(folder, steps) if steps else None
+
+
+def read_vectors(folder: str | Path) -> tuple[Pooling, Tensor | None]:
+    """As `read_pooling`, with the linear map (out, width) of vectors that may follow; the mean where nothing is said.
+
+    Raises ValueError for a map with a bias or an activation function, and for other steps.
+    """
+    steps = _steps(folder)
+    dense = next((path for kind, path in steps if kind == "Dense"), None)
+    weight = None
+    if dense is not None:
+        from safetensors.torch import load_file  # 10 ms that only this needs
+
+        config = json.loads((dense / "config.json").read_text(encoding="utf-8"))
+        if config.get("bias") or not config["activation_function"].endswith("Identity"):
+            raise ValueError(f"{dense} has a bias or an activation function; expected a linear map alone.")
+        weight = load_file(dense / "model.safetensors")["linear.weight"]
+    return (_pooling(folder, steps) if steps else Pooling()), weight
+
+
+def copy_pooling(source: str | Path, folder: str | Path) -> None:
+    """What makes a vector of a text's states, from a folder of sentence-transformers to another; nothing from others.
+
+    Raises ValueError as `read_pooling` does for steps that are not ours to copy.
+    """
+    for kind, path in _steps(source):
+        for file in path.iterdir() if kind in ("Pooling", "Dense") else ():
+            _copy(file, Path(folder) / path.name / file.name)
+        if kind == "Transformer":
+            _copy(Path(source) / "modules.json", Path(folder) / "modules.json")
+
+
+def _copy(file: Path, to: Path) -> None:
+    to.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(to, file.read_bytes())
+
+
+def _steps(folder: str | Path) -> list[tuple[str, Path]]:
+    """The kind of each step and its folder; none where the folder is not theirs."""
     listed = Path(folder) / "modules.json"
     if not listed.is_file():
-        return None
+        return []
     steps = json.loads(listed.read_text(encoding="utf-8"))
     kinds = [step["type"].rpartition(".")[2] for step in steps]
-    if kinds[:2] != ["Transformer", "Pooling"] or kinds[2:] not in ([], ["Normalize"]):
+    if kinds[:2] != ["Transformer", "Pooling"] or kinds[2:] not in (
+        [], ["Normalize"], ["Dense"], ["Dense", "Normalize"]
+    ):  # fmt: skip
         raise ValueError(
             f"{listed} has the steps {kinds}; expected Transformer and Pooling, then Normalize or nothing. Give the "
             "pooling by name, and what follows it will not be learned."
         )
-    if Path(steps[1]["path"]).is_absolute() or ".." in Path(steps[1]["path"]).parts:
-        raise ValueError(f"{listed} names the folder {steps[1]['path']!r}, which is not inside of it.")
-    config = json.loads((Path(folder) / steps[1]["path"] / "config.json").read_text(encoding="utf-8"))
+    for step in steps:
+        if Path(step["path"]).is_absolute() or ".." in Path(step["path"]).parts:
+            raise ValueError(f"{listed} names the folder {step['path']!r}, which is not inside of it.")
+    return [(kind, Path(folder) / step["path"]) for kind, step in zip(kinds, steps, strict=True)]
+
+
+def _pooling(folder: str | Path, steps: list[tuple[str, Path]]) -> Pooling:
+    config = json.loads((steps[1][1] / "config.json").read_text(encoding="utf-8"))
     named = config.get("pooling_mode") or [mode for mode, key in _KEYS.items() if config.get(key)]
     named = named if isinstance(named, list) else [named]
     if len(named) != 1:
         raise ValueError(f"{folder} joins the poolings {named}: expected one of {MODES}.")
-    return Pooling(named[0], normalize="Normalize" in kinds)
+    return Pooling(named[0], normalize=any(kind == "Normalize" for kind, _ in steps))
 
 
 def pooling_of(model: PreTrainedModel) -> Pooling:

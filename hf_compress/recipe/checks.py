@@ -38,6 +38,11 @@ def check_data(data: RecipeData, model: str | Path, stages: Sequence[Stage], cal
     known = [called, *(stage.name for stage in stages)]
     parts = [part for stage in stages for part in (stage.parts or (stage,))]
     for part in parts:
+        if part.kind == "fine-tune" and not data.kind.is_trained_on_labels:
+            raise RecipeError(
+                f"{part.name}: there is nothing to fine-tune on for {data.task}. Distil with `method: {data.task}`, or "
+                "say another --task."
+            )
         if part.kind in ("fine-tune", "evaluate"):
             data.check_labelled("train" if part.kind == "fine-tune" else part.own.split)
     students = [option for part in parts for option in part.options if isinstance(option, StudentOptions)]

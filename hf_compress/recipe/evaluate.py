@@ -1,22 +1,26 @@
 """Compares what a recipe has made with what it began with, on the test texts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import AutoConfig
 
 from hf_compress.formats.runtimes.opened import exported_format
 from hf_compress.measuring.measure import is_exported, load_model
+from hf_compress.measuring.metrics import Metric
 from hf_compress.measuring.rouge import rouge
 from hf_compress.recipe.data import RecipeData
 from hf_compress.recipe.options import RecipeError, unknown
+from hf_compress.recipe.tasks.embedding import NUMBER, Embeddings
 from hf_compress.recipe.tasks.language import Seq2Seq
 from hf_compress.report.compare import compare
 from hf_compress.report.harness import harness_scores
 from hf_compress.report.report import Report
+from hf_compress.report.vectors import agreement, agreement_metric, text_vectors
 
 ROUGE = "rouge"
 
@@ -90,11 +94,13 @@ def evaluate(options: EvaluateOptions, models: Mapping[str, Sources], data: Reci
         rows[name] = data.tokenized(tokenizer, config, measured=True)[options.split]
         collators[name] = data.collator(tokenizer)
         metrics[name] = rouge(tokenizer) if options.metric == ROUGE else None
+    if data.task == Embeddings.name:
+        metrics = _agreements(models, rows, collators, options.batch_size)
     report = compare(
         models,
         eval_dataset=rows,
         data_collator=collators,
-        metric=metrics if options.metric == ROUGE else None,
+        metric=metrics if any(metrics.values()) else None,
         dataset_name=f"{data.name}, {options.split}",
         batch_size=options.batch_size,
         sequence_length=options.sequence_length or data.max_length,
@@ -113,6 +119,22 @@ def evaluate(options: EvaluateOptions, models: Mapping[str, Sources], data: Reci
         wanted = [task.strip() for task in options.tasks.split(",")]
         scores[name] = harness_scores(load_model(source), data.tokenizer(source), wanted, limit=options.tasks_limit)
     return replace(report, tasks=scores)
+
+
+def _agreements(
+    models: Mapping[str, Sources], rows: Mapping[str, Dataset], collators: Mapping[str, Callable], batch_size: int
+) -> dict[str, Metric]:
+    """Of embedders, how far each goes with the first."""
+    several = [name for name, one in models.items() if not isinstance(one, (str, Path)) and len(one) > 1]
+    if several:
+        raise RecipeError(f"Embedders are compared one by one, but {several[0]} holds several: give each a name.")
+    vectors = {}
+    for name, sources in models.items():
+        texts = rows[name].remove_columns(NUMBER)
+        model = load_model(_first(sources))
+        vectors[name] = text_vectors(model, _first(sources), texts, collators[name], batch_size)
+    reference = next(iter(vectors.values()))
+    return {name: agreement_metric(agreement(own, reference), NUMBER) for name, own in vectors.items()}
 
 
 def _first(sources: Sources) -> str | Path:

@@ -20,6 +20,7 @@ from transformers import (
     set_seed,
 )
 
+from hf_compress.distillation.methods.embeddings import EmbeddingDistillationTrainer
 from hf_compress.distillation.students import make_student
 from hf_compress.distillation.teachers.cache import cache_teacher
 from hf_compress.distillation.teachers.cached_teacher import CachedTeacher
@@ -29,12 +30,14 @@ from hf_compress.formats.runtimes.agreement import TEXTS
 from hf_compress.formats.runtimes.folder import RECORD
 from hf_compress.measuring.metrics import metric_for
 from hf_compress.measuring.quality import example_scores, usable_rows
+from hf_compress.model.pooling import copy_pooling
 from hf_compress.model.precision import fast_forward
 from hf_compress.recipe.data import CLASSIFICATION, RecipeData
 from hf_compress.recipe.one_shot import Samples, cast
 from hf_compress.recipe.publish import EXPORT
 from hf_compress.recipe.qat import QATOptions
 from hf_compress.recipe.stages import Stage, StudentOptions
+from hf_compress.recipe.tasks.embedding import Embeddings
 from hf_compress.training.bar import with_own_bar
 from hf_compress.training.resume import last_complete_checkpoint
 
@@ -72,6 +75,8 @@ def change_model(stage: Stage, work: Work) -> dict[str, Any]:
         figures = {}
     if work.saves:
         save(model, tokenizer, work.folder / "model")
+        if work.data.task == Embeddings.name and not (work.folder / "model" / "modules.json").is_file():
+            copy_pooling(work.source, work.folder / "model")  # a training has written its own
     return figures
 
 
@@ -122,6 +127,8 @@ def train(stage: Stage, work: Work, tokenizer: PreTrainedTokenizerBase) -> tuple
         logger.warning("%s goes on from %s.", stage.name, Path(checkpoint).name)
     trainer.train(resume_from_checkpoint=checkpoint)
     model = trainer.finish()
+    if work.saves and isinstance(trainer, EmbeddingDistillationTrainer):
+        trainer.write_vectors(work.folder / "model")
     if qat:
         model = cast(model, qat.dtype)
     losses = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -130,8 +137,9 @@ def train(stage: Stage, work: Work, tokenizer: PreTrainedTokenizerBase) -> tuple
 
 
 def validated(model: PreTrainedModel, rows: Dataset, work: Work, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """How a model does on the validation texts, 1,000 at most; nothing where classes have no labels."""
-    if not work.saves or (work.data.task == CLASSIFICATION and "labels" not in rows.column_names):
+    """How a model does on the validation texts, 1,000 at most; nothing where there are no labels."""
+    has_labels = work.data.task != CLASSIFICATION or "labels" in rows.column_names
+    if not (work.saves and has_labels and work.data.kind.is_trained_on_labels):
         return {}
     rows = usable_rows(rows.select(range(min(len(rows), 1000))), model)
     metric = metric_for(model, rows)

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from hf_compress.commands.main import main
 from hf_compress.recipe.data import DataOptions, RecipeData
+from hf_compress.recipe.tasks.embedding import Embeddings
 from hf_compress.recipe.tasks.table import TASKS, task_of
 
 LAST = [{"distil": {**TRAIN, "max_steps": 1, "num_hidden_layers": 2}},
@@ -22,7 +23,7 @@ LAST = [{"distil": {**TRAIN, "max_steps": 1, "num_hidden_layers": 2}},
 
 
 def test_every_task_walks():
-    assert {case.task for case in CASES} == set(TASKS)
+    assert {case.task for case in CASES} == set(TASKS) - {Embeddings.name}  # which has no labels: test_embedders.py
 
 
 FIRST = {case.task: case for case in reversed(CASES)}

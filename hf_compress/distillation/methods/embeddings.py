@@ -161,7 +161,10 @@ class EmbeddingDistillationTrainer(DistillationTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
+        self.write_vectors(output_dir or self.args.output_dir)
+
+    def write_vectors(self, folder: str | Path) -> None:
+        """Write into a folder with the saved student how its states become a vector."""
         term = next(term for term in self.all_terms if isinstance(term, SentenceVectors))
         dense = getattr(getattr(self.training_state, "sentence", None), "weight", None)
-        width = plain_model(self.model).config.hidden_size
-        write_pooling(Path(output_dir or self.args.output_dir), term.pooling, width, dense)
+        write_pooling(folder, term.pooling, plain_model(self.model).config.hidden_size, dense)

@@ -20,6 +20,7 @@ from hf_compress.files.whole import check_free, whole_folder
 from hf_compress.formats.runtimes.agreement import BOUND, Session, check_batches, first_difference, measure_agreement
 from hf_compress.formats.runtimes.readme import readme, write_readme
 from hf_compress.layers.block_sparse import BlockSparseLinear
+from hf_compress.model.pooling import copy_pooling
 from hf_compress.model.record import read_record
 from hf_compress.version import __version__
 
@@ -71,6 +72,8 @@ def write_folder(model: PreTrainedModel, folder: Path, kind: type[Exported],
             if tokenizer is not None:
                 tokenizer.save_pretrained(beside)
             write_readme(beside, lines)
+            if type(model).__name__.endswith("Model") and model.name_or_path:  # a comparison pools as the README does
+                copy_pooling(model.name_or_path, beside)
             contents = describe(model, exported, agreement)
             (beside / RECORD).write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
     logger.info("%s agrees with the model: %s", folder, agreement["outputs"])

@@ -18,7 +18,7 @@ SOURCES = ("source", "article", "document", "dialogue", "text", "input")
 TARGETS = ("target", "summary", "highlights", "output", "translation")
 
 
-class _OfTexts(Task):
+class OfTexts(Task):
     """A language model that reads single texts, and no labels."""
 
     predicts = "the words of a text"
@@ -31,7 +31,7 @@ class _OfTexts(Task):
         return iter((row["text"],))
 
 
-class CausalLM(_OfTexts):
+class CausalLM(OfTexts):
     name = "causal-lm"
     auto_class = "AutoModelForCausalLM"
     endings = ("ForCausalLM", "LMHeadModel")
@@ -53,7 +53,7 @@ class CausalLM(_OfTexts):
         return PaddingCollator(tokenizer, tokens_are_labels=True)
 
 
-class MaskedLM(_OfTexts):
+class MaskedLM(OfTexts):
     name = "masked-lm"
     auto_class = "AutoModelForMaskedLM"
     endings = ("ForMaskedLM", "WithLMHeadModel")

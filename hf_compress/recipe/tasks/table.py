@@ -10,6 +10,7 @@ from hf_compress.recipe.tasks.answering import COLUMNS as ANSWERING
 from hf_compress.recipe.tasks.answering import QuestionAnswering
 from hf_compress.recipe.tasks.choosing import LISTS, NUMBERED, MultipleChoice
 from hf_compress.recipe.tasks.classification import Classification, Regression, SeveralLabels, problem, told_by_values
+from hf_compress.recipe.tasks.embedding import Embeddings
 from hf_compress.recipe.tasks.language import CausalLM, MaskedLM, Seq2Seq
 from hf_compress.recipe.tasks.tagging import TAGS, WORDS, Tagging
 from hf_compress.recipe.tasks.task import Task
@@ -25,6 +26,7 @@ KINDS = (
     MaskedLM,
     CausalLM,
     Seq2Seq,
+    Embeddings,  # last: the classes of its models end as others do
 )
 TASKS: dict[str, type[Task]] = {kind.name: kind for kind in KINDS}
 
@@ -37,7 +39,7 @@ def task_of(model: str | Path, options: Any = None) -> str:
     if kind is Classification:
         kinds = {"regression": Regression, "multi_label_classification": SeveralLabels}
         return kinds.get(problem(config), Classification).name
-    if kind not in (None, MaskedLM):
+    if kind not in (None, MaskedLM, Embeddings):
         return kind.name
     told = task_of_data(options) if options is not None and options.source else None
     return told or (kind or Classification).name

@@ -22,7 +22,7 @@ class Task:
     endings: tuple[str, ...]  # of the classes of its models
     needs: str  # the columns, in words
     label_column_help = "label_column"
-    has_metric = True
+    is_trained_on_labels = True  # False where a fine-tune stage has nothing to learn, nor a validation to measure
     pads = False  # whether the model finds a text's end by its padding token
     predicts: str  # in words, for messages
     features: Features  # of the rows that `row` makes
