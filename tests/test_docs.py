@@ -11,20 +11,11 @@ from recipe_run import TRAIN, reviews, tiny_folder
 from torch.utils.data import DataLoader
 from transformers import BertTokenizerFast, default_data_collator
 
-from hf_compress.commands.compare import compare_parser
-from hf_compress.commands.convert import convert_parser
+from hf_compress.commands.completion import STAGES, parser_of
 from hf_compress.commands.main import VERBS, main
 from hf_compress.commands.parser import EXAMPLES
-from hf_compress.commands.picture import picture_parser
-from hf_compress.commands.publish import publish_parser
-from hf_compress.commands.run import run_parser
-from hf_compress.commands.shrink import shrink_parser
-from hf_compress.commands.stage import stage_parser
-from hf_compress.commands.tune import tune_parser
-from hf_compress.commands.vary import vary_parser
 from hf_compress.recipe import Recipe
 from hf_compress.recipe.options import read_yaml
-from hf_compress.recipe.stages import ALIASES, method_of
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -47,8 +38,6 @@ IN_HELP = [(Path("help"), f"hf-compress {example}") for example in EXAMPLES.valu
 COMMANDS = IN_HELP + [
     (page, line) for page, text in blocks("bash") for line in text.splitlines() if line.startswith("hf-compress")
 ]
-PARSERS = {"run": run_parser, "publish": publish_parser, "convert": convert_parser, "tune": tune_parser,
-           "vary": vary_parser, "picture": picture_parser, "shrink": shrink_parser}  # fmt: skip
 
 
 def named(cases):
@@ -82,13 +71,13 @@ def test_a_recipe_in_a_document_is_one(page, text):
 
 @pytest.mark.parametrize("page, line", COMMANDS, ids=named(COMMANDS))
 def test_a_command_in_a_document_is_understood(page, line):
-    _, verb, *words = shlex.split(line.partition(" #")[0])
-    if verb in ALIASES or verb in ("prune", "quantize"):
-        method = words[words.index("--method") + 1] if "--method" in words else None
-        parser = stage_parser(verb, method_of(ALIASES.get(verb, verb), method))
-    else:
-        parser = PARSERS[verb]() if verb in PARSERS else compare_parser(verb)
-    assert parser.parse_all(words)
+    _, verb, *words = shlex.split(re.split(r" [#>] ?", line)[0])
+    if {"--help", "--version"} & {verb, *words}:
+        assert main([verb, *words]) == 0
+        return
+    verb = {"distil": "distill"}.get(verb, verb)
+    method = words[words.index("--method") + 1] if verb in STAGES and "--method" in words else None
+    assert parser_of(verb, method).parse_all(words)
 
 
 def test_every_example_of_the_readme_runs():

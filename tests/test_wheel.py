@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from hf_compress.commands.main import VERBS
 from hf_compress.recipe import ready_recipes
 from hf_compress.version import __version__
 
 ROOT = Path(__file__).parent.parent
-BUILT = ("hf_compress", "triton_kernels", "pyproject.toml", "README.md", "LICENSE")
+BUILT = ("hf_compress", "hf_compress_cli", "triton_kernels", "pyproject.toml", "README.md", "LICENSE")
 
 
 @pytest.mark.long
@@ -33,9 +34,11 @@ def test_a_wheel_is_built_installed_and_run(tmp_path):
     inside = zipfile.ZipFile(wheel).namelist()
     assert {name.partition("/")[0] for name in inside if ".dist-info" not in name} == {
         "hf_compress",
+        "hf_compress_cli",
         "hf_compress_kernels",
     }
     assert {f"hf_compress/recipe/ready/{name}.yaml" for name in ready_recipes()} <= set(inside)
+    assert {f"hf_compress_cli/texts/{verb}.txt" for verb in VERBS} <= set(inside)
     assert {"hf_compress/report/page.html.j2", "hf_compress/report/card.md.j2"} <= set(inside)
     subprocess.run([*pip, "install", *offline, "--target", str(target), str(wheel)], check=True)
     code = (

@@ -29,14 +29,17 @@ VERBS = {  # verb -> (module, what it does)
     "picture": ("hf_compress.commands.picture", "draw heads, neurons, bits and blocks of a saved model"),
     "vary": ("hf_compress.commands.vary", "run a recipe with several values of some options"),
     "tune": ("hf_compress.commands.tune", "measure the kernels' tiles on this machine's GPU"),
+    "doctor": ("hf_compress.commands.doctor", "say what would run here, and what is missing to be fast"),
+    "completion": ("hf_compress.commands.completion", "write a script that completes commands in bash or zsh"),
 }
 USAGE = """hf-compress VERB [options]
 
 {verbs}
 
-`hf-compress VERB --help` tells more of each. With every verb, --verbose shows what libraries tell too, --debug where an
-error came from. Exit codes: 0; 2 for what you can mend (options, files, data, rights); 1 for what failed; 3
-for a wish to `shrink` that was missed; 130 for Ctrl-C.
+`hf-compress VERB --help` tells more of each; --version says which this is. With
+every verb, --verbose shows what libraries tell too, --debug where an error came
+from. Exit codes: 0; 2 for what you can mend (options, files, data, rights); 1
+for what failed; 3 for a wish to `shrink` that was missed; 130 for Ctrl-C.
 """
 
 
@@ -85,7 +88,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def usage() -> str:
-    return USAGE.format(verbs="\n".join(f"  {verb:10}{text}" for verb, (_, text) in VERBS.items()))
+    return USAGE.format(verbs="\n".join(f"  {verb:12}{text}" for verb, (_, text) in VERBS.items()))
 
 
 def _is_the_users(error: Exception) -> bool:

@@ -4,6 +4,7 @@ import argparse
 import difflib
 import inspect
 import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import Field
 from typing import Any, NoReturn, get_type_hints
@@ -18,7 +19,7 @@ USUAL = (  # options of TrainingArguments that `--help` shows; `--help-all` show
     "save_steps", "report_to",
 )  # fmt: skip
 
-
+WIDTH = 80  # of a terminal
 EXAMPLES = {  # verb -> a line that `--help` ends with
     "run": "run few-labels --model bert-base-uncased --data reviews.csv --output runs/reviews",
     "shrink": "shrink teacher/ --data reviews.csv --speedup 10 --runtime openvino --output small",
@@ -32,6 +33,8 @@ EXAMPLES = {  # verb -> a line that `--help` ends with
     "picture": "picture runs/reviews/model --before teacher/ --output layers.svg",
     "vary": "vary mine.yaml --vary distil.alpha=0.3,0.7 --model teacher/ --data reviews.csv --output runs/varied",
     "tune": "tune --shapes 4096x4096,11008x4096 --bits 4",
+    "doctor": "doctor",
+    "completion": "completion bash > ~/.local/share/bash-completion/completions/hf-compress",
 }
 
 
@@ -39,8 +42,9 @@ class Parser(argparse.ArgumentParser):
     """Takes `--some_option` and `--some-option` alike, abbreviates nothing, and names the nearest of unknown ones."""
 
     def __init__(self, *args: Any, **kwargs: Any):
-        width = {"formatter_class": argparse.RawDescriptionHelpFormatter}
-        super().__init__(*args, **{**width, "allow_abbrev": False, **kwargs})
+        kept = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}  # lists in the epilog
+        description = textwrap.fill(kwargs.pop("description", ""), WIDTH)
+        super().__init__(*args, **{**kept, "description": description, **kwargs})
         if example := EXAMPLES.get(self.prog.rpartition(" ")[2]):
             self.epilog = "\n\n".join([*[self.epilog] * bool(self.epilog), f"Example:\n  hf-compress {example}"])
 

@@ -46,8 +46,7 @@ def shrink_parser() -> Parser:
     parser = Parser(
         "hf-compress shrink",
         description="Make a text classifier as fast or as small as you say, and as accurate as can be.",
-        epilog="Example: hf-compress shrink bert-base-uncased --data reviews.csv --speedup 10 --runtime openvino "
-        "--output small\nExit code 3: everything was made, but the wish was not met.",
+        epilog="Exit code 3: everything was made, but the wish was not met.",
     )
     parser.add_argument("model", help="A folder or Hub name; without a fitting head it is fine-tuned first.")
     parser.add_argument("--data", required=True, help="Texts and labels; rows without a label are learned from, too.")
