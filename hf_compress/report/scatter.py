@@ -1,12 +1,14 @@
 """Size against quality, as a picture that a phone shows at its own size and that follows dark and light."""
 
 import html
+import math
 
 from hf_compress.report.result import Results
 from hf_compress.report.tables import is_share, quality_text, rate_word, size_text
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, LINE = 340, 200, 42, 34, 12, 20  # pixels
 COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#888888"  # Okabe and Ito
+RADIUS = 8.5
 MARGIN = 0.15  # of the range of quality, above and below
 
 
@@ -37,6 +39,7 @@ def scatter_svg(report: Results) -> str:
         f'<text x="{right}" y="{HEIGHT - 4}" text-anchor="end">size on disk, smaller is to the left</text>',
         f'<text x="{LEFT + 6}" y="{TOP + 4}">{html.escape(report.metric)}{", %" if scale > 1 else ""}</text>',
     ]
+    placed: list[tuple[float, float]] = []
     digits = 1 if scale > 1 else 3
     for quality in (min(qualities), max(qualities)):
         parts.append(f'<text x="{LEFT - 5}" y="{y(quality) + 4:.1f}" text-anchor="end">{quality:.{digits}f}</text>')
@@ -48,8 +51,19 @@ def scatter_svg(report: Results) -> str:
         if entry.name != report.reference:
             told += f", {rate_word(entry.byte_rate, 'smaller', 'larger')}"
         line = HEIGHT + LINE * (number - 1) + 14
-        for cx, cy in ((x(size), y(quality)), (12, line - 4)):
-            parts.append(f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="8.5" fill="{colour}" stroke="#fff"/>')
+        place = beside(placed, x(size), y(quality))
+        placed.append(place)
+        if place[0] > x(size):
+            parts.append(f'<path d="M{x(size):.1f} {place[1]:.1f}H{place[0]:.1f}" stroke="{colour}"/>')
+        for cx, cy in (place, (12, line - 4)):
+            parts.append(f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="{RADIUS}" fill="{colour}" stroke="#fff"/>')
             parts.append(f'<text x="{cx:.1f}" y="{cy + 4:.1f}" text-anchor="middle" fill="#fff">{number}</text>')
         parts.append(f'<text x="26" y="{line}">{html.escape(told)}</text>')
     return "\n".join([*parts, "</svg>"])
+
+
+def beside(placed: list[tuple[float, float]], x: float, y: float) -> tuple[float, float]:
+    """(x, y), or the next place to the right where a point hides none of `placed`; a line leads to where it belongs."""
+    while any(math.dist((x, y), other) < 2 * RADIUS for other in placed):
+        x += RADIUS
+    return x, y

@@ -2,7 +2,9 @@
 
 import csv
 import io
+import itertools
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -22,7 +24,7 @@ from hf_compress.report.headline import headline
 from hf_compress.report.layers import Full, LayerFacts, by_layer, layer_facts, layers_svg
 from hf_compress.report.report import Report
 from hf_compress.report.result import Difference, Interval
-from hf_compress.report.scatter import LEFT, scatter_svg
+from hf_compress.report.scatter import LEFT, RADIUS, beside, scatter_svg
 from hf_compress.report.tables import rate_word
 
 QUICK = dict(sequence_length=8, latency_rounds=2, throughput_rounds=2)
@@ -187,6 +189,15 @@ def test_the_headline_says_what_was_gained_and_lost(report):
     assert "<h1>14.7x smaller" in whole.to_html() and headline(whole, whole.entries[0]).startswith("teacher: what")
     for rate, words in ((1.0, "1.00x faster"), (0.999, "1.00x slower"), (130.4, "130x faster"), (1.06, "1.1x faster")):
         assert rate_word(rate, "faster", "slower") == words
+
+
+def test_points_of_like_models_lie_beside_each_other():
+    placed = []
+    for x, y in ((50.0, 60.0), (50.0, 60.0), (52.0, 61.0), (200.0, 60.0)):
+        placed.append(beside(placed, x, y))
+    assert placed[0] == (50.0, 60.0) and placed[3] == (200.0, 60.0)  # what hides nothing stays
+    assert [y for _, y in placed] == [60.0, 60.0, 61.0, 60.0]  # quality is never moved
+    assert all(math.dist(a, b) >= 2 * RADIUS for a, b in itertools.combinations(placed, 2))
 
 
 def test_points_of_the_scatter_lie_where_the_figures_are(report):
