@@ -28,6 +28,7 @@ from hf_compress.distillation.prompts import changes_positions, prompt_length
 from hf_compress.distillation.runs import Run
 from hf_compress.distillation.teachers.cached_teacher import CachedTeacher
 from hf_compress.distillation.teachers.draws import DRAWN
+from hf_compress.distillation.teachers.sharded_teacher import gathered
 from hf_compress.distillation.trainer import DistillationTrainer
 from hf_compress.model.tasks import LANGUAGE_MODELS, auto_class_name, plain_model
 
@@ -86,10 +87,10 @@ class WordLevelTrainer(DistillationTrainer):
 
     def check_layers(self) -> None:
         super().check_layers()
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if (self.is_fsdp_enabled and not self.accelerator.is_fsdp2) or self.is_deepspeed_enabled:
             raise ValueError(
-                f"{type(self).__name__} needs the whole head in each process, which FSDP and DeepSpeed cut into "
-                "shards. Use DDP, or DistillationTrainer."
+                f"{type(self).__name__} needs the whole head in each process, which FSDP1 and DeepSpeed cut into "
+                "shards. Use FSDP2 (fsdp_version: 2), DDP, or DistillationTrainer."
             )
         if isinstance(self.teacher, CachedTeacher):
             self._check_cache(self.teacher)
@@ -143,6 +144,11 @@ class WordLevelTrainer(DistillationTrainer):
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     def distillation_losses(self, student: Run, teacher: Run, inputs: dict) -> dict[str, Loss]:
+        # The backward pass needs the student's, and lets go of it.
+        with gathered(self.teacher), gathered(self.model, keep=self.model.training):
+            return self._losses(student, teacher, inputs)
+
+    def _losses(self, student: Run, teacher: Run, inputs: dict) -> dict[str, Loss]:
         args, (mine, theirs) = self.args, self._states  # each [(B, T, D)], or [] for a cache
         if not self._is_checked:
             for model, run, seen in zip(self._with_heads, (student, teacher), self._states, strict=False):
