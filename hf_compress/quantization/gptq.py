@@ -10,11 +10,14 @@ the columns when the range of a group is searched.
 """
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from hf_compress.engines.ops import gptq_quantize_block
 from hf_compress.quantization.grids import (
     dequantize_from_grid,
     find_grid,
@@ -29,6 +32,7 @@ DAMP_PERCENT = 0.01  # share of the mean Hessian diagonal added to it, as in the
 DAMP_GROWTH = 10.0  # a Hessian that stays singular is damped this many times more,
 LARGEST_DAMP = 1.0  # until the damping is as large as the mean diagonal
 UPDATE_BLOCK_SIZE = 64  # columns quantized before the rest of the matrix is updated (section 3.3, step 2)
+KERNEL_RUNS = 16, 32, 64, 128, 256  # columns that the kernel takes
 
 
 @dataclass(frozen=True)
@@ -104,11 +108,10 @@ def quantize_weight(
 
     W = W.t().contiguous()  # (K, N): a column of the weight is now a row in memory
     Q = torch.empty_like(W)
-    group_of = groups.tolist()
     for start in range(0, K, update_block_size):
         end = min(start + update_block_size, K)
         errors = torch.empty_like(W[start:end])
-        for j in range(start, end):
+        for j, after in runs(start, end, group_size):
             if not is_static and j % group_size == 0:
                 last = j + group_size
                 values = W[j:last]
@@ -116,11 +119,12 @@ def quantize_weight(
                     values = values.clone()
                     values[end - j :].addmm_(U[start:j, end:last].t(), errors[: j - start], alpha=-1)
                 scale, zero = grid_of(values.t(), importance[j:last])
-                scales[group_of[j]], zeros[group_of[j]] = scale[:, 0], zero[:, 0]
-            scale, zero = scales[group_of[j]], zeros[group_of[j]]
-            Q[j] = quantize_to_grid(W[j], scale, zero, bits)
-            errors[j - start] = (W[j] - dequantize_from_grid(Q[j], scale, zero)) / U[j, j]
-            W[j + 1 : end].addr_(U[j, j + 1 : end], errors[j - start], alpha=-1)
+                scales[j // group_size], zeros[j // group_size] = scale[:, 0], zero[:, 0]
+            of = groups[j:after] if is_static else groups[j : j + 1]
+            Q[j:after], errors[j - start : after - start] = quantize_run(
+                W[j:after], U[j:after, j:after], scales[of], zeros[of], bits
+            )
+            W[after:end].addmm_(U[j:after, after:end].t(), errors[j - start : after - start], alpha=-1)
         W[end:].addmm_(U[start:end, end:].t(), errors, alpha=-1)
 
     inverse = torch.argsort(order)
@@ -133,6 +137,31 @@ def quantize_weight(
             scales = round_scale(refit_scales(W, damped, q, scales, zeros, g_idx), scale_dtype)
             q = descend(W, damped, q, scales, zeros, g_idx, bits, update_block_size=update_block_size)
     return QuantizedWeight(q.to(torch.uint8), scales, zeros.to(torch.uint8), g_idx.int())
+
+
+def runs(start: int, end: int, group_size: int) -> Iterable[tuple[int, int]]:
+    """[start, end) cut where groups begin."""
+    return pairwise(sorted({start, *range(-(-start // group_size) * group_size, end, group_size), end}))
+
+
+def quantize_run(W: Tensor, U: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """The integers and errors (n, N) of n columns that follow each other, each made up for by those after it.
+
+    W       (n, N)       columns, updated for all before them
+    U       (n, n)       their part of the Cholesky factor
+    scales  (1 or n, N)  and zeros: of all columns, or of each
+    """
+    n = len(W)
+    if W.is_cuda and W.dtype == torch.float32 and len(scales) == 1 and n in KERNEL_RUNS:
+        q, errors = gptq_quantize_block(W.t().contiguous(), U, scales.t(), zeros.t(), 2**bits - 1)
+        return q.t().to(W.dtype), errors.t()
+    scales, zeros = scales.expand(n, -1), zeros.expand(n, -1)
+    W, q, errors = W.clone(), torch.empty_like(W), torch.empty_like(W)
+    for j in range(n):
+        q[j] = quantize_to_grid(W[j], scales[j], zeros[j], bits)
+        errors[j] = (W[j] - dequantize_from_grid(q[j], scales[j], zeros[j])) / U[j, j]
+        W[j + 1 :].addr_(U[j, j + 1 :], errors[j], alpha=-1)
+    return q, errors
 
 
 def inverse_cholesky(

@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from hf_compress.quantization.gptq import descend, inverse_cholesky, output_error, quantize_weight, refit_scales
+from hf_compress.engines.ops import gptq_quantize_block
+from hf_compress.quantization.gptq import (
+    descend,
+    inverse_cholesky,
+    output_error,
+    quantize_run,
+    quantize_weight,
+    refit_scales,
+)
 
 
 def problem(N=24, K=64, samples=200, seed=0):
@@ -52,6 +60,27 @@ def test_quantize_weight_gives_the_integers_of_the_paper(bits, update_block_size
     for group, (scale, zero) in grids.items():
         torch.testing.assert_close(result.scales[group], scale)
         assert torch.equal(result.zero_points[group].double(), zero)
+
+
+def test_a_run_of_columns_is_what_the_kernel_makes_of_it():
+    W, H = problem()
+    W, U = W.float(), inverse_cholesky(H, 0.01, name="weight", num_samples=None)[16:32, 16:32].float()
+    run = W[:, 16:32].t().contiguous()
+    scales, zeros = torch.full((1, 24), 0.4), torch.arange(24.0)[None] % 16
+    q, errors = quantize_run(run, U, scales, zeros, 4)
+    expected_q, expected_errors = gptq_quantize_block(W[:, 16:32], U, scales.t(), zeros.t(), 15)
+    assert torch.equal(q.t(), expected_q.float()) and torch.equal(run, W[:, 16:32].t()), "what is given stays"
+    torch.testing.assert_close(errors.t(), expected_errors)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group_size", [32, 64, 128], ids="groups-of-{}".format)
+def test_a_gpu_makes_the_integers_of_the_cpu(group_size):
+    W, H = problem(K=128)
+    options = dict(group_size=group_size, scale_dtype=torch.float32)
+    cpu = quantize_weight(W.float(), H.float(), 4, **options)
+    gpu = quantize_weight(W.float().cuda(), H.float().cuda(), 4, **options)
+    assert (gpu.q.cpu() != cpu.q).float().mean() < 0.01  # ties, and sums in another order
 
 
 def test_float32_differs_only_in_ties():
