@@ -6,7 +6,8 @@ from hf_compress.commands.parser import Parser, add_options
 from hf_compress.commands.run import add_shared, command_line, shared_arguments, show
 from hf_compress.recipe.options import option_fields
 from hf_compress.recipe.recipe import Recipe
-from hf_compress.recipe.stages import ALIASES, DEFAULT_METHODS, KINDS, Method, StageOptions, method_of
+from hf_compress.recipe.stage import Method
+from hf_compress.recipe.stages import ALIASES, DEFAULT_METHODS, KINDS, StageOptions, method_of
 from hf_compress.recipe.tasks.embedding import Embeddings
 
 DESCRIPTIONS = {

@@ -9,16 +9,20 @@ import torch
 from datasets import Dataset
 from transformers import AutoConfig
 
+from hf_compress.files.whole import write_whole
 from hf_compress.formats.runtimes.opened import exported_format
 from hf_compress.measuring.measure import is_exported, load_model
 from hf_compress.measuring.metrics import Metric
 from hf_compress.measuring.rouge import rouge
 from hf_compress.recipe.data import RecipeData
 from hf_compress.recipe.options import RecipeError, unknown
+from hf_compress.recipe.publish import runnable_exports
+from hf_compress.recipe.stage import Past, Stage, Work
 from hf_compress.recipe.tasks.embedding import NUMBER, Embeddings
 from hf_compress.recipe.tasks.language import Seq2Seq
 from hf_compress.report.compare import compare
 from hf_compress.report.harness import harness_scores
+from hf_compress.report.headline import headline
 from hf_compress.report.report import Report
 from hf_compress.report.vectors import agreement, agreement_metric, text_vectors
 
@@ -169,15 +173,30 @@ def main_figures(report: Report) -> dict[str, Any]:
     }
 
 
-def chosen_models(
-    options: EvaluateOptions, stages: Mapping[str, str | Path], current: str, reference: str
-) -> dict[str, str | Path]:
-    """name -> folder of the models to compare, the current one last. Raises RecipeError for unknown stages."""
-    names = options.names() or [reference]
-    for name in names:
-        if name not in stages:
-            raise unknown(name, stages, "evaluate: the stage")
-    chosen = {name: stages[name] for name in [*names, current]}
-    if not chosen:
-        raise RecipeError("evaluate has no model to look at.")
-    return chosen
+class Evaluate(Stage):
+    needs_labels = True
+
+    @property
+    def split(self) -> str:
+        return self.own.split
+
+    def models(self, past: Past) -> dict[str, str | Path]:
+        """name -> folder of what is compared, exports within the recipe's output, the model itself before them."""
+        known = {one.name: one.source for one in past.models}
+        names = [*(self.own.names() or [past.reference.name]), past.last.name]
+        for name in names:
+            if name not in known:
+                raise unknown(name, known, "evaluate: the stage")
+        return {name: known[name] for name in names}
+
+    def needs(self, past: Past) -> dict[str, str]:
+        chosen = self.models(past)
+        others = {one.name: one.fingerprint for one in past.models if one.name in chosen}
+        return others | runnable_exports(past)  # folders that are named by fingerprints
+
+    def run(self, work: Work) -> dict[str, Any]:
+        exports = {name: work.output / place for name, place in runnable_exports(work.past).items()}
+        report = evaluate(self.own, self.models(work.past) | exports, work.data, work.command)
+        for name, content in report.files().items():
+            write_whole(work.folder / name, content)
+        return {"model": work.past.last.fingerprint, "told": headline(report), "figures": main_figures(report)}

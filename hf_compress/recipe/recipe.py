@@ -2,7 +2,6 @@
 
 import json
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -10,23 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import AutoConfig
 
-from hf_compress.files.whole import write_whole
-from hf_compress.publishing.hub import publish
-from hf_compress.recipe.checks import check_data, check_exports, need_labels
 from hf_compress.recipe.data import DataOptions, RecipeData
-from hf_compress.recipe.evaluate import chosen_models, evaluate, main_figures
-from hf_compress.recipe.fingerprints import code_fingerprint, digest, model_fingerprint, settings
+from hf_compress.recipe.fingerprints import code_fingerprint, digest, model_fingerprint
 from hf_compress.recipe.options import RecipeError, build, read_yaml, unknown
-from hf_compress.recipe.publish import NO_MODEL, card_stages, evaluation_of, exports_left, leave, runnable_exports
-from hf_compress.recipe.stages import Stage, StudentOptions, read_stages
+from hf_compress.recipe.publish import evaluation_of, exports_of, leave
+from hf_compress.recipe.stage import Made, Past, Stage, Work
+from hf_compress.recipe.stages import read_stages
 from hf_compress.recipe.store import Store
 from hf_compress.recipe.tasks.table import TASKS, task_of
-from hf_compress.recipe.training import Work, change_model, export_model
-from hf_compress.report.headline import headline
 from hf_compress.training.progress import our_bars_alone
-from hf_compress.training.ranks import is_main, wait_for_all
-from hf_compress.version import __version__
+from hf_compress.training.ranks import is_main
 
 logger = logging.getLogger(__name__)
 
@@ -34,15 +28,6 @@ KEYS = ("name", "description", "model", "task", "seed", "data", "stages")
 INPUT = "input"  # what stages call the model that a recipe begins with
 MARKER = ".model.fingerprint"  # of the model that is in the output
 REPORT_FILES = ("report.json", "report.md", "report.csv", "report.html", "report.png")
-
-
-@dataclass(frozen=True)
-class Made:
-    """What has been made so far: the model, where it is, and the fingerprint of all that led to it."""
-
-    name: str
-    source: str | Path
-    fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -120,177 +105,97 @@ class Recipe:
         An interrupted run goes on where it stopped: finished stages are kept, a training resumes from its last
         checkpoint. Raises RecipeError for what its writer can mend.
         """
+        data, past = self._open()
+        command = command or f"hf-compress run {self.name}"
+        with Store(output_dir) as store, our_bars_alone():
+            left = [name for stage in self.stages for name in stage.leaves]
+            store.check(["recipe.yaml", "stages.json", MARKER, *REPORT_FILES, *left])  # hours before they come
+            for number, stage in enumerate(self.stages, 1):
+                key = self._fingerprint(stage, past, data)
+                folder, place = store.place(number, stage.name, key), f"{number}/{len(self.stages)}"
+                if record := store.record(folder):
+                    logger.warning("%s %s: kept from an earlier run", place, stage.name)
+                else:
+                    if stage.sends:  # whatever the Hub says, all that was made is in its place
+                        self._leave(store, past)
+                    if stage.makes_model:
+                        store.check(["model"])
+                    logger.warning("%s %s", place, _announced(stage, data, store))
+                    work = Work(store.partial(folder), store.folder, past, data, self.seed, command)
+                    record = store.make(stage, folder, key, work)
+                past.add(stage, folder, record)
+            return self._leave(store, past)
+
+    def _open(self) -> tuple[RecipeData, Past]:
+        """The texts and the model that it begins with. Raises RecipeError for what is missing or does not fit."""
         if self.model is None:
             raise RecipeError("The recipe names no model: give a folder or a Hub name (`model:`, or --model).")
-        needs_data = any(stage.kind != "publish" for stage in self.stages)
-        if needs_data and not self.data.get("source"):
+        reading = [stage for stage in self.stages if stage.reads]
+        if reading and not self.data.get("source"):
             raise RecipeError("The recipe names no data: give a file, a folder or a Hub name (`data:`, or --data).")
-        made = [Made(INPUT, self.model, model_fingerprint(self.model))]
-        options = build(DataOptions, self.data, "data") if needs_data else DataOptions(source="")
-        data = RecipeData(options, self.task or task_of(self.model, options), needs_labels=need_labels(self.stages))
-        if needs_data:
-            check_data(data, self.model, self.stages, INPUT)
-        check_exports(self.stages, self.model, data.task)
-        with Store(output_dir) as store, our_bars_alone():
-            return self._run_stages(store, made, data, command)
+        past = Past([Made(INPUT, self.model, model_fingerprint(self.model))])
+        options = build(DataOptions, self.data, "data") if reading else DataOptions(source="")
+        parts = [part for stage in self.stages for part in stage.parts]
+        needs_labels = any(part.needs_labels for part in parts)
+        data = RecipeData(options, self.task or task_of(self.model, options), needs_labels=needs_labels)
+        for stage in self.stages:
+            stage.check(self.model, data)
+        if reading:
+            data.tell()
+            known = {INPUT, *(stage.name for stage in self.stages)}
+            for part in (part for part in parts if part.needs_labels):
+                data.check_labelled(part.split)
+            for source in (self.model, *(name for part in parts for name in part.named() if name not in known)):
+                data.tokenizer(source)
+                data.check_length(source)
+            if not reading[0].tunes:
+                data.check_labels(AutoConfig.from_pretrained(self.model), f"The model that enters {reading[0].name}")
+        return data, past
 
-    def _run_stages(self, store: Store, made: list[Made], data: RecipeData, command: str | None) -> RecipeResult:
-        if is_main():
-            exports = [stage.own.format for stage in self.stages if stage.kind == "export"]
-            store.check(["recipe.yaml", "stages.json", MARKER, *REPORT_FILES, *exports])  # hours before they come
-        records: list[dict[str, Any]] = []
-        for number, stage in enumerate(self.stages, 1):
-            fingerprint = self._fingerprint(stage, made, data, records)
-            folder = store.place(number, stage.name, fingerprint)
-            record = store.record(folder)
-            if record is None:
-                if stage.kind == "publish" and is_main():  # whatever the Hub says, all that was made is in its place
-                    self._leave(store, made, records)
-                if stage.kind not in NO_MODEL and is_main():
-                    store.check(["model"])
-                logger.warning("%d/%d %s", number, len(self.stages), self._announce(stage, data, store))
-                record = self._run_stage(stage, store, folder, fingerprint, made, data, records, command)
-            else:
-                logger.warning("%d/%d %s: kept from an earlier run", number, len(self.stages), stage.name)
-            records.append(record)
-            if (folder / "model").is_dir():
-                made.append(Made(stage.name, folder / "model", fingerprint))
-        source, last = self._leave(store, made, records) if is_main() else made[-1].source, made[-1].fingerprint
-        report = None if evaluation_of(last, records) is None else store.folder
-        return RecipeResult(store.folder, source, tuple(records), report, exports_left(store.folder, last, records))
+    def _fingerprint(self, stage: Stage, past: Past, data: RecipeData) -> str:
+        """Of everything that the result of `stage` depends on."""
+        texts = data.fingerprint if stage.reads else ""
+        return digest(
+            [code_fingerprint(), stage.settings(), past.last.fingerprint, texts, stage.needs(past), self.seed]
+        )
 
-    @staticmethod
-    def _announce(stage: Stage, data: RecipeData, store: Store) -> str:
-        """What a stage does, on how much, and how long it took last time."""
-        does = " and ".join(part.kind if part.kind == part.method.name else f"{part.kind} by {part.method.name}"
-                            for part in stage.parts or (stage,))  # fmt: skip
-        line = does if does == stage.name else f"{stage.name}: {does}"
-        if stage.parts or stage.method.trains or stage.kind == "evaluate":
-            split = stage.own.split if stage.kind == "evaluate" else "train"
-            line += f", {data.count(split, labelled=stage.part('distil') is None):,} {split} texts"
-        seconds = store.seconds_before(stage.name)
-        return line if seconds is None else f"{line}, {seconds:.0f} s last time"
-
-    def _leave(self, store: Store, made: Sequence[Made], records: Sequence[Mapping[str, Any]]) -> Path | str:
+    def _leave(self, store: Store, past: Past) -> RecipeResult:
         """Write what the output holds beside the stages: the last model, and a report of that model if there is one.
 
-        Returns where the model is. What tells of another model goes before the model comes.
+        What tells of another model goes before the model comes.
         """
-        last, marker = made[-1], store.folder / MARKER
-        is_there = marker.is_file() and marker.read_text(encoding="utf-8") == last.fingerprint
-        if not is_there:
-            store.remove([*REPORT_FILES, "stages.json", MARKER, *(["model"] if len(made) == 1 else [])])
-        if len(made) > 1 and not (is_there and (store.folder / "model").is_dir()):
-            store.copy(Path(last.source), "model")
-        files: dict[str, str | bytes] = {"recipe.yaml": self.to_yaml(), "stages.json": json.dumps(records, indent=2)}
-        if (evaluation := evaluation_of(last.fingerprint, records)) is not None:
-            folder = store.folder / "stages" / evaluation["folder"]
-            files |= {name: (folder / name).read_bytes() for name in REPORT_FILES if (folder / name).is_file()}
-        elif any(record["kind"] == "evaluate" for record in records):
-            logger.warning("No evaluation is of the model that the run ends with: evaluate after the last change.")
-        leave(store, last.fingerprint, records)
-        store.write({**files, MARKER: last.fingerprint})
-        return store.folder / "model" if len(made) > 1 else last.source
-
-    def _run_stage(
-        self, stage: Stage, store: Store, folder: Path, fingerprint: str, made: Sequence[Made], data: RecipeData,
-        before: Sequence[Mapping[str, Any]], command: str | None,
-    ) -> dict[str, Any]:  # fmt: skip
-        start = time.time()
-        partial = store.begin(folder) if is_main() else folder.with_name(folder.name + ".partial")
-        wait_for_all()
-        record = {"name": stage.name, "kind": stage.kind, "options": dict(stage.given), "folder": folder.name,
-                  "fingerprint": fingerprint, "version": __version__}  # fmt: skip
-        if stage.kind == "evaluate":
-            figures = {}
-            if is_main():
-                sources = {one.name: one.source for one in made}
-                models = chosen_models(stage.own, sources, made[-1].name, self._reference(made))
-                exports = runnable_exports(made[-1].fingerprint, before)
-                models |= {name: store.folder / place for name, place in exports.items()}
-                report = evaluate(stage.own, models, data, command or f"hf-compress run {self.name}")
-                for name, content in report.files().items():
-                    write_whole(partial / name, content)
-                figures = main_figures(report)
-                record |= {"model": made[-1].fingerprint, "told": headline(report)}
-        elif stage.kind == "publish":
-            figures = self._publish(stage, made, before, partial) if is_main() else {}
-        else:
-            others = {"teacher": self._teacher(stage, made), "student": self._student(stage, made)}
-            work = Work(partial, made[-1].source, data=data, seed=self.seed, saves=is_main(), **others)
-            if stage.kind == "export":
-                figures, record["model"] = export_model(stage, work) if is_main() else {}, made[-1].fingerprint
-            elif stage.parts or stage.method.trains or is_main():
-                figures = change_model(stage, work)
-        wait_for_all()
+        last, is_new, evaluation = past.last, len(past.models) > 1, evaluation_of(past)
+        source, exports = last.source, {format: store.folder / format for format in exports_of(past)}
+        report = None if evaluation is None else store.folder
         if is_main():
-            store.finish(folder, {**record, "seconds": round(time.time() - start, 1), "figures": figures})
-        wait_for_all()
-        return store.record(folder)
-
-    def _publish(
-        self, stage: Stage, made: Sequence[Made], before: Sequence[Mapping[str, Any]], folder: Path
-    ) -> dict[str, Any]:
-        report = evaluation_of(made[-1].fingerprint, before)
-        options = stage.own
-        found = publish(
-            made[-1].source,
-            options.repo_id,
-            private=not options.public,
-            dry_run=options.dry_run,
-            stages=card_stages(before),
-            report=None if report is None else folder.parent / report["folder"],
-            **options.card_options(),
-        )
-        return {"repo_id": found.repo_id, "files": found.files, "url": found.url}
-
-    def _fingerprint(
-        self, stage: Stage, made: Sequence[Made], data: RecipeData, before: Sequence[Mapping[str, Any]]
-    ) -> str:
-        """Of everything that the result of `stage` depends on."""
-        parts = stage.parts or (stage,)
-        options = [[part.kind, part.method.name, *map(settings, part.options)] for part in parts]
-        others: dict[str, Any] = {}
-        if stage.kind == "evaluate":
-            sources = {one.name: one.source for one in made}
-            chosen = chosen_models(stage.own, sources, made[-1].name, self._reference(made))
-            others = {one.name: one.fingerprint for one in made if one.name in chosen}
-            others |= runnable_exports(made[-1].fingerprint, before)  # their folders are named by fingerprints
-        if stage.kind == "publish" and (report := evaluation_of(made[-1].fingerprint, before)):
-            others["report"] = report["fingerprint"]
-        known = {one.source: one.fingerprint for one in made}
-        for role, source in (("teacher", self._teacher(stage, made)), ("student", self._student(stage, made))):
-            if source is not None:
-                others[role] = known.get(source) or model_fingerprint(source)
-        texts = "" if stage.kind == "publish" else data.fingerprint
-        return digest([code_fingerprint(), options, made[-1].fingerprint, texts, others, self.seed])
-
-    def _teacher(self, stage: Stage, made: Sequence[Made]) -> str | Path | None:
-        part = stage.part("distil")
-        if part is None:
-            return None
-        options = next(option for option in part.options if isinstance(option, StudentOptions))
-        if options.teacher is not None:
-            return _source(options.teacher, made)
-        if options.shape() or options.student:
-            return made[-1].source
-        return next(one.source for one in made if one.name == self._reference(made))
-
-    @staticmethod
-    def _student(stage: Stage, made: Sequence[Made]) -> str | Path | None:
-        part = stage.part("distil")
-        options = [] if part is None else [o for o in part.options if isinstance(o, StudentOptions)]
-        return _source(options[0].student, made) if options and options[0].student else None
-
-    def _reference(self, made: Sequence[Made]) -> str:
-        """What the model is held against, and learns from: the last fine-tuned one, else the one that came in."""
-        tuned = {stage.name for stage in self.stages if stage.part("fine-tune")}
-        return next((one.name for one in reversed(made) if one.name in tuned), INPUT)
+            marker = store.folder / MARKER
+            is_there = marker.is_file() and marker.read_text(encoding="utf-8") == last.fingerprint
+            if not is_there:
+                store.remove([*REPORT_FILES, "stages.json", MARKER, *([] if is_new else ["model"])])
+            if is_new and not (is_there and (store.folder / "model").is_dir()):
+                store.copy(Path(last.source), "model")
+            source = store.folder / "model" if is_new else source
+            left: dict[str, str | bytes] = {"recipe.yaml": self.to_yaml()}
+            left["stages.json"] = json.dumps(past.records, indent=2)
+            if evaluation is not None:
+                folder = store.folder / "stages" / evaluation["folder"]
+                left |= {name: (folder / name).read_bytes() for name in REPORT_FILES if (folder / name).is_file()}
+            elif any(record["kind"] == "evaluate" for record in past.records):
+                logger.warning("No evaluation is of the model that the run ends with: evaluate after the last change.")
+            leave(store, past)
+            store.write({**left, MARKER: last.fingerprint})
+        return RecipeResult(store.folder, source, tuple(past.records), report, exports)
 
 
-def _source(name: str, made: Sequence[Made]) -> str | Path:
-    """The model of the stage of that name, else the folder or Hub name that it is."""
-    return next((one.source for one in made if one.name == name), name)
+def _announced(stage: Stage, data: RecipeData, store: Store) -> str:
+    """What a stage does, on how much, and how long it took last time."""
+    does = " and ".join(part.kind if part.kind == part.method.name else f"{part.kind} by {part.method.name}"
+                        for part in stage.parts)  # fmt: skip
+    line = does if does == stage.name else f"{stage.name}: {does}"
+    if stage.split:
+        line += f", {data.count(stage.split, labelled=not stage.unlabelled):,} {stage.split} texts"
+    seconds = store.seconds_before(stage.name)
+    return line if seconds is None else f"{line}, {seconds:.0f} s last time"
 
 
 @dataclass

@@ -11,10 +11,12 @@ from transformers import TrainingArguments
 from hf_compress import distillation, pruning, quantization
 from hf_compress.model.precision import has_fast_bfloat16
 from hf_compress.recipe import one_shot
-from hf_compress.recipe.evaluate import EvaluateOptions
+from hf_compress.recipe.evaluate import Evaluate, EvaluateOptions
 from hf_compress.recipe.options import RecipeError, build, split_options, unknown
-from hf_compress.recipe.publish import NO_MODEL, ExportOptions, PublishOptions
+from hf_compress.recipe.publish import Export, ExportOptions, Publish, PublishOptions
 from hf_compress.recipe.qat import QATOptions
+from hf_compress.recipe.stage import Method, Stage
+from hf_compress.recipe.training import Change, Distil, FineTune, StudentOptions, Train
 from hf_compress.training.arguments import CompressionArguments
 
 ALIASES = {"distill": "distil", "finetune": "fine-tune"}
@@ -26,107 +28,40 @@ class StageOptions:
     name: str | None = field(default=None, metadata={"help": "What reports and other stages call this stage."})
 
 
-@dataclass
-class StudentOptions:
-    """Who learns from whom; a student is made from the model that enters the stage."""
-
-    teacher: str | None = field(
-        default=None,
-        metadata={"help": "A stage's name, a folder or a Hub name; by default the model that entered, "
-                          "if the student is made smaller here, else the last fine-tuned one."},
-    )  # fmt: skip
-    student: str | None = field(
-        default=None, metadata={"help": "A stage's name, a folder or a Hub name, in place of what entered."}
-    )
-    cache_teacher: bool = field(
-        default=False, metadata={"help": "Run the teacher once over the texts and keep its logits for all epochs."}
-    )
-    num_hidden_layers: str | None = field(
-        default=None, metadata={"help": "Layers of the student, or their share of what enters, such as 1/3."}
-    )
-    layers: str = field(default="skip", metadata={"help": "Which it starts from: first, last, skip, or 0,2,5."})
-    hidden_size: int | None = field(default=None, metadata={"help": "Width of the student."})
-    intermediate_size: int | None = field(default=None, metadata={"help": "Neurons in each layer of the student."})
-    num_attention_heads: int | None = field(default=None, metadata={"help": "Heads in each layer of the student."})
-    weights: str = field(default="copy", metadata={"help": "copy what fits from the teacher, or fresh."})
-
-    def shape(self) -> dict[str, Any]:
-        """The arguments of `make_student`; empty when the student is not to be made smaller."""
-        sizes = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
-        shape = {name: getattr(self, name) for name in sizes if getattr(self, name) is not None}
-        if not shape and self.layers == "skip":
-            return {}
-        chosen = self.layers
-        if not self.layers.isalpha():
-            chosen = [int(number) for number in self.layers.split(",")]
-        return {**shape, "layers": chosen, "weights": self.weights}
+Table = dict[str, Callable[[], Method]]
 
 
-@dataclass(frozen=True)
-class Method:
-    """One way to do a kind of stage: `options` are dataclasses, the last the method's own."""
-
-    kind: str
-    name: str
-    options: tuple[type, ...]
-    trainer: type | None = None  # None for what does not train
-
-    @property
-    def trains(self) -> bool:
-        return self.trainer is not None
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A stage whose options have been read. `parts` are the stages of one that works together, else empty."""
-
-    kind: str
-    name: str
-    method: Method | None
-    options: tuple[Any, ...]  # one of each class of `method.options`
-    parts: tuple["Stage", ...] = ()
-    given: Mapping[str, Any] = field(default_factory=dict)  # as they were written, for cards
-
-    @property
-    def own(self) -> Any:
-        """The options of the method itself."""
-        return self.options[-1]
-
-    def part(self, kind: str) -> "Stage | None":
-        return next((part for part in (self.parts or (self,)) if part.kind == kind), None)
-
-
-def _from_table(kind: str, table: Mapping[str, tuple[str, str, str]], *more: type) -> dict[str, Callable[[], Method]]:
+def _from_table(kind: str, table: Mapping[str, tuple[str, str, str]], stage: type[Stage], *more: type) -> Table:
     """Methods of a folder's `METHODS`, each imported when it is asked for."""
 
     def load(name: str, module: str, config: str, trainer: str) -> Method:
         home = import_module(module)
-        return Method(kind, name, (StageOptions, *more, getattr(home, config)), getattr(home, trainer))
+        return Method(kind, name, (StageOptions, *more, getattr(home, config)), stage, getattr(home, trainer))
 
     return {name: (lambda n=name, entry=entry: load(n, *entry)) for name, entry in table.items()}
 
 
-def _plain(kind: str, table: Mapping[str, type]) -> dict[str, Callable[[], Method]]:
-    return {name: (lambda n=name, o=options: Method(kind, n, (StageOptions, o))) for name, options in table.items()}
+def _plain(kind: str, table: Mapping[str, type], stage: type[Stage]) -> Table:
+    return {n: (lambda n=n, o=options: Method(kind, n, (StageOptions, o), stage)) for n, options in table.items()}
 
 
 def _fine_tune() -> Method:
     from hf_compress.training.state import TrainingStateMixin
 
-    return Method("fine-tune", "fine-tune", (StageOptions, TrainingArguments), TrainingStateMixin)
+    return Method("fine-tune", "fine-tune", (StageOptions, TrainingArguments), FineTune, TrainingStateMixin)
 
 
-KINDS: dict[str, dict[str, Callable[[], Method]]] = {
+KINDS: dict[str, Table] = {
     "fine-tune": {"fine-tune": _fine_tune},
-    "distil": _from_table("distil", distillation.METHODS, StudentOptions),
-    "prune": {**_from_table("prune", pruning.METHODS), **_plain("prune", one_shot.PRUNE)},
+    "distil": _from_table("distil", distillation.METHODS, Distil, StudentOptions),
+    "prune": {**_from_table("prune", pruning.METHODS, Train), **_plain("prune", one_shot.PRUNE, Change)},
     "quantize": {
-        **_from_table("quantize", quantization.METHODS),
-        **_plain("quantize", {**one_shot.QUANTIZE, "qat": QATOptions}),
+        **_from_table("quantize", quantization.METHODS, Train),
+        **_plain("quantize", {**one_shot.QUANTIZE, "qat": QATOptions}, Change),
     },
-    "evaluate": _plain("evaluate", {"evaluate": EvaluateOptions}),
-    "export": _plain("export", {"export": ExportOptions}),
-    "publish": _plain("publish", {"publish": PublishOptions}),
+    "evaluate": _plain("evaluate", {"evaluate": EvaluateOptions}, Evaluate),
+    "export": _plain("export", {"export": ExportOptions}, Export),
+    "publish": _plain("publish", {"publish": PublishOptions}, Publish),
 }
 
 
@@ -186,7 +121,7 @@ def make_stage(method: Method, given: Mapping[str, Any], where: str) -> Stage:
             f"Leave it out, or {'hints' if method.name == 'soft-targets' else method.name}."
         )
     name = name_of(method.kind, method.name, options[0].name)
-    return Stage(method.kind, name, method, tuple(options), given={"method": method.name, **given})
+    return method.stage(method.kind, name, method, tuple(options), {"method": method.name, **given})
 
 
 def name_of(kind: str, method: str | None, given: str | None) -> str:
@@ -232,14 +167,9 @@ def _read_together(given: Any, where: str) -> Stage:
             raise RecipeError(f"{where}: quantize with `method: qat`, the one that trains; got {part.method.name}.")
         if part.kind == "prune" and (foreign := arguments.intersection(part.given)):
             raise RecipeError(f"{where}: {sorted(foreign)} belong to the stage that trains, not to {part.name}.")
-    return Stage(
-        "together",
-        name or "together",
-        None,
-        (),
-        tuple(parts),
-        given={"stages": [{"kind": p.kind, **p.given} for p in parts]},
-    )
+    (main,) = (part for part in parts if isinstance(part, (FineTune, Distil)))
+    written = {"stages": [{"kind": part.kind, **part.given} for part in parts]}
+    return replace(main, kind="together", name=name or "together", given=written, together=tuple(parts))
 
 
 def numbered(names: Sequence[str]) -> list[str]:
@@ -255,17 +185,13 @@ def _with_names(stages: list[Stage]) -> list[Stage]:
     return named
 
 
-def packs(stage: Stage) -> bool:
-    return any(part.kind == "quantize" for part in (stage.parts or (stage,)))
-
-
 def _check_order(stages: Sequence[Stage]) -> None:
     packed = None
     for number, stage in enumerate(stages, 1):
-        if packed and stage.kind not in NO_MODEL:
+        if packed and stage.makes_model:
             raise RecipeError(
                 f"Stage {number} ({stage.name}) changes or trains weights, but stage {packed} packs them in few bits. "
                 "Quantize last, or put both under `together:` with `method: qat`."
             )
-        if packs(stage):
+        if stage.packs:
             packed = number

@@ -7,7 +7,8 @@ output/model/                                       a copy of the last stage's m
 
 import json
 import logging
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from hf_compress.files.inside import inside
 from hf_compress.files.output import Output
 from hf_compress.files.whole import DISCARDED, discard, remove, replace_folder, write_whole
 from hf_compress.measuring.identity import weight_files
+from hf_compress.recipe.stage import Stage, Work
 from hf_compress.report.tables import is_share, size_text
-from hf_compress.training.ranks import is_main
+from hf_compress.training.ranks import is_main, wait_for_all
+from hf_compress.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +40,17 @@ class Store(Output):
         if is_main():
             super().__exit__(*error)
 
+    def check(self, names: Iterable[str]) -> None:
+        if is_main():
+            super().check(names)
+
     def place(self, number: int, name: str, fingerprint: str) -> Path:
         """Where the result of a stage belongs."""
         return self.folder / "stages" / f"{number:02d}-{name}-{fingerprint}"
+
+    def partial(self, folder: Path) -> Path:
+        """Where it is worked on until it is whole."""
+        return folder.with_name(folder.name + PARTIAL)
 
     def record(self, folder: Path) -> dict[str, Any] | None:
         """What a finished stage left, None if it is not there or no longer whole."""
@@ -63,6 +74,22 @@ class Store(Output):
         records = [record for record in map(self.record, (file.parent for file in folders)) if record]
         return records[-1].get("seconds") if records else None
 
+    def make(self, stage: Stage, folder: Path, fingerprint: str, work: Work) -> dict[str, Any]:
+        """Let a stage run, in a folder that counts once it is done. Returns its record."""
+        start = time.time()
+        record = {"name": stage.name, "kind": stage.kind, "options": dict(stage.given), "folder": folder.name,
+                  "fingerprint": fingerprint, "version": __version__}  # fmt: skip
+        if is_main():
+            self.begin(folder)
+        wait_for_all()
+        if stage.everywhere or is_main():
+            record |= stage.run(work)
+        wait_for_all()
+        if is_main():
+            self.finish(folder, {**record, "seconds": round(time.time() - start, 1)})
+        wait_for_all()
+        return self.record(folder)
+
     def begin(self, folder: Path) -> Path:
         """The folder to work in; what an interrupted run left there is kept for the stage to go on from."""
         if folder.exists():  # not whole, see `record`: what somebody put there or changed is not ours to delete
@@ -71,7 +98,7 @@ class Store(Output):
                 number += 1
             folder.rename(aside)
             logger.warning("What is left of %s is kept as %s.", folder.name, aside.name)
-        partial = folder.with_name(folder.name + PARTIAL)
+        partial = self.partial(folder)
         partial.mkdir(parents=True, exist_ok=True)
         for left in partial.glob(f"{DISCARDED}*"):
             remove(left)
@@ -79,7 +106,7 @@ class Store(Output):
 
     def finish(self, folder: Path, record: dict[str, Any]) -> None:
         """Rename the working folder of a stage that is done, once the disk holds it; from then on it counts."""
-        partial = folder.with_name(folder.name + PARTIAL)
+        partial = self.partial(folder)
         discard(partial / "trainer")  # checkpoints: what they were for is there
         files = {str(p.relative_to(partial)): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file()}
         files.pop(RECORD, None)

@@ -113,9 +113,9 @@ def test_wrong_columns_and_unwritable_output_are_mistakes(work, tmp_path, capsys
 
 
 def test_a_failure_that_is_not_the_users_is_code_1(work, capsys, monkeypatch, tmp_path):
-    from hf_compress.recipe import recipe
+    from hf_compress.recipe.training import Change
 
-    monkeypatch.setattr(recipe, "change_model", lambda *a: (_ for _ in ()).throw(RuntimeError("out of memory")))
+    monkeypatch.setattr(Change, "run", lambda *a: (_ for _ in ()).throw(RuntimeError("out of memory")))
     command = ["quantize", "--model", str(work / "model"), "--data", str(work / "reviews.csv"), "--output",
                str(tmp_path)]  # fmt: skip
     assert main(command) == 1

@@ -8,7 +8,7 @@ from recipe_run import QUICK, TRAIN, reviews, tiny_folder
 
 from hf_compress.commands import main as command
 from hf_compress.commands.main import leave, main
-from hf_compress.recipe import recipe as recipe_module
+from hf_compress.recipe.training import Change
 from hf_compress.version import __version__
 
 CHATTER = re.compile(r"\{|it/s|examples/s|shards|Loading|Warning|\[transformers\]|LOAD REPORT")
@@ -52,7 +52,7 @@ def test_ctrl_c_is_one_line_and_says_how_to_go_on(words, capfd, monkeypatch):
     def interrupted(stage, work):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(recipe_module, "change_model", interrupted)
+    monkeypatch.setattr(Change, "run", interrupted)
     assert main(words) == command.INTERRUPTED == 130
     said = capfd.readouterr().err.splitlines()
     assert said[-1] == "hf-compress: Interrupted. Run the same command again to go on: what is finished is kept."

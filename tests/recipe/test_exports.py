@@ -10,7 +10,9 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from hf_compress.commands.run import show
 from hf_compress.measuring.measure import load_model
 from hf_compress.recipe import Recipe, RecipeError
-from hf_compress.recipe import recipe as recipe_module
+from hf_compress.recipe import evaluate as evaluation
+from hf_compress.recipe.publish import Export
+from hf_compress.recipe.training import Change
 
 EIGHT = {"quantize": {"bits": 8, "symmetric": True}}
 FOUR = {"quantize": {"bits": 4, "group_size": 16, "symmetric": True}}
@@ -46,8 +48,8 @@ def test_a_recipe_ends_in_an_export_that_its_comparison_runs(work, tmp_path, cap
     show(result)
     printed = capsys.readouterr().out
     assert f"onnx    {result.exports['onnx']}" in printed and "ONNX Runtime" in printed
-    monkeypatch.setattr(recipe_module, "export_model", never)
-    monkeypatch.setattr(recipe_module, "evaluate", never)
+    monkeypatch.setattr(Export, "run", never)
+    monkeypatch.setattr(evaluation, "evaluate", never)
     assert Recipe(stages, **work).run(tmp_path / "out").exports == result.exports  # all of it is kept
 
 
@@ -81,7 +83,7 @@ def test_a_comparison_takes_the_exports_of_its_own_model_alone(work, tmp_path, m
         seen.append(models)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(recipe_module, "evaluate", evaluate)
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
     cut = {"prune": {"method": "structure", "neurons": 0.5}}
     for stages in (
         [export("plain", name="early"), cut, export("plain", name="late"), EVALUATE],
@@ -116,7 +118,7 @@ def test_the_folder_of_somebody_else_is_refused_before_anything_runs(work, tmp_p
     Recipe([EIGHT], **work).run(tmp_path / "out")
     (tmp_path / "out" / "plain").mkdir()
     (tmp_path / "out" / "plain" / "notes.txt").write_text("mine", encoding="utf-8")
-    monkeypatch.setattr(recipe_module, "change_model", never)
+    monkeypatch.setattr(Change, "run", never)
     with pytest.raises(ValueError, match="plain/notes.txt in .* would be replaced"):
         Recipe([FOUR, export("plain")], **work).run(tmp_path / "out")
     assert (tmp_path / "out" / "plain" / "notes.txt").read_text(encoding="utf-8") == "mine"
@@ -127,7 +129,7 @@ def test_what_cannot_be_exported_is_refused_before_anything_runs(work, tmp_path,
         Recipe([export("tensorrt")])
     with pytest.raises(RecipeError, match="format"):
         Recipe(["export"])
-    monkeypatch.setattr(recipe_module, "change_model", never)
+    monkeypatch.setattr(Change, "run", never)
     for package, format in (("openvino", "openvino"), ("onnxruntime", "onnx"), ("gguf", "gguf")):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, package, None)

@@ -9,10 +9,12 @@ from hf_compress.commands.compare import made_by
 from hf_compress.commands.publish import report_in
 from hf_compress.commands.run import changed_stages, show
 from hf_compress.recipe import Recipe, RecipeError
-from hf_compress.recipe import recipe as recipe_module
+from hf_compress.recipe import publish as publishing
 from hf_compress.recipe.fingerprints import code_fingerprint
 from hf_compress.recipe.options import MOST_VALUES, read_yaml
-from hf_compress.recipe.recipe import REPORT_FILES, Made
+from hf_compress.recipe.recipe import REPORT_FILES
+from hf_compress.recipe.stage import Made, Past
+from hf_compress.recipe.training import Change
 
 EVALUATE = {"evaluate": {"models": "input", "batch_size": 8, **QUICK, "latency_rounds": 1, "throughput_rounds": 1}}
 EIGHT, FOUR = ({"quantize": {"bits": bits}} for bits in (8, 4))
@@ -59,7 +61,7 @@ def test_only_a_report_of_the_published_model_is_published(stages, has_report, w
         given.update(options, folder=folder)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(recipe_module, "publish", publish)
+    monkeypatch.setattr(publishing, "publish", publish)
     with pytest.raises(KeyboardInterrupt):
         Recipe([*stages, {"publish": {"repo_id": "me/small"}}], **work).run(evaluated)
     assert (given["report"] is not None) == has_report
@@ -75,11 +77,13 @@ def test_a_report_beside_another_model_is_passed_over(work, evaluated, tmp_path,
     assert report_in(tmp_path, str(other)) is None
 
 
-def test_what_was_trained_in_a_joint_run_is_what_others_are_held_against():
-    recipe = Recipe([{"together": [{"fine-tune": TRAIN}, {"quantize": {"method": "qat"}}]}, "evaluate"])
-    assert recipe._reference([Made("input", "a", "0"), Made("together", "b", "1")]) == "together"
-    recipe = Recipe([{"together": [{"distil": TRAIN}, {"quantize": {"method": "qat"}}]}, "evaluate"])
-    assert recipe._reference([Made("input", "a", "0"), Made("together", "b", "1")]) == "input"
+def test_what_was_trained_in_a_joint_run_is_what_others_are_held_against(tmp_path):
+    for kind, expected in (("fine-tune", "together"), ("distil", "input")):
+        (stage,) = Recipe([{"together": [{kind: TRAIN}, {"quantize": {"method": "qat"}}]}]).stages
+        (tmp_path / "model").mkdir(exist_ok=True)
+        past = Past([Made("input", "a", "0")])
+        past.add(stage, tmp_path, {"fingerprint": "1"})
+        assert past.last.name == "together" and past.reference.name == expected
 
 
 def files(folder):
@@ -101,7 +105,7 @@ def test_the_current_folder_of_a_project_is_refused(work, tmp_path, monkeypatch)
 def test_what_somebody_changed_in_an_output_stops_a_run_before_it_works(name, work, evaluated, monkeypatch):
     old = (evaluated / name).read_bytes() if (evaluated / name).exists() else None
     (evaluated / name).write_bytes(b"mine")
-    monkeypatch.setattr(recipe_module, "change_model", lambda *a: pytest.fail("it had begun"))
+    monkeypatch.setattr(Change, "run", lambda *a: pytest.fail("it had begun"))
     with pytest.raises(ValueError, match=f"{name} in .* would be replaced"):
         Recipe([{"quantize": {"bits": 2, "group_size": 16}}], **work).run(evaluated)
     assert (evaluated / name).read_bytes() == b"mine"

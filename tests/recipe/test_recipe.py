@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from hf_compress.recipe import Recipe, RecipeError
-from hf_compress.recipe import recipe as recipe_module
 from hf_compress.recipe.store import Store
+from hf_compress.recipe.training import Change
 
 CHAIN = [
     {"fine-tune": TRAIN},
@@ -47,8 +47,8 @@ def test_a_chain_makes_a_smaller_model_and_a_report(finished):
 
 def test_what_ran_before_is_kept_and_what_lies_below_a_change_runs_again(work, finished, monkeypatch):
     ran = []
-    original = recipe_module.change_model
-    monkeypatch.setattr(recipe_module, "change_model", lambda stage, w: ran.append(stage.name) or original(stage, w))
+    original = Change.run
+    monkeypatch.setattr(Change, "run", lambda stage, w: ran.append(stage.name) or original(stage, w))
     recipe = Recipe(CHAIN, model=work["model"], data=work["data"])
     again = recipe.run(finished.output)
     assert ran == [] and [r["fingerprint"] for r in again.stages] == [r["fingerprint"] for r in finished.stages]
