@@ -13,8 +13,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from scripts.family_models import CONFIGS, ENCODER_DECODERS
-from scripts.family_models import DECODERS as ALL_DECODERS
+from scripts.checks.family_models import CONFIGS, ENCODER_DECODERS
+from scripts.checks.family_models import DECODERS as ALL_DECODERS
 
 FAMILIES = {  # those that most tests run on; others by their name alone
     name: CONFIGS[name]

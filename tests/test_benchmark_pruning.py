@@ -34,7 +34,7 @@ def write_model_and_data(folder):
 def test_every_run_is_recorded_once(tmp_path):
     write_model_and_data(tmp_path)
     command = [
-        sys.executable, str(SCRIPTS / "benchmark_pruning.py"), "--data", str(tmp_path / "data"), "--seeds", "0",
+        sys.executable, str(SCRIPTS / "benchmarks/pruning.py"), "--data", str(tmp_path / "data"), "--seeds", "0",
         "--model", str(tmp_path / "model"), "--output", str(tmp_path / "out"), "--max_examples", "8",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
@@ -56,7 +56,7 @@ def test_every_run_is_recorded_once(tmp_path):
 def test_the_cost_of_a_step_is_printed_for_every_callback(tmp_path):
     write_model_and_data(tmp_path)
     command = [
-        sys.executable, str(SCRIPTS / "benchmark_pruning_step.py"), "--data", str(tmp_path / "data"),
+        sys.executable, str(SCRIPTS / "benchmarks/pruning_step.py"), "--data", str(tmp_path / "data"),
         "--model", str(tmp_path / "model"), "--turns", "1", "--steps", "2",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}

@@ -88,7 +88,7 @@ def test_a_slow_processor_learns_from_fewer_sentences(seconds, expected, tmp_pat
 def test_benchmark_of_a_distillation_step(tmp_path):
     methods = ["soft-targets", "tinybert", "pkd", "minilm", "distilbert"]
     run(
-        "scripts/benchmark_distillation_step.py",
+        "scripts/benchmarks/distillation_step.py",
         "--model",
         "tiny",
         "--steps",
@@ -110,7 +110,7 @@ def test_benchmark_of_a_distillation_step(tmp_path):
 @pytest.mark.long
 def test_benchmark_of_a_cached_teacher():
     sizes = dict(turns=1, examples=4, length=8, batch_size=2, hidden_size=24, num_layers=1)
-    printed = run("scripts/benchmark_cached_teacher.py", *(f"--{name}={value}" for name, value in sizes.items()))
+    printed = run("scripts/benchmarks/cached_teacher.py", *(f"--{name}={value}" for name, value in sizes.items()))
     assert printed.count("an epoch of the student alone takes") == 2
     assert all(f"  {name}: " in printed for name in ("logits", "logits and two hidden states", "top 64 logits"))
 
@@ -129,12 +129,12 @@ def test_a_bilstm_learns_from_an_encoder(tiny_folder, tmp_path):
 @pytest.mark.long
 def test_benchmark_of_distillation_on_words():
     pytest.importorskip("resource")
-    printed = run("scripts/benchmark_word_level.py", "--batch_size=2", "--length=8", "--vocabulary=64", "--steps=1")
+    printed = run("scripts/benchmarks/word_level.py", "--batch_size=2", "--length=8", "--vocabulary=64", "--steps=1")
     assert "memory" in printed and "time" in printed
 
 
 def test_the_table_of_distillation_methods(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    monkeypatch.syspath_prepend(str(ROOT / "scripts" / "benchmarks"))
     from distillation_table import picture, table
 
     def line(run, seed, wrong):
@@ -157,7 +157,7 @@ def test_runtimes_beside_the_packed_model(tiny_folder, tmp_path):
     AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(tmp_path / "packed")
     lines = [f"the film was {'good' if i % 2 else 'bad'},{i % 2}" for i in range(70)]
     (tmp_path / "texts.csv").write_text("\n".join(["text,label", *lines]), encoding="utf-8")
-    lines = run("scripts/benchmark_runtimes.py", "--float_model", tiny_folder, "--packed", tmp_path / "packed",
+    lines = run("scripts/benchmarks/runtimes.py", "--float_model", tiny_folder, "--packed", tmp_path / "packed",
                 "--texts", tmp_path / "texts.csv", "--formats", "openvino", "--rounds", "2").splitlines()  # fmt: skip
     assert [line.split()[0] for line in lines if "same class" in line] == ["openvino", "openvino,", "float32"]
 

@@ -28,7 +28,7 @@ NO_GPU = "there is no GPU of CUDA or ROCm: torch.cuda.is_available() is False"
 def stages(output: Path, small: bool) -> dict[str, tuple[float, list[str], bool]]:
     """name -> (seconds, command, whether it needs a GPU)."""
     python, tests = sys.executable, [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider"]
-    bench = [python, "scripts/benchmark_kernels.py"]
+    bench = [python, "scripts/benchmarks/kernel_times.py"]
     kinds = {
         "products": ["linear", "--bits", "2", "3", "4", "8", "--shapes", *SHAPES, "--rows", *ROWS],
         "blocks": ["bsr", "--shapes", *SHAPES[:2], "--rows", "16", "1024", "--density", "0.1", "0.2"],

@@ -22,7 +22,7 @@ def run(*args: str) -> str:
 )
 def test_benchmark_times_us_against_the_dense_product(what, name, tmp_path):
     output = tmp_path / "rows.json"
-    run("scripts/benchmark_kernels.py", what, "--model", "tiny", "--output", str(output))
+    run("scripts/benchmarks/kernel_times.py", what, "--model", "tiny", "--output", str(output))
     report = json.loads(output.read_text(encoding="utf-8"))
     assert report["device"]["device"]
     rows = [row for row in report["rows"] if row["name"] == name]

@@ -7,7 +7,7 @@ from helpers import CONFIGS, tiny_batch, tiny_model
 import hf_compress as hfc
 from hf_compress.model.anatomy import anatomy, in_features, is_readable, layer_maps, out_features
 from hf_compress.quantization.modules import is_linear
-from scripts.families import OPERATIONS, attempt, table
+from scripts.checks.families import OPERATIONS, attempt, table
 
 UNREAD = {
     "albert": "one set of weights",

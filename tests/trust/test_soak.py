@@ -1,4 +1,4 @@
-"""A long run grows nothing: a short one of `scripts/soak.py` would show what is kept for every step."""
+"""A long run grows nothing: a short one of `scripts/checks/soak.py` would show what is kept for every step."""
 
 import gc
 
@@ -6,7 +6,7 @@ import torch
 from machine import needs_proc
 from trust.trainers import build
 
-from scripts.soak import ALLOWED, growth, soak
+from scripts.checks.soak import ALLOWED, growth, soak
 
 
 def kept_graphs() -> int:

@@ -1,6 +1,6 @@
 """A packed classifier in each runtime: agreement with itself in PyTorch, accuracy, size, and time beside stock float32.
 
-    python scripts/benchmark_runtimes.py --float_model full --packed half-qat --texts test.csv --structure half
+    python scripts/benchmarks/runtimes.py --float_model full --packed half-qat --texts test.csv --structure half
 
 In turns; medians and 10th to 90th percentiles, of processor time on one thread, of time on several.
 With `structure`, beside what NNCF makes of the same structure after training (`pip install nncf`).

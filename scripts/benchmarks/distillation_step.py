@@ -1,9 +1,9 @@
 """What a distillation step costs over its bare parts: teacher forward, student forward and backward with sdpa and cross
 entropy, optimiser step. All take turns step by step in one process, so that their ratios hold on a noisy machine.
 
-    python scripts/benchmark_distillation_step.py              the real model, batch 16, length 128
-    python scripts/benchmark_distillation_step.py --methods pkd minilm distilbert tinybert
-    python scripts/benchmark_distillation_step.py --model tiny --steps 3
+    python scripts/benchmarks/distillation_step.py              the real model, batch 16, length 128
+    python scripts/benchmarks/distillation_step.py --methods pkd minilm distilbert tinybert
+    python scripts/benchmarks/distillation_step.py --model tiny --steps 3
 
 Methods of two phases are measured in the first, on inner layers.
 """

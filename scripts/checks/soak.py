@@ -1,6 +1,6 @@
 """Distil, prune and quantize a tiny model in one long run, and see that memory, open files and hooks do not grow.
 
-    python scripts/soak.py --steps 10000
+    python scripts/checks/soak.py --steps 10000
 
 A classifier learns from a teacher (TinyBERT's losses) while its heads are pruned and its weights are rounded to 4 bits;
 it saves, evaluates and rotates checkpoints all the while. Measured at a tenth of the steps, when every cache has been

@@ -1,9 +1,9 @@
 """Time the kernels against the alternatives, on the device at hand, and check every timed point.
 
-    python scripts/benchmark_kernels.py linear --shapes 4096x4096 --rows 1 16 256
-    python scripts/benchmark_kernels.py bsr --density 0.1 --block 32 64
-    python scripts/benchmark_kernels.py kl --vocabulary 32000 --rows 256
-    python scripts/benchmark_kernels.py linear --model tiny        # seconds, on any machine
+    python scripts/benchmarks/kernel_times.py linear --shapes 4096x4096 --rows 1 16 256
+    python scripts/benchmarks/kernel_times.py bsr --density 0.1 --block 32 64
+    python scripts/benchmarks/kernel_times.py kl --vocabulary 32000 --rows 256
+    python scripts/benchmarks/kernel_times.py linear --model tiny        # seconds, on any machine
 
 On CUDA and ROCm a call is captured 20 times in a graph and the graph is replayed, over enough copies of the weights to
 leave the cache cold; elsewhere calls are timed one by one. Reported: the median and the 10 to 90 % range of 5 repeats,
@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 
 sys.path[:0] = [
-    str(Path(__file__).resolve().parents[1]),
-    str(Path(__file__).resolve().parents[1] / "triton_kernels/torch-ext"),
+    str(Path(__file__).resolve().parents[2]),
+    str(Path(__file__).resolve().parents[2] / "triton_kernels/torch-ext"),
 ]
 
 import hf_compress_kernels as k  # noqa: E402

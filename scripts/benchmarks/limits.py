@@ -1,6 +1,6 @@
 """How much memory GPTQ, cached teachers, augmentation and export take as their input grows 1, 4 and 16 times.
 
-    python scripts/benchmark_limits.py
+    python scripts/benchmarks/limits.py
 
 Each measurement is a process of its own: the most resident memory while the job ran, less what was resident before it.
 A streaming job needs as much at 16 times the input as at once the input. Prints a table in MiB, and the bytes of the

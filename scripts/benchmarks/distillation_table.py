@@ -1,4 +1,4 @@
-"""The table and the picture of `benchmark_distillation.py`, from its results."""
+"""The table and the picture of `distillation.py`, from its results."""
 
 import io
 from collections.abc import Sequence

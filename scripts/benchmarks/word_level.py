@@ -1,8 +1,8 @@
 """What word-level losses in chunks cost beside plain PyTorch, from hidden states to gradients: peak memory of a process
 of its own for each, and processor time in turns (a busy machine changes the clock's time, not this).
 
-    python scripts/benchmark_word_level.py             batch 8, length 512, vocabulary 49,152, width 576
-    python scripts/benchmark_word_level.py --batch_size 2 --length 8 --vocabulary 512 --steps 1
+    python scripts/benchmarks/word_level.py             batch 8, length 512, vocabulary 49,152, width 576
+    python scripts/benchmarks/word_level.py --batch_size 2 --length 8 --vocabulary 512 --steps 1
 """
 
 import json

@@ -2,12 +2,12 @@
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 
 import torch
 from datasets import concatenate_datasets
-from demo import embedded_model, untrained
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForSequenceClassification,
@@ -20,6 +20,9 @@ from transformers import (
 
 from hf_compress.model.precision import has_fast_bfloat16
 from hf_compress.recipe.texts import label_names, load_texts, tokenize
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from scripts.demo import embedded_model, untrained  # noqa: E402
 
 MAX_LENGTH = 64
 TEACHER_EPOCHS = 3

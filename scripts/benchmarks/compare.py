@@ -1,6 +1,6 @@
 """How often `compare` finds what is there, and what is not there.
 
-    python scripts/benchmark_compare.py --model runs/classifier-tiny/model --data DIR --output runs/compare-rates
+    python scripts/benchmarks/compare.py --model runs/classifier-tiny/model --data DIR --output runs/compare-rates
 
 Three times 20 comparisons of a classifier, loaded anew for each: with itself, where neither quality nor speed differ;
 with itself made 10% slower, which latency and throughput have to show; with itself made 2 points worse, which the

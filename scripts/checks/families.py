@@ -1,6 +1,6 @@
 """Tries every operation on a tiny random model of every family, and writes docs/families.md.
 
-    python scripts/families.py
+    python scripts/checks/families.py
 
 Each cell is tried against a property that holds only if the operation is right: a model without a head computes what it
 does where that head's output is zero, a packed model computes with the weights that its layers stand for, and so on.
@@ -25,13 +25,13 @@ from hf_compress.layers.packed_linear import PackedLinear
 from hf_compress.model.anatomy import matrix
 from hf_compress.model.cuttable import cuttable
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from scripts.family_models import CONFIGS, ENCODER_DECODERS, Trial  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from scripts.checks.family_models import CONFIGS, ENCODER_DECODERS, Trial  # noqa: E402
 
 INTRODUCTION = """# Families
 
-What works on which family, tried on a tiny random model of each; `scripts/families.py` writes this page, and fails
-where a cell is wrong. "refused" is an error before anything has changed, with the sentence of that number below.
+What works on which family, tried on a tiny random model of each; `scripts/checks/families.py` writes this page, and
+fails where a cell is wrong. "refused" is an error before anything has changed, with the sentence of that number below.
 Models of other names that are built like one of these work as it does (XLM-RoBERTa as RoBERTa, Mistral as Llama).
 
 """
@@ -237,7 +237,7 @@ def table(results: dict[str, dict[str, str]]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "docs" / "families.md")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parents[2] / "docs" / "families.md")
     parser.add_argument("--families", nargs="*", default=list(CONFIGS), help="all by default")
     options = parser.parse_args()
     logging.disable_progress_bar()
