@@ -1,5 +1,8 @@
 """Random layers and the float64 products that every body of an operator is compared with."""
 
+import itertools
+import random
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import pytest
@@ -52,6 +55,21 @@ def on(device: torch.device, value):
         moved = [on(device, part) for part in value]
         return type(value)(*moved) if hasattr(value, "_fields") else tuple(moved)
     return value.to(device) if isinstance(value, Tensor) else value
+
+
+def pair_cover(cases: Sequence[tuple], tried: int = 200) -> list[tuple]:
+    """Few of `cases` in which each pair of settings stands that stands in any: the best of so many, again and again."""
+
+    def pairs(case: tuple) -> set:
+        return set(itertools.combinations(enumerate(case), 2))
+
+    chance, chosen, left = random.Random(0), [], set().union(*map(pairs, cases))
+    while left:
+        best = max(chance.sample(cases, min(tried, len(cases))), key=lambda case: len(pairs(case) & left))
+        if found := pairs(best) & left:
+            chosen.append(best)
+            left -= found
+    return chosen
 
 
 # Tests of one body of an operator run on the plain bodies, and once more on the Triton kernels in the interpreter.

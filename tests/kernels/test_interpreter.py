@@ -24,12 +24,9 @@ def interpreted(*files: str, marker: str = "not gpu and not long") -> None:
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 
-FILES = ("wna16_matrix", "launch", "bsr", "kl", "gptq_block", "fake_quant")
-
-
-@pytest.mark.parametrize("name", [f"test_{name}.py" for name in FILES])
-def test_kernels_in_the_interpreter(name):
-    interpreted(name)
+@pytest.mark.parametrize("names", ["wna16_matrix", "launch bsr kl gptq_block fake_quant"])
+def test_kernels_in_the_interpreter(names):
+    interpreted(*(f"test_{name}.py" for name in names.split()))
 
 
 @pytest.mark.long
