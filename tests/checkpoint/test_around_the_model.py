@@ -64,12 +64,6 @@ def python(script: str, tmp_path) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
 
 
-def test_loading_without_hf_compress_fails_and_names_it(folder, tmp_path):
-    result = python(f"from transformers import AutoModel; AutoModel.from_pretrained({str(folder)!r})", tmp_path)
-    assert result.returncode != 0
-    assert "hf_compress" in result.stderr
-
-
 def test_remote_code_loads_it_without_an_import(folder, tmp_path):
     model = TASKS["classification"].from_pretrained(folder)
     for name, content in remote_code(model, (folder / "config.json").read_text(encoding="utf-8")).items():
@@ -92,15 +86,3 @@ AutoModel.from_pretrained({str(folder)!r}, trust_remote_code=True)
     config = json.loads((tmp_path / "again" / "config.json").read_text(encoding="utf-8"))
     assert config["architectures"] == ["BertForSequenceClassification"]
     assert torch.equal(logits(TASKS["classification"].from_pretrained(tmp_path / "again")), logits(model))
-
-
-def test_importing_the_package_loads_no_model_code():
-    script = """
-import sys, torch, transformers.quantizers
-before = set(sys.modules)
-import hf_compress
-new = set(sys.modules) - before
-print([name for name in new if not name.startswith("hf_compress")])
-"""
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"

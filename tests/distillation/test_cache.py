@@ -1,16 +1,14 @@
 """A cached teacher is the teacher: the same losses, whatever the order; and what is not its own is refused."""
 
 import json
-import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from filelock import FileLock
 from helpers import tiny_model
+from machine import needs_fork, ranks
 from torch import nn
 from transformers import default_data_collator
 
@@ -387,17 +385,6 @@ def test_a_teacher_and_a_student_of_ones_own(tmp_path):
     assert trainer.state.log_history[0]["soft_loss"] > 0
 
 
-WRITER = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from distillation.data import rows
-from distillation.test_trainer import TASKS as ALL_TASKS
-from helpers import tiny_model
-from hf_compress.distillation.teachers.cache import cache_teacher
-cache_teacher(tiny_model("bert", seed=3), rows(20), sys.argv[2], batch_size=4, shard_size=4)
-"""
-
-
 def test_jobs_that_were_started_apart_write_one_after_the_other(tmp_path, caplog):
     (tmp_path / "cache").mkdir()
     held, written_before = threading.Event(), []
@@ -417,14 +404,10 @@ def test_jobs_that_were_started_apart_write_one_after_the_other(tmp_path, caplog
     assert "waiting for it to finish" in caplog.text
 
 
+@needs_fork
 def test_two_processes_write_one_cache(tmp_path):
     """Each rank has its part; what comes out is what one process wrote."""
-    script = tmp_path / "writer.py"
-    script.write_text(WRITER, encoding="utf-8")
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone")
-    command = [sys.executable, *launcher, str(script), str(Path(__file__).parent.parent), str(tmp_path / "two")]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
+    ranks(lambda rank: cache_teacher(teacher_of(), rows(20), tmp_path / "two", batch_size=4, shard_size=4), 2)
     one, two = cache_teacher(teacher_of(), rows(20), tmp_path / "one"), CachedTeacher(tmp_path / "two")
     assert len(two) == len(one) == 20 and len(two.manifest["shards"]) >= 4
     batch = default_data_collator(list(rows(20)))

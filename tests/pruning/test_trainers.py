@@ -1,16 +1,13 @@
 """The thin trainers: settings in, a smaller model out; and masks that are the same on two processes."""
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from distillation.data import rows
 from helpers import tiny_batch, tiny_model
+from machine import needs_fork, ranks
 from pruning.test_callbacks import OurTrainer, arguments
-from safetensors.torch import load_file
 from silence import logits
 from transformers import HfArgumentParser
 
@@ -84,17 +81,31 @@ def test_layers_are_dropped_by_chance_in_training_and_those_that_will_go_in_eval
     assert torch.equal(logits(model, batch), expected)
 
 
+def masks_of(output, batch_size):
+    """A short run on one of several ranks, which writes its masks and what they cut."""
+
+    def job(rank):
+        model = tiny_model("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, classifier_dropout=0.0)
+        args = arguments(output, max_steps=6, per_device_train_batch_size=batch_size)
+        callbacks = [
+            hfc.HeadPruning(0.4, begin=0.0, end=0.7, num_updates=2),
+            hfc.WeightPruning(0.3, method="movement", begin=0.0, end=1.0, num_updates=1),
+        ]
+        trainer = OurTrainer(model, args, train_dataset=rows(48), callbacks=callbacks)
+        trainer.train()
+        masks = {name: mask.float() for name, mask in trainer.training_state.state_dict().items() if "head" in name}
+        masks |= {name: tensor for name, tensor in model.state_dict().items() if "attention" in name}
+        torch.save(masks, f"{output}-{rank}")
+
+    return job
+
+
+@needs_fork
 def test_two_processes_hold_the_same_masks_and_see_all_examples(tmp_path):
     """Importance is gathered over both ranks: heads chosen by two processes of 4 examples are those of one of 8."""
-    script = Path(__file__).parent / "pruning_run.py"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone"]
-    for folder, launch, size in (("one", [], "8"), ("two", launcher, "4")):
-        (tmp_path / folder).mkdir()
-        command = [sys.executable, *launch, str(script), str(tmp_path / folder), size]
-        subprocess.run(command, check=True, env=environment, capture_output=True, text=True)
-    one = load_file(tmp_path / "one" / "rank-0.safetensors")
-    first, second = (load_file(tmp_path / "two" / f"rank-{rank}.safetensors") for rank in (0, 1))
+    ranks(masks_of(tmp_path / "one", 8), 1)
+    ranks(masks_of(tmp_path / "two", 4), 2)
+    one, first, second = (torch.load(tmp_path / name) for name in ("one-0", "two-0", "two-1"))
     assert any(name.endswith("mask_0") for name in one)
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), name

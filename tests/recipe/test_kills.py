@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from machine import needs_fork
+from machine import long_but, needs_fork
 
 from scripts.checks.kill import JOBS, contents, kill, prepare
 
@@ -22,7 +22,7 @@ def place(tmp_path_factory):
 
 
 @needs_fork
-@pytest.mark.parametrize("job", [pytest.param(j, marks=[] if j in QUICK else pytest.mark.long) for j in JOBS])
+@pytest.mark.parametrize("job", long_but(JOBS, *QUICK))
 def test_kills_change_no_byte_and_lose_nothing(job, place):
     before = contents(place)
     assert kill(job, 6, place, random.Random(job)) == []

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import tiny_model
+from machine import long_but
 from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, TrainerCallback
 from trust.trainers import CAUSAL, TRAINERS, build, data_of, run
@@ -16,7 +17,7 @@ from hf_compress.distillation.trainer import DistillationTrainer
 from hf_compress.pruning.trainer import PruningTrainer
 
 QUICK = ("PKDTrainer", "BlockPruningTrainer", "QBertTrainer")
-LONG = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.long) for name in TRAINERS]
+LONG = long_but(TRAINERS, *QUICK)
 # They draw anew in each forward, watch the range of each, or compare examples that are in a batch together.
 CUT_DEPENDENT = {"HeadGatesTrainer", "LayerPruningTrainer", "QBertTrainer", "RelationalTrainer", "TheseusTrainer"}
 # All that can learn from a teacher alone: there are labels behind the others' losses, whatever alpha is.

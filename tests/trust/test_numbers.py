@@ -8,12 +8,13 @@ from unittest import mock
 import pytest
 import torch
 from helpers import tiny_model
+from machine import long_but
 from trust.trainers import TRAINERS, assert_same, build, run
 
 from hf_compress.training.finite import find_not_finite
 
 QUICK = ("MiniLMTrainer", "QBertTrainer")
-LONG = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.long) for name in TRAINERS]
+LONG = long_but(TRAINERS, *QUICK)
 
 
 @pytest.mark.parametrize("name", ["DistillationTrainer", "HeadPruningTrainer"])

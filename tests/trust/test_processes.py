@@ -1,8 +1,6 @@
 """Two processes follow the trajectory of one with the same global batch, for every trainer, and agree to the bit."""
 
 import os
-import socket
-import traceback
 from unittest import mock
 
 import pytest
@@ -12,7 +10,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from distillation.data import rows
 from helpers import tiny_model
-from machine import needs_fork
+from machine import long_but, needs_fork, ranks
 from transformers import TrainerCallback
 from trust.trainers import CAUSAL, TRAINERS, build, data_of, run
 
@@ -55,31 +53,6 @@ class Masks(TrainerCallback):
                 self.seen[f"{state.global_step}.{name}"] = buffer.clone()
 
 
-def ranks(job, number: int) -> None:
-    """Runs `job` in `number` forks that find each other through gloo."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = []
-    for rank in range(number):
-        pid = os.fork()
-        if pid == 0:
-            status = 1
-            try:
-                environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number,
-                               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
-                if number > 1:
-                    os.environ.update({name: str(value) for name, value in environment.items()})
-                job(rank)
-                status = 0
-            except BaseException:  # told by the status; the test shows the text
-                traceback.print_exc()
-            finally:
-                os._exit(status)
-        children.append(pid)
-    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0] * number
-
-
 def job_of(name, folder, number, resume=None, environment=None, **options):
     """A run on one of `number` ranks, kept in `folder` beside the masks of all steps."""
 
@@ -111,8 +84,7 @@ def of_rank(folder, rank):
     return torch.load(folder / f"rank-{rank}.pt", weights_only=True)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("name", ALIKE)
+@pytest.mark.parametrize("name", long_but(ALIKE, "SelfDistillationTrainer"))
 def test_two_processes_follow_one_and_each_takes_up_the_others_checkpoint(name, tmp_path):
     folders = {number: tmp_path / str(number) for number in (1, 2)}
     for number, folder in folders.items():
@@ -161,8 +133,7 @@ def fsdp2_on_cpu(monkeypatch):
     monkeypatch.setattr(AcceleratorState, "__init__", make_for_accelerator)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "WordLevelTrainer" else pytest.mark.long)
-                                  for n in SHARED])  # fmt: skip
+@pytest.mark.parametrize("name", long_but(SHARED, "WordLevelTrainer"))
 def test_two_processes_that_share_the_weights_follow_one(name, tmp_path, fsdp2_on_cpu):
     """FSDP2: each holds half of the student, of what trains with it and of the teacher."""
     layer = "LlamaDecoderLayer" if name in CAUSAL else "BertLayer"
@@ -215,8 +186,7 @@ def test_two_processes_are_given_one_stream_and_go_on_in_its_middle(tmp_path):
     assert all(torch.equal(tensor, resumed[0][key]) for key, tensor in two[0].items())
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "HeadPruningTrainer" else pytest.mark.long)
-                                  for n in WHOLE_WEIGHTS])  # fmt: skip
+@pytest.mark.parametrize("name", long_but(WHOLE_WEIGHTS, "HeadPruningTrainer"))
 def test_what_needs_whole_weights_is_refused_before_training(name, tmp_path, fsdp2_on_cpu):
     def refused(rank):
         os.environ.update(FSDP2)

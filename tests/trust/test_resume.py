@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 from helpers import tiny_model
-from machine import needs_fork
+from machine import long_but, needs_fork
 from pruning.test_callbacks import OurTrainer, arguments
 from transformers import TrainerCallback
 from trust.compositions import COMPOSITIONS
@@ -18,9 +18,7 @@ from hf_compress.pruning import METHODS as PRUNING
 from hf_compress.quantization import METHODS as QUANTIZATION
 from hf_compress.training.resume import UNFINISHED, find_fault, last_complete_checkpoint
 
-QUICK = ("DistillationTrainer", "HeadPruningTrainer", "QBertTrainer")
 CASES = (*TRAINERS, *COMPOSITIONS)
-LONG = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.long) for name in CASES]
 SAVES = {"save_strategy": "steps", "save_steps": 1}
 NUM_KILLS = 10
 
@@ -37,7 +35,7 @@ def test_every_callback_is_among_the_compositions():
     assert kinds == {type(callback).__name__ for case in COMPOSITIONS.values() for callback in case.callbacks()}
 
 
-@pytest.mark.parametrize("name", LONG)
+@pytest.mark.parametrize("name", long_but(CASES, "DistillationTrainer", "HeadPruningTrainer", "QBertTrainer"))
 def test_a_resumed_run_and_a_second_run_are_the_first_bit_for_bit(name, tmp_path):
     """Saved after step 3 of 6, taken up by a model, trainer and callbacks of other random weights."""
     whole = run(name, tmp_path, save_strategy="steps", save_steps=3)
@@ -78,8 +76,7 @@ def killed_and_whole(job, folder, seed):
 
 
 @needs_fork
-@pytest.mark.long
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", long_but(CASES, "SelfDistillationTrainer"))
 def test_a_run_killed_at_ten_random_moments_ends_in_the_same_bits(name, tmp_path):
     assert_same(*killed_and_whole(lambda folder, keep: resumed(name, folder, keep), tmp_path, seed=name))
     folder = tmp_path / "killed"
