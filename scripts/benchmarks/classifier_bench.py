@@ -22,7 +22,7 @@ from hf_compress.model.precision import has_fast_bfloat16
 from hf_compress.recipe.texts import label_names, load_texts, tokenize
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from scripts.demo import packaged  # noqa: E402
+from scripts.film_sentences import packaged  # noqa: E402
 
 MAX_LENGTH = 64
 TEACHER_EPOCHS = 3
