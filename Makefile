@@ -31,9 +31,10 @@ test-long: $(INSTALLED)  ## everything that needs no GPU
 gpu: $(INSTALLED)  ## tests, tiles and speeds of the kernels on the GPU that is there; without one it says so
 	$(BIN)/python scripts/checks/device.py $(ARGS)
 
-check: $(INSTALLED)  ## lint, format, import direction, compiled kernels, the products on this CPU
+check: $(INSTALLED)  ## lint, format, types of the public names, import direction, compiled kernels, the products on this CPU
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_project.py
 	$(BIN)/python scripts/checks/static_gate.py --short
 	$(BIN)/python scripts/checks/engines.py --short

@@ -39,6 +39,7 @@ def test_a_wheel_is_built_installed_and_run(tmp_path):
     }
     assert {f"hf_compress/recipe/ready/{name}.yaml" for name in ready_recipes()} <= set(inside)
     assert {f"hf_compress_cli/texts/{verb}.txt" for verb in VERBS} <= set(inside)
+    assert {"hf_compress/py.typed", "hf_compress/__init__.pyi"} <= set(inside)
     assert {"hf_compress/report/page.html.j2", "hf_compress/report/card.md.j2"} <= set(inside)
     subprocess.run([*pip, "install", *offline, "--target", str(target), str(wheel)], check=True)
     code = (

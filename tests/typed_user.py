@@ -9,37 +9,38 @@ from pathlib import Path
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import BertForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from typing_extensions import assert_type
 
 import hf_compress as hfc
 
 
+class Classifier(PreTrainedModel):
+    """A model of a class of its own, which it keeps."""
+
+
 def distil(teacher: PreTrainedModel, data: Dataset, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     student = hfc.make_student(teacher, num_hidden_layers=2, layers=[0, 2])
-    config = hfc.TinyBertConfig("student", num_train_epochs=5, learning_rate=1e-4)
-    trainer = hfc.TinyBertTrainer(
-        student, config, teacher_model=teacher, train_dataset=data, processing_class=tokenizer
-    )
+    tiny = hfc.TinyBertConfig("student", num_train_epochs=5, learning_rate=1e-4)
+    trainer = hfc.TinyBertTrainer(student, tiny, teacher_model=teacher, train_dataset=data, processing_class=tokenizer)
     trainer.train()
-    several = hfc.DistillationTrainer(
-        student, hfc.DistillationConfig("student"), teacher_model=teacher, terms=[hfc.PatientStates(), hfc.Flows()]
-    )
+    config = hfc.DistillationConfig("student", alpha=0.5)
+    hfc.DistillationTrainer(student, config, teacher_model=teacher, terms=[hfc.PatientStates(), hfc.Flows()]).train()
     assert_type(hfc.cache_teacher(teacher, [], "cache", top_k=8), hfc.CachedTeacher)
-    hfc.make_student(teacher, num_hidden_layers="two")  # type: ignore[arg-type]
+    hfc.make_student(teacher, num_hidden_layers=[2])  # type: ignore[arg-type]
     hfc.DistillationTrainer(student, config, terms=["hints"])  # type: ignore[list-item]
     hfc.TinyBertConfig("student", temperatur=2.0)  # type: ignore[call-arg]
-    return several.model
+    return student
 
 
-def prune(model: BertForSequenceClassification, batches: DataLoader) -> BertForSequenceClassification:
+def prune(model: Classifier, batches: DataLoader) -> Classifier:
     importance = hfc.head_importance(model, batches)
     assert_type(importance, Tensor)
     assert_type(hfc.neuron_importance(model, batches), Tensor)
     for layer in hfc.anatomy(model).layers:
         assert_type(layer.name, str)
-    assert_type(hfc.prune_heads(model, {0: [1]}), BertForSequenceClassification)
-    assert_type(hfc.prune_layers(hfc.prune_neurons(model, {0: range(8)}), keep=[0, 2]), BertForSequenceClassification)
+    assert_type(hfc.prune_heads(model, {0: [1]}), Classifier)
+    assert_type(hfc.prune_layers(hfc.prune_neurons(model, {0: range(8)}), keep=[0, 2]), Classifier)
     hfc.prune_heads(model, [0, 1])  # type: ignore[arg-type]
     hfc.prune(model, batches, sparsity=0.5, metric="flops")  # type: ignore[arg-type]
     callback = hfc.HeadPruning(0.25)
@@ -47,8 +48,8 @@ def prune(model: BertForSequenceClassification, batches: DataLoader) -> BertForS
     return hfc.finish(model)
 
 
-def quantize(model: BertForSequenceClassification, folder: Path) -> dict[str, float]:
-    assert_type(hfc.quantize(model, bits=4, group_size=64), BertForSequenceClassification)
+def quantize(model: Classifier, folder: Path) -> dict[str, float]:
+    assert_type(hfc.quantize(model, bits=4, group_size=64), Classifier)
     hfc.quantize(model, bits="eight")  # type: ignore[arg-type]
     hfc.quantise(model)  # type: ignore[attr-defined]
     assert_type(hfc.export(model, folder, format="openvino"), Path)

@@ -1,9 +1,16 @@
 """Classes made at run time: one of ours before one of Transformers, or between that and the plain one it extends."""
 
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# what is changed and returned has the class that it came with
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+ModelT = TypeVar("ModelT", bound="PreTrainedModel")
 
 
 @cache

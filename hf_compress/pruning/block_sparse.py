@@ -1,8 +1,7 @@
 """From zeros to something smaller: empty heads and neurons are cut, the rest stores only blocks that are not empty."""
 
-from transformers import PreTrainedModel
-
 from hf_compress.model.anatomy import anatomy
+from hf_compress.model.classes import ModelT
 from hf_compress.model.record import read_part
 from hf_compress.model.unfinished import check_finished
 from hf_compress.surgery.heads import prune_heads
@@ -11,7 +10,7 @@ from hf_compress.surgery.silent import silent_parts
 from hf_compress.training.stored import BLOCK_SIZES, store
 
 
-def to_block_sparse(model: PreTrainedModel, block_size: int = 32) -> PreTrainedModel:
+def to_block_sparse(model: ModelT, block_size: int = 32) -> ModelT:
     """Stop storing blocks of zeros. Changes `model`, whose weights were block-pruned before, and returns it.
 
     Heads and neurons that add nothing are cut first, as long as whole blocks of them go: the layers left are smaller,

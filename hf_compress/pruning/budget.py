@@ -15,6 +15,7 @@ from hf_compress.measuring.measure import evaluating
 from hf_compress.measuring.timing import synchronize, time_interleaved
 from hf_compress.measuring.turns import LATENCY_BATCH
 from hf_compress.model.anatomy import Anatomy, anatomy
+from hf_compress.model.classes import ModelT
 from hf_compress.model.inputs import example_batch
 from hf_compress.model.unfinished import check_finished
 from hf_compress.pruning.masks import check_prunable
@@ -29,14 +30,14 @@ LATENCY_ROUNDS = 20
 
 
 def prune(
-    model: PreTrainedModel,
+    model: ModelT,
     dataloader: Iterable[Mapping[str, Tensor]],
     *,
     sparsity: float | None = None,
     metric: Literal["parameters", "multiply_adds", "latency"] = "parameters",
     sequence_length: int = 128,
     target: float | None = None,
-) -> PreTrainedModel:
+) -> ModelT:
     """Cut heads, neurons and layers until a share `sparsity` of the model is gone. Changes `model` and returns it.
 
     dataloader       batches with labels, all kept in memory, a few hundred examples. They tell what each piece is

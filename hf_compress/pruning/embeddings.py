@@ -1,15 +1,15 @@
 """The table of tokens as a product of two thin matrices: in a small encoder it is half of the file."""
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from hf_compress.checkpoint.factors import retie_low_rank
 from hf_compress.layers.low_rank import factors, low_rank_class, make_low_rank
+from hf_compress.model.classes import ModelT
 from hf_compress.model.unfinished import check_finished
 from hf_compress.pruning.low_rank import record_ranks
 
 
-def factorise_embeddings(model: PreTrainedModel, rank: int) -> PreTrainedModel:
+def factorise_embeddings(model: ModelT, rank: int) -> ModelT:
     """Changes `model` and returns it: its table (V, D) of tokens becomes the nearest product (V, rank) @ (rank, D).
 
     Everything tied to the table (an output head, the tables of an encoder and a decoder) shares both factors. The

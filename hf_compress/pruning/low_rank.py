@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from hf_compress.layers.low_rank import factors, low_rank_class, make_low_rank
 from hf_compress.model.anatomy import layer_maps
+from hf_compress.model.classes import ModelT
 from hf_compress.model.record import read_part, stored_name, write_part
 from hf_compress.model.unfinished import check_finished
 from hf_compress.pruning.masks import check_prunable
@@ -21,13 +22,13 @@ from hf_compress.pruning.masks import check_prunable
 
 @torch.no_grad()
 def factorise(
-    model: PreTrainedModel,
+    model: ModelT,
     *,
     rank: int | None = None,
     energy: float | None = None,
     budget: float | None = None,
     skip_modules: Sequence[str] = (),
-) -> PreTrainedModel:
+) -> ModelT:
     """Changes `model` and returns it: linear maps within the layers become products of two thin matrices.
 
     Args: one of the first three.

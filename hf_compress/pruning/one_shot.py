@@ -7,7 +7,6 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from hf_compress.measuring.measure import evaluating
 from hf_compress.model.anatomy import anatomy, is_projection
@@ -18,6 +17,7 @@ from hf_compress.model.calibration import (
     input_hooks,
 )
 from hf_compress.model.calibration_data import calibration_batches
+from hf_compress.model.classes import ModelT
 from hf_compress.pruning.masks import Blocks, check_prunable, layer_projections
 from hf_compress.pruning.methods.weights import check_bank
 from hf_compress.pruning.saliency import damage_saliency, surgery
@@ -29,13 +29,13 @@ METHODS = ("magnitude", "wanda", "obd", "obs")
 
 @torch.no_grad()
 def prune_weights(
-    model: PreTrainedModel,
+    model: ModelT,
     sparsity: float,
     *,
     method: str = "wanda",
     calibration: Iterable | None = None,
     bank_size: int | None = None,
-) -> PreTrainedModel:
+) -> ModelT:
     """Set a share of the weights of all linear maps within the layers to zero. Changes `model` and returns it.
 
     method       magnitude: |w|, the lowest of the whole model; wanda: |w| times the norm of its input, the lowest of

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_compress.layers.scheme import SMALLEST_RANGE
 from hf_compress.model.anatomy import anatomy, is_readable, matrix, out_features
-from hf_compress.model.classes import made_class
+from hf_compress.model.classes import ModelT, made_class
 from hf_compress.model.record import read_part
 from hf_compress.model.unfinished import FORM, forms_of
 from hf_compress.model.weights import check_writable
@@ -117,7 +116,7 @@ class FakeQuantEmbedding(FakeQuantized, nn.Embedding):
 
 
 def prepare_qat(
-    model: PreTrainedModel,
+    model: ModelT,
     bits: int | Mapping[str, int] = 4,
     *,
     num_groups: int | str | None = "auto",
@@ -130,7 +129,7 @@ def prepare_qat(
     rounded_share: float = 1.0,
     range_method: str = "mse",
     skip_modules: tuple[str, ...] = (),
-) -> PreTrainedModel:
+) -> ModelT:
     """Make the model compute with quantized weights and inputs while it trains, in place. Returns the model.
 
     Args:
@@ -200,7 +199,7 @@ def fake_modules(model: nn.Module) -> Iterator[tuple[str, FakeQuantized]]:
             yield name, module
 
 
-def pack_qat(model: PreTrainedModel) -> PreTrainedModel:
+def pack_qat(model: ModelT) -> ModelT:
     """`finish` of a model made by `prepare_qat`; one that is finished is returned as it is."""
     if not (forms_of(model) or read_part(model.config, "bits")):
         raise ValueError("The model was not prepared with `prepare_qat`.")

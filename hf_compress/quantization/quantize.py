@@ -4,12 +4,13 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from hf_compress.checkpoint.bits import packed_modules, settle_bits
 from hf_compress.checkpoint.packed_ties import untie_packed
 from hf_compress.layers.packed_linear import PackedLinear
 from hf_compress.model.calibration_data import calibration_batches
+from hf_compress.model.classes import ModelT
 from hf_compress.model.unfinished import check_finished
 from hf_compress.quantization.block_by_block import GPTQOptions, quantize_block_by_block
 from hf_compress.quantization.codebooks import CODEBOOKS, install_codebook, num_codebook_levels
@@ -24,7 +25,7 @@ METHODS = ("gptq", "rtn")
 
 @torch.no_grad()
 def quantize(
-    model: PreTrainedModel,
+    model: ModelT,
     bits: int | Mapping[str, int] = 4,
     *,
     method: str = "rtn",
@@ -40,7 +41,7 @@ def quantize(
     scale_dtype: str = "auto",
     tokenizer: PreTrainedTokenizerBase | None = None,
     **gptq_options,
-) -> PreTrainedModel:
+) -> ModelT:
     """Replace linear layers by layers of few bits, in place. Returns the model, ready to run, save and adapt.
 
     Args:

@@ -6,6 +6,7 @@ from torch import nn
 
 from hf_compress.model.anatomy import Anatomy, module_names
 from hf_compress.model.attention import ROW_ORDERS, Attention
+from hf_compress.model.classes import ModuleT
 from hf_compress.model.cuttable import cuttable
 from hf_compress.model.unfinished import check_finished
 from hf_compress.surgery.cache import assign_slots
@@ -14,7 +15,7 @@ from hf_compress.surgery.stand_ins import BIAS_TABLE, COUNTS_HEADS, NEEDS_A_HEAD
 from hf_compress.surgery.transaction import Transaction
 
 
-def prune_heads(model: nn.Module, heads: Mapping[int, Iterable[int]]) -> nn.Module:
+def prune_heads(model: ModuleT, heads: Mapping[int, Iterable[int]]) -> ModuleT:
     """Remove attention heads. Changes `model` and its config, and returns it.
 
     `heads` maps an attention to the heads that go, both counted from 0. An attention's number is its place in

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from hf_compress.model.anatomy import Anatomy, anatomy, is_readable
+from hf_compress.model.classes import ModuleT
 from hf_compress.model.record import read_part, stored_name
 from hf_compress.model.unfinished import check_finished
 from hf_compress.surgery.cache import assign_slots
@@ -15,7 +16,7 @@ from hf_compress.surgery.position_bias import first_may_go, move_position_bias
 from hf_compress.surgery.transaction import Transaction
 
 
-def prune_layers(model: nn.Module, keep: Sequence[int]) -> nn.Module:
+def prune_layers(model: ModuleT, keep: Sequence[int]) -> ModuleT:
     """Keep the layers numbered in `keep`, in that order. Changes `model` and its config, and returns it.
 
     Layers are numbered as in `anatomy(model).layers`: those of an encoder before those of a decoder, from 0.

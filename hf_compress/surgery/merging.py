@@ -3,17 +3,18 @@
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from hf_compress.model.anatomy import FeedForward
+from hf_compress.model.classes import ModuleT
 from hf_compress.model.cuttable import cuttable
 from hf_compress.model.unfinished import check_finished
 from hf_compress.surgery.neurons import cut_neurons
 from hf_compress.surgery.transaction import Transaction
 
 
-def merge_neurons(model: nn.Module, counts: Mapping[int, int]) -> nn.Module:
+def merge_neurons(model: ModuleT, counts: Mapping[int, int]) -> ModuleT:
     """Merge the most redundant neurons into their likes. Changes `model` and its config, and returns it.
 
     `counts` maps a layer, its place in `anatomy(model).layers`, to how many of its neurons go. Again and again the pair

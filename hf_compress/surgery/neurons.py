@@ -2,15 +2,16 @@
 
 from collections.abc import Iterable, Mapping
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_compress.model.anatomy import Layer, is_projection, out_features
+from hf_compress.model.classes import ModuleT
 from hf_compress.model.cuttable import cuttable
 from hf_compress.model.unfinished import check_finished
 from hf_compress.surgery.transaction import Transaction
 
 
-def prune_neurons(model: nn.Module, neurons: Mapping[int, Iterable[int]]) -> nn.Module:
+def prune_neurons(model: ModuleT, neurons: Mapping[int, Iterable[int]]) -> ModuleT:
     """Remove feed-forward neurons. Changes `model` and its config, and returns it.
 
     `neurons` maps a layer, its place in `anatomy(model).layers` (ALBERT has one for all), to the neurons that go, both

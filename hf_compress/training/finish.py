@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_compress.model.anatomy import Anatomy, anatomy
+from hf_compress.model.classes import ModelT
 from hf_compress.model.unfinished import PIECES, forms_of, pieces_of
 from hf_compress.surgery.cache import assign_slots
 from hf_compress.surgery.heads import cut_heads
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def finish(model: PreTrainedModel) -> PreTrainedModel:
+def finish(model: ModelT) -> ModelT:
     """Turn a trained model into the one that is deployed, in place, and return it. Its logits are those of eval mode.
 
     Heads and neurons that pruning left without effect are cut, layers that were to go are taken out, weights that were
