@@ -57,7 +57,10 @@ class Stateful(Rows):
 
 
 def mapped(data):
-    return data.to_iterable_dataset(num_shards=3).map(lambda row: {"input_ids": row["input_ids"][::-1]}, batched=False)
+    def backwards(rows):
+        return {"input_ids": [ids[::-1] for ids in rows["input_ids"]]}
+
+    return data.to_iterable_dataset(num_shards=3).map(backwards, batched=True, batch_size=3)
 
 
 STREAMS = {
