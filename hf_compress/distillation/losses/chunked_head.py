@@ -156,7 +156,11 @@ class _ChunkedHead(torch.autograd.Function):
         accumulator = torch.promote_types(dtype, torch.float32)
         own, own_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         task, soft = (states.new_zeros((), dtype=accumulator) for _ in range(2))
-        grads = [None if t is None else torch.zeros_like(t, dtype=accumulator) for t in (states, weight, bias)]
+        wanted = [needs_gradient and needed for needed in ctx.needs_input_grad[:3]]  # a frozen head's is not made
+        grads = [
+            torch.zeros_like(t, dtype=accumulator) if t is not None and needed else None
+            for t, needed in zip((states, weight, bias), wanted, strict=True)
+        ]
         for start in range(0, len(states), chunk_size):
             rows = slice(start, start + chunk_size)
             chunk = states[rows].to(dtype)
@@ -167,16 +171,16 @@ class _ChunkedHead(torch.autograd.Function):
             del logits
             task += of_task
             soft += of_soft
-            if not needs_gradient:
-                continue
             low = grad.to(dtype)
-            grads[0][rows] = low @ own
-            if dtype == accumulator:
-                grads[1].addmm_(low.T, chunk)
-            else:
-                grads[1] += low.T @ chunk
-            if bias is not None:
-                grads[2] += grad.sum(dim=0)
+            of_states, of_weight, of_bias = grads
+            if of_states is not None:
+                of_states[rows] = low @ own
+            if of_weight is not None and dtype == accumulator:
+                of_weight.addmm_(low.T, chunk)
+            elif of_weight is not None:
+                of_weight += low.T @ chunk
+            if of_bias is not None:
+                of_bias += grad.sum(dim=0)
         ctx.grads, ctx.dtypes = grads, [None if t is None else t.dtype for t in (states, weight, bias)]
         ctx.mark_non_differentiable(task, soft)
         return step.task_weight * task + step.soft_weight * soft, task, soft
