@@ -80,8 +80,9 @@ class DistillationTrainer(RunsTeacher, PredictionLosses, Phased, ItemsMixin, Tra
             raise ValueError(f"{type(self).__name__} computes its own loss: leave compute_loss_func out.")
         super().__init__(model, args, **kwargs)
         student = plain_model(self.model)
+        self.check_student(student)
         options = {"bits": args.teacher_bits, "weights": args.teacher_weights}
-        teacher_model = open_teacher(teacher_model, student, **options)
+        teacher_model = open_teacher(teacher_model, student, **options, processing_class=self.processing_class)
         check_match(student, teacher_model, self.processing_class)
         agree_on_problem(student, teacher_model)
         self.phases = self._read_phases()
@@ -118,6 +119,9 @@ class DistillationTrainer(RunsTeacher, PredictionLosses, Phased, ItemsMixin, Tra
             self._check_signals()
 
     # What the methods override
+
+    def check_student(self, student: nn.Module) -> None:
+        """Raise ValueError for a student or data that the method cannot train, before a teacher is loaded."""
 
     def prepare_teacher(self, teacher: nn.Module) -> nn.Module:
         return frozen(teacher, self.args.device, is_sharded=self.accelerator.is_fsdp2)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import transformers
 from torch import nn
-from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from hf_compress.distillation.teachers.adapter_teacher import AdapterTeacher
 from hf_compress.distillation.teachers.cache_files import is_cache
@@ -20,23 +20,28 @@ VOCABULARY_PADDING = 256  # a vocabulary grown to a multiple of at most this is 
 
 
 def open_teacher(
-    teacher: nn.Module | str | Path | Sequence, student: nn.Module, *, bits: int | None, weights: Sequence[float] | None
-) -> nn.Module:
+    teacher: nn.Module | str | Path | Sequence, student: nn.Module, *, bits: int | None,
+    weights: Sequence[float] | None, processing_class=None,
+) -> nn.Module:  # fmt: skip
     """A model as it is; a cache by its folder; what else has a name or folder loaded for the task of `student`.
 
-    A list of them becomes one teacher, by `weights`.
+    A list of them becomes one teacher, by `weights`. One that `student` cannot learn from is refused by its config,
+    before its weights are read.
     """
     if isinstance(teacher, list | tuple):
-        opened = [open_teacher(one, student, bits=bits, weights=None) for one in teacher]
+        options = {"bits": bits, "weights": None, "processing_class": processing_class}
+        opened = [open_teacher(one, student, **options) for one in teacher]
         return SeveralTeachers(opened, weights)
     if weights is not None:
         raise ValueError(f"teacher_weights={list(weights)} are for a list of teachers, but teacher_model is one.")
     if isinstance(teacher, nn.Module):
         return teacher
-    return CachedTeacher(teacher) if is_cache(teacher) else load_teacher(teacher, student, bits)
+    return CachedTeacher(teacher) if is_cache(teacher) else load_teacher(teacher, student, bits, processing_class)
 
 
-def load_teacher(name: str | Path, student: nn.Module, bits: int | None = None) -> PreTrainedModel:
+def load_teacher(
+    name: str | Path, student: nn.Module, bits: int | None = None, processing_class=None
+) -> PreTrainedModel:
     """Load a teacher by name or folder, with the Auto class of `student`; in 8 or 4 `bits` through bitsandbytes."""
     auto_class = auto_class_name(student)
     if auto_class is None:
@@ -49,6 +54,7 @@ def load_teacher(name: str | Path, student: nn.Module, bits: int | None = None) 
         width = {"load_in_8bit": True} if bits == 8 else {"load_in_4bit": True}
         options["quantization_config"] = BitsAndBytesConfig(**width, llm_int8_skip_modules=HEADS)
     try:
+        _check_configs(student, AutoConfig.from_pretrained(name), processing_class)
         return getattr(transformers, auto_class).from_pretrained(name, **options)
     except OSError as error:
         raise ValueError(
@@ -69,7 +75,11 @@ def check_match(student: nn.Module, teacher: nn.Module, processing_class=None) -
             "Student and teacher are the same model, or share weights: the teacher would change while the student "
             "learns. Make a copy, for example with hfc.make_student or copy.deepcopy."
         )
-    mine, theirs = getattr(plain_model(student), "config", None), getattr(plain_model(teacher), "config", None)
+    _check_configs(student, getattr(plain_model(teacher), "config", None), processing_class)
+
+
+def _check_configs(student: nn.Module, theirs: PretrainedConfig | None, processing_class) -> None:
+    mine = getattr(plain_model(student), "config", None)
     if not (isinstance(mine, PretrainedConfig) and isinstance(theirs, PretrainedConfig)):
         return  # a model of the user's own: nothing is known of it but its logits
     if auto_class_name(student) not in LANGUAGE_MODELS:
