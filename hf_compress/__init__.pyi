@@ -40,6 +40,8 @@ from hf_compress.distillation.methods.tinybert import TinyBertTrainer as TinyBer
 from hf_compress.distillation.methods.word_level import WordLevelConfig as WordLevelConfig
 from hf_compress.distillation.methods.word_level import WordLevelTrainer as WordLevelTrainer
 from hf_compress.distillation.phases import Phase as Phase
+from hf_compress.distillation.scales import ScaleConfig as ScaleConfig
+from hf_compress.distillation.scales import ScaleTrainer as ScaleTrainer
 from hf_compress.distillation.students import make_student as make_student
 from hf_compress.distillation.teachers.adapter_teacher import AdapterTeacher as AdapterTeacher
 from hf_compress.distillation.teachers.cache import cache_teacher as cache_teacher

@@ -161,6 +161,12 @@ class HfCompressQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         return True
 
+    trains_scales = False  # set by a trainer that changes what is packed: nothing else would learn in a packed model
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return self.trains_scales
+
     @property
     def is_compileable(self) -> bool:
         return True

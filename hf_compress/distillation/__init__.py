@@ -6,6 +6,7 @@ METHODS = {  # name on the command line -> (module, config, trainer)
     "minilm": ("hf_compress.distillation.methods.minilm", "MiniLMConfig", "MiniLMTrainer"),
     "distilbert": ("hf_compress.distillation.methods.distilbert", "DistilBertConfig", "DistilBertTrainer"),
     "word-level": ("hf_compress.distillation.methods.word_level", "WordLevelConfig", "WordLevelTrainer"),
+    "scales": ("hf_compress.distillation.scales", "ScaleConfig", "ScaleTrainer"),
     "theseus": ("hf_compress.distillation.methods.theseus", "TheseusConfig", "TheseusTrainer"),
     "bert-emd": ("hf_compress.distillation.methods.bert_emd", "BertEmdConfig", "BertEmdTrainer"),
     "fsp": ("hf_compress.distillation.methods.fsp", "FSPConfig", "FSPTrainer"),

@@ -120,6 +120,8 @@ def make_stage(method: Method, given: Mapping[str, Any], where: str) -> Stage:
             f"{where}: cache_teacher keeps the teacher's logits alone, which is enough for soft-targets without hints. "
             f"Leave it out, or {'hints' if method.name == 'soft-targets' else method.name}."
         )
+    if method.name == "scales" and (options[1].shape() or options[1].student):
+        raise RecipeError(f"{where}: scales trains the packed model that enters: leave out student and its sizes.")
     name = name_of(method.kind, method.name, options[0].name)
     return method.stage(method.kind, name, method, tuple(options), {"method": method.name, **given})
 
@@ -157,6 +159,8 @@ def _read_together(given: Any, where: str) -> Stage:
         raise RecipeError(
             f"{where} takes fine-tune or distil, prune and quantize stages, each method once; got {kinds}."
         )
+    if any(trains_packed(part) for part in parts):
+        raise RecipeError(f"{where}: scales train after the weights are packed; make it a stage behind `quantize`.")
     if len([kind for kind in kinds if kind in ("fine-tune", "distil")]) != 1:
         raise RecipeError(f"{where} needs one fine-tune or distil stage, whose training the others join; got {kinds}.")
     arguments = {f.name for f in fields(CompressionArguments)}
@@ -185,13 +189,19 @@ def _with_names(stages: list[Stage]) -> list[Stage]:
     return named
 
 
+def trains_packed(stage: Stage) -> bool:
+    """Whether a stage trains a packed model, which stays packed."""
+    return stage.method is not None and stage.method.name == "scales"
+
+
 def _check_order(stages: Sequence[Stage]) -> None:
     packed = None
     for number, stage in enumerate(stages, 1):
-        if packed and stage.makes_model:
+        if packed and stage.makes_model and not trains_packed(stage):
             raise RecipeError(
                 f"Stage {number} ({stage.name}) changes or trains weights, but stage {packed} packs them in few bits. "
-                "Quantize last, or put both under `together:` with `method: qat`."
+                "Quantize last, or put both under `together:` with `method: qat`; afterwards only scales train, by "
+                "`distil: {method: scales}`."
             )
         if stage.packs:
             packed = number

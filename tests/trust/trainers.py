@@ -13,7 +13,7 @@ import torch
 from distillation.data import rows
 from helpers import tiny_model
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from trust.compositions import COMPOSITIONS, QUICK, Composition
 
 import hf_compress as hfc
@@ -21,7 +21,7 @@ from hf_compress.distillation.students import make_student
 from hf_compress.distillation.trainer import DistillationTrainer
 
 TRAINERS = tuple(name for name in hfc.__all__ if name.endswith("Trainer"))
-CAUSAL = ("WordLevelTrainer",)
+CAUSAL = ("ScaleTrainer", "WordLevelTrainer")
 OPTIONS = {
     "BlockPruningTrainer": {**QUICK, "block_size": 8, "method": "movement"},
     "DistillationTrainer": {"hints": "1:2,2:4", "teacher_noise": 0.1},
@@ -46,6 +46,11 @@ def data_of(name: str, number: int = 24, seed: int = 0):
     return rows(number, kind="clm" if name in CAUSAL else "classification", seed=seed)
 
 
+def prepared(name: str, student: PreTrainedModel) -> PreTrainedModel:
+    """`student`, packed where that is what the trainer trains."""
+    return hfc.quantize(student, 3, group_size=16) if name == "ScaleTrainer" else student
+
+
 def build(name: str, folder: Path, *, seed: int = 0, dropout: float | None = None, extra: dict | None = None,
           **options) -> Trainer:  # fmt: skip
     """The trainer or composition `name` with a fresh model. `options` go to its config, `extra` to the trainer."""
@@ -55,7 +60,7 @@ def build(name: str, folder: Path, *, seed: int = 0, dropout: float | None = Non
     family, changes = ("llama", {}) if name in CAUSAL else ("bert", quiet(dropout))
     teacher = tiny_model(family, seed=3, **changes)
     torch.manual_seed(seed)
-    student = case.student(make_student(teacher, num_hidden_layers=2))
+    student = case.student(prepared(name, make_student(teacher, num_hidden_layers=2)))
     arguments = {"train_dataset": data_of(name), "eval_dataset": data_of(name, 8, seed=1), **(extra or {})}
     arguments["callbacks"] = [*case.callbacks(), *arguments.get("callbacks", ())]
     if name == "MutualTrainer":

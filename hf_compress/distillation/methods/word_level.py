@@ -101,7 +101,7 @@ class WordLevelTrainer(DistillationTrainer):
                     f"it with one of {', '.join(LANGUAGE_MODELS)}, or use DistillationTrainer."
                 )
         head = output_head(self.model)
-        if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
+        if not self.takes_head(head):
             raise ValueError(
                 f"{type(self).__name__} differentiates the student's head by hand and needs an nn.Linear, got "
                 f"{type(head).__name__}. Leave the head out of adapters and quantization, or use DistillationTrainer."
@@ -109,6 +109,10 @@ class WordLevelTrainer(DistillationTrainer):
         beta = self.args.jensen_shannon_beta
         is_mixture = self.args.divergence == "jensen-shannon"
         self.divergence = partial(jensen_shannon, beta=beta) if is_mixture else DIVERGENCES[self.args.divergence]
+
+    def takes_head(self, head: nn.Module) -> bool:
+        """Whether the gradient of what the student's head makes can be written by hand."""
+        return isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
 
     @property
     def _with_heads(self) -> list[nn.Module]:
