@@ -126,8 +126,8 @@ def test_ready_recipes_can_be_read():
     from hf_compress.recipe import Recipe
 
     assert set(ready_recipes()) == {
-        "classifier-cpu", "classifier-cpu-together", "classifier-tiny", "few-labels", "llm-3bit-mixed", "llm-4bit",
-        "sparse-blocks",
+        "classifier-cpu", "classifier-cpu-together", "classifier-tiny", "few-labels", "llm-2bit", "llm-3bit",
+        "llm-3bit-mixed", "llm-4bit", "sparse-blocks",
     }  # fmt: skip
     for name in ready_recipes():
         assert Recipe.from_yaml(name).stages

@@ -54,6 +54,18 @@ def test_a_language_model_in_few_bits(name, changes, most, width, group, texts, 
     assert {entry.get("group_size", -1) for entry in record["bits"].values()} == {group}
 
 
+@pytest.mark.parametrize("name, bits, group", [("llm-3bit", 3, 64), ("llm-2bit", 2, 32)], ids=["llm-3bit", "llm-2bit"])
+def test_a_language_model_whose_scales_follow_the_float_model(name, bits, group, texts, tmp_path, capsys):
+    sizes = dict(hidden_size=64, intermediate_size=64, num_attention_heads=4, head_dim=16)
+    folder = tiny_folder(tmp_path / "llama", "llama", num_hidden_layers=1, **sizes)
+    changes = {"gptq.calibration_examples": 8, "distil.max_steps": 2, "distil.disable_tqdm": True, "distil.bf16": False}
+    start, packed = run(name, folder, tmp_path / "out", texts, changes, capsys)
+    assert packed["quality"] == pytest.approx(start["quality"], abs=0.2)
+    record = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model").config.quantization_config["bits"]
+    layers = {(entry["bits"], entry["group_size"]) for key, entry in record.items() if not key.endswith("embed_tokens")}
+    assert layers == {(bits, group)} and len(record) == 8
+
+
 def test_an_encoder_of_sparse_blocks(tmp_path, capsys):
     training = {f"{stage}.{name}": value for stage in ("fine-tune", "distil") for name, value in TRAIN.items()}
     changes = {**training, "prune.num_updates": 2, "prune.end": 0.7}
