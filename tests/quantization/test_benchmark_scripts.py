@@ -1,11 +1,15 @@
 """The measurement scripts run, on a tiny model."""
 
+import io
 import json
+import random
 import runpy
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
+from recipe_run import tiny_folder
 from test_benchmark_pruning import write_model_and_data
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -37,3 +41,37 @@ def test_texts_are_prepared_and_do_not_overlap(tmp_path, monkeypatch):
     long = [{" ".join(p.split()) for p in text.split("\n\n") if len(p) > 60} for text in (calibration, held_out)]
     assert not long[0] & long[1]
     assert min(len(calibration) / 5, len(held_out), len(news)) > 50_000
+
+
+def test_general_text_is_read_from_tagged_words_and_held_out_by_file(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS / "benchmarks"))
+    from prepare_texts import brown, mixed
+
+    with tarfile.open(tmp_path / "brown.tgz", "w:gz") as archive:
+        for number in range(27):
+            text = f"\n\n\t``/`` File/nn {number}/cd ''/'' ,/, he/pps said/vbd ;/. ;/.\n\n\twell/rb (/( no/rb )/) ./.\n"
+            member = tarfile.TarInfo(f"package/ca{number:02}")
+            member.size = len(text)
+            archive.addfile(member, io.BytesIO(text.encode("latin-1")))
+        archive.addfile(tarfile.TarInfo("package/README"))
+    train, held_out = brown(tmp_path / "brown.tgz")
+    assert held_out == '"File 0", he said;\nwell (no).\n\n"File 25", he said;\nwell (no).'
+    assert train.count("File") == 25 and '"File 0"' not in train
+    assert mixed("aaaa", "bbb", length=2) == "aa\n\nbb\n\naa\n\nb"
+
+
+def test_scales_benchmark_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+    words = random.Random(0).choices([*"abcdefghij", "good", "bad", "film"], k=1100)
+    for name in ("calibration", "documentation", "news", "brown", "validation"):
+        (tmp_path / f"{name}.txt").write_text(" ".join(words), encoding="utf-8")
+    tiny_folder(tmp_path / "out" / "model", "llama", num_hidden_layers=1)
+    arguments = ["--texts", tmp_path, "--output", tmp_path / "out", "--group_size", 16, "--calibration_rows", 1,
+                 "--steps", 4, "--length", 32, "--windows", 1]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["scales.py", *map(str, arguments)])
+    for _ in range(2):
+        runpy.run_path(str(SCRIPTS / "benchmarks" / "scales.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert printed.count("training took") == printed.count("GPTQ took") == 1
+    lines = [json.loads(line) for line in printed.splitlines() if line.startswith('{"')]
+    assert len(lines) == 4 and lines[:2] == lines[2:]
+    assert lines[0]["bits_per_weight"] == lines[1]["bits_per_weight"] < 16
