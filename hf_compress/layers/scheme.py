@@ -106,6 +106,6 @@ class WeightScheme:
             raise ValueError(f"The record of {name} is not valid: {error}") from error
 
 
-def auto_group_size(in_features: int) -> int:
-    """The largest of 128, 64 and 32 that divides `in_features`, else -1."""
-    return next((size for size in (128, 64, 32) if in_features % size == 0), -1)
+def auto_group_size(in_features: int, most: int = 128) -> int:
+    """The largest of 128, 64 and 32, up to `most`, that divides `in_features`, else -1."""
+    return next((size for size in (128, 64, 32) if size <= most and in_features % size == 0), -1)

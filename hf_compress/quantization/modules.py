@@ -18,6 +18,8 @@ from hf_compress.model.weights import check_no_adapters
 from hf_compress.quantization.gptq import QuantizedWeight
 from hf_compress.quantization.grids import fits_float16, group_rows
 
+AUTO = {"auto": 128, "auto-64": 64, "auto-32": 32}  # how groups are asked for that fit -> the largest of them
+
 
 def is_linear(module: nn.Module) -> bool:
     """A linear map and no more: what a subclass adds would be lost. Empty ones (pruned) do not count."""
@@ -121,7 +123,7 @@ def scheme_for(module: nn.Module, name: str, bits: int, *, group_size: int | str
 
 def _group_size(module: nn.Module, name: str, group_size: int | str) -> int:
     columns = in_features(module)
-    size = auto_group_size(columns) if group_size == "auto" else group_size
+    size = auto_group_size(columns, AUTO[group_size]) if group_size in AUTO else group_size
     if isinstance(size, int) and size > 0 and columns % size:
         raise ValueError(
             f"{name}: group_size must divide in_features, got group_size={size}, in_features={columns}. "

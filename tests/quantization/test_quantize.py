@@ -12,6 +12,7 @@ from hf_compress.model.calibration import InputMoments, capture_stack_inputs, in
 from hf_compress.model.calibration_data import calibration_batches
 from hf_compress.quantization import block_by_block
 from hf_compress.quantization.block_by_block import matching_weight, shrink
+from hf_compress.quantization.modules import scheme_for
 from tests.helpers import FAMILIES, tiny_batch, tiny_model
 
 
@@ -318,3 +319,11 @@ def test_finished_layers_of_another_model_are_refused(part, tmp_path):
         tensor.copy_(-tensor if tensor.ndim > 1 else tensor + 1)
     with pytest.raises(ValueError, match="run with other weights"):
         hfc.quantize(other, 4, **options)
+
+
+@pytest.mark.parametrize("asked, columns, size", [
+    ("auto", 128, 128), ("auto", 96, 32), ("auto-64", 128, 64), ("auto-64", 96, 32), ("auto-32", 128, 32),
+    ("auto-32", 40, -1),
+])  # fmt: skip
+def test_groups_that_fit_up_to_a_size(asked, columns, size):
+    assert scheme_for(torch.nn.Linear(columns, 4), "it", 3, group_size=asked).group_size == size

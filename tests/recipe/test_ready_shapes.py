@@ -70,7 +70,7 @@ def classifier(name, depth, family, tmp_path, *, evaluates=False):
 
 
 def language_model(name, depth, family, tmp_path, *, evaluates=False):
-    sizes = dict(num_hidden_layers=depth, hidden_size=64, intermediate_size=128, vocab_size=72)  # Qwen adds a token
+    sizes = dict(num_hidden_layers=depth, hidden_size=64, intermediate_size=96, vocab_size=72)  # Qwen adds a token
     folder = tiny_folder(tmp_path / family, family, **{**sizes, **DECODERS[family]})
     texts = tmp_path / "texts.txt"
     texts.write_text("\n".join(f"the film was good bad {i % 7}" for i in range(60)), encoding="utf-8")
