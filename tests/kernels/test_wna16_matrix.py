@@ -1,7 +1,6 @@
 """The Triton kernels of low-bit layers, in the interpreter or on a GPU, against the float64 product of the integers."""
 
 import itertools
-import random
 
 import pytest
 import torch
@@ -35,7 +34,11 @@ def matrix(shapes):
 
 EVERYTHING = matrix(SMALL + LARGE)
 COVER = pair_cover(matrix(SMALL))
-QUICK = COVER + random.Random(0).sample(matrix(LARGE), 6)
+WIDE = [  # of a layer as models have it, once for each number of bits; more rows are more of the same tiles
+    (2, 32, torch.bfloat16, 2, *LARGE, False, True), (3, 64, torch.float16, 8, *LARGE, True, False),
+    (4, 128, torch.bfloat16, 7, *LARGE, True, True), (8, -1, torch.float16, 1, *LARGE, False, False),
+]  # fmt: skip
+QUICK = COVER + WIDE
 
 
 def case_id(case):
