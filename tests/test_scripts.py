@@ -1,5 +1,6 @@
 """The scripts run from end to end on a tiny model, as the documents say."""
 
+import ast
 import json
 import subprocess
 import sys
@@ -30,6 +31,23 @@ def tiny_folder(tmp_path):
     BertTokenizerFast(str(tmp_path / "vocab.txt"), model_max_length=64).save_pretrained(folder)
     tiny_model("bert").save_pretrained(folder)
     return folder
+
+
+def test_what_scripts_take_from_one_another_is_there():
+    scripts = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "scripts").rglob("*.py")}
+    taken = [
+        (name, node.module.rpartition(".")[2], alias.name)
+        for name, tree in scripts.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module in scripts or node.module.startswith("scripts."))
+        for alias in node.names
+    ]
+    assert taken
+    for name, other, wanted in taken:
+        defined = {getattr(node, "name", None) for node in scripts[other].body}
+        defined |= {target.id for node in scripts[other].body if isinstance(node, ast.Assign)
+                    for target in node.targets if isinstance(target, ast.Name)}  # fmt: skip
+        assert wanted in defined, f"{name}.py imports {wanted} from {other}.py, which has none"
 
 
 def test_demo_on_own_model_and_texts(tiny_folder, tmp_path, monkeypatch, capsys):
