@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import onnx_ir as ir
+import onnxscript  # noqa: F401  the exporter wants it, and says so later than here
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.exporters import ExportFormat, ExportQuantizer, OnnxConfig, OnnxExporter

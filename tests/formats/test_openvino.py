@@ -220,12 +220,3 @@ def test_a_wrong_weight_is_found_and_named(tmp_path, classifier, monkeypatch):
     with pytest.raises(RuntimeError, match=r"first layer that differs is bert\.encoder\.layer\.1\.output\.dense"):
         hfc.export(classifier, tmp_path / "model", format="openvino", tokenizer=tiny_tokenizer())
     assert not list(tmp_path.iterdir())
-
-
-def test_a_missing_runtime_names_the_extra(tmp_path, monkeypatch):
-    import sys
-
-    monkeypatch.setitem(sys.modules, "openvino", None)
-    monkeypatch.delitem(sys.modules, "hf_compress.formats.openvino", raising=False)
-    with pytest.raises(ImportError, match=r"pip install 'hf_compress\[openvino\]'"):
-        hfc.export(tiny_model("bert", **SMALL), tmp_path / "model", format="openvino")

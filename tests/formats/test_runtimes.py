@@ -164,6 +164,29 @@ def test_a_full_disk_leaves_no_half_folder(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.fixture
+def small_disk():
+    """Files end at 8 kB, as on a disk that is full: what writes more is told so, by the system itself."""
+    resource = pytest.importorskip("resource")  # not on Windows
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+LONG = pytest.mark.long
+
+
+@pytest.mark.parametrize("format", [pytest.param("openvino", marks=LONG), pytest.param("onnx", marks=LONG), "gguf"])
+def test_a_file_that_ends_too_early_leaves_no_half_folder(format, tmp_path, small_disk):
+    pytest.importorskip({"onnx": "onnxscript"}.get(format, format))
+    model = tiny_model("bert", **SMALL)
+    with pytest.raises((OSError, RuntimeError), match=r"(?i)too large|iostream|and \d+ written"):
+        hfc.export(model.bert if format == "gguf" else model, tmp_path / "model", format=format,
+                   tokenizer=tiny_tokenizer())  # fmt: skip
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_a_killed_process_left_is_no_hindrance(tmp_path):
     (tmp_path / ".model.writing").mkdir()
     (tmp_path / ".model.writing" / "half").write_text("half", encoding="utf-8")
@@ -217,6 +240,20 @@ def test_older_transformers_are_told_which_version_has_exporters(tmp_path, monke
     pytest.importorskip("openvino")
     with pytest.raises(ImportError, match=r"since 5\.23; installed is 5\."):
         export(tiny_model("bert", **SMALL), tmp_path / "model", format="openvino")
+
+
+MISSING = [("openvino", "openvino"), ("onnx", "onnxruntime"), ("onnx", "onnxscript"), ("gguf", "gguf")]
+
+
+@pytest.mark.parametrize(("format", "package"), MISSING)
+def test_a_package_that_is_missing_names_the_extra_that_brings_it(format, package, tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("hf_compress.formats.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    export = importlib.import_module("hf_compress.formats.export").export
+    with pytest.raises(ImportError, match=rf"format='{format}' needs .*pip install 'hf_compress\[{format}\]'"):
+        export(tiny_model("bert", **SMALL), tmp_path / "model", format=format)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_export_says_what_is_ours_to_say(caplog, capsys):
