@@ -196,6 +196,19 @@ def test_an_embedder_is_filled_up_with_heads_and_neurons_of_zeros(tmp_path):
         hfc.export(model, tmp_path / "cased", format="gguf", tokenizer=cased)
 
 
+@pytest.mark.parametrize("kind", ["packed", "bfloat16", "float16"])
+def test_what_llama_cpp_adds_to_the_tokens_is_float32(kind, tmp_path):
+    model = tiny_model("bert", hidden_size=64, intermediate_size=64, num_hidden_layers=1).bert
+    packed = dict(bits=8, symmetric=True, group_size=-1, embedding_bits=8)
+    model = hfc.quantize(model, **packed) if kind == "packed" else model.to(getattr(torch, kind))
+    hfc.export(model, tmp_path / "model", format="gguf", tokenizer=tiny_tokenizer())
+    tensors, _, reader = read(tmp_path / "model")
+    (stored,) = (tensor for tensor in reader.tensors if tensor.name == "token_types.weight")
+    table = model.embeddings.token_type_embeddings
+    expected = table.dequantize(torch.float32) if kind == "packed" else table.weight.detach().float()
+    assert stored.tensor_type.name == "F32" and np.array_equal(tensors[stored.name], expected.numpy())
+
+
 REFUSED = {
     "8-bit-zeros": (dict(bits=8), "q_proj: GGUF has no 8-bit type with zero points"),
     "groups": (dict(bits=4, group_size=16), "q_proj: GGUF has blocks of 32 columns, which groups of 16"),

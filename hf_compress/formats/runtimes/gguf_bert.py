@@ -67,7 +67,8 @@ def named_matrices(model: PreTrainedModel, shape: Shape) -> Iterator[tuple[str, 
             matrix = matrix.with_rows(shape.neurons)
         elif reads_neurons or reads_heads:
             matrix = matrix.with_columns(shape.neurons if reads_neurons else model.config.hidden_size)
-        yield target, matrix
+        # added to the tokens as it is stored, and ggml adds float32 alone: other types end its process
+        yield target, matrix.unpacked() if target == "token_types.weight" else matrix
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:

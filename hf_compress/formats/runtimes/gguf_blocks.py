@@ -51,6 +51,10 @@ class Matrix:
         scales = None if self.scales is None else np.ascontiguousarray(change(self.scales))
         return replace(self, values=np.ascontiguousarray(change(self.values)), scales=scales)
 
+    def unpacked(self) -> "Matrix":
+        """The same numbers in float32."""
+        return Matrix(Type.F32, self.decoded())
+
     def decoded(self) -> np.ndarray:
         """float32, as whoever reads the file has it."""
         if self.scales is None:
