@@ -9,7 +9,7 @@ from transformers import AutoModel
 
 import hf_compress as hfc
 from hf_compress.formats.runtimes.readme import readme
-from hf_compress.model.pooling import MODES, Pooling, write_pooling
+from hf_compress.model.pooling import MODES, Pooling, read_pooling, write_pooling
 
 PACKAGES = {"openvino": "openvino", "onnx": "onnxscript"}
 
@@ -44,6 +44,7 @@ def test_vectors_are_those_of_the_packed_model(format, packed, expected, tmp_pat
     torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(2))
     cosine = torch.cosine_similarity(vectors, Pooling()(*expected), dim=-1)
     assert (cosine >= 0.999).all()  # 8 bit, inputs rounded by the runtime
+    assert read_pooling(tmp_path / "model") == Pooling()  # for sentence-transformers
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -18,9 +18,9 @@ from transformers.utils import logging as transformers_logging
 from hf_compress.checkpoint.bits import packed_modules
 from hf_compress.files.whole import check_free, whole_folder
 from hf_compress.formats.runtimes.agreement import BOUND, Session, check_batches, first_difference, measure_agreement
-from hf_compress.formats.runtimes.readme import readme, write_readme
+from hf_compress.formats.runtimes.readme import is_embedder, readme, write_readme
 from hf_compress.layers.block_sparse import BlockSparseLinear
-from hf_compress.model.pooling import copy_pooling
+from hf_compress.model.pooling import pooling_of, write_pooling
 from hf_compress.model.record import read_record
 from hf_compress.version import __version__
 
@@ -71,9 +71,9 @@ def write_folder(model: PreTrainedModel, folder: Path, kind: type[Exported],
             complete_config(beside / "config.json", model)
             if tokenizer is not None:
                 tokenizer.save_pretrained(beside)
+            if is_embedder(model):  # sentence-transformers opens the folder by these, and comparisons pool by them
+                write_pooling(beside, pooling_of(model), model.config.get_text_config().hidden_size)
             write_readme(beside, lines)
-            if type(model).__name__.endswith("Model") and model.name_or_path:  # a comparison pools as the README does
-                copy_pooling(model.name_or_path, beside)
             contents = describe(model, exported, agreement)
             (beside / RECORD).write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
     logger.info("%s agrees with the model: %s", folder, agreement["outputs"])

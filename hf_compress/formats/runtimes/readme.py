@@ -113,11 +113,16 @@ def ending(model: PreTrainedModel) -> str:
             return SEVERAL_LABELS
         if model.config.num_labels == 1:
             return 'print(outputs["logits"][:, 0])\n'
-    if name.endswith("Model"):
+    if is_embedder(model):
         pooling = pooling_of(model)
         return EMBED.format(pooled=POOLED[pooling.mode]) + NORMALIZED * pooling.normalize + "print(vectors)\n"
     known = next((text for end, text in ENDINGS.items() if name.endswith(end)), None)
     return known or "print({name: value.shape for name, value in outputs.items()})\n"
+
+
+def is_embedder(model: PreTrainedModel) -> bool:
+    """Whether the states of a text are what comes out, to be pooled."""
+    return type(model).__name__.endswith("Model")
 
 
 def longest_text(model: PreTrainedModel) -> int:
