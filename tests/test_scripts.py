@@ -44,8 +44,8 @@ def test_what_scripts_take_from_one_another_is_there():
     assert taken
     for name, other, wanted in taken:
         defined = {getattr(node, "name", None) for node in scripts[other].body}
-        defined |= {target.id for node in scripts[other].body if isinstance(node, ast.Assign)
-                    for target in node.targets if isinstance(target, ast.Name)}  # fmt: skip
+        defined |= {target.id for node in scripts[other].body if isinstance(node, ast.Assign | ast.AnnAssign)
+                    for target in ast.walk(node) if isinstance(target, ast.Name)}  # fmt: skip
         assert wanted in defined, f"{name}.py imports {wanted} from {other}.py, which has none"
 
 

@@ -49,6 +49,7 @@ class Arguments:
     models: str = field(metadata={"help": "Folder that runtimes_models.py wrote."})
     texts: str = field(metadata={"help": "CSV file with the columns text and label."})
     structures: list[str] = field(default_factory=lambda: ["full", "half"], metadata={"help": "Of the models."})
+    kinds: list[str] = field(default_factory=lambda: ["ranges", *AT_ONCE], metadata={"help": "Of packed models."})
     threads: int = field(default=1, metadata={"help": "Of PyTorch and of each runtime."})
     rounds: int = field(default=15, metadata={"help": "How often each is timed; 0 for not at all."})
     limit: int = field(default=1500, metadata={"help": "Texts for agreement and accuracy; 0 for none."})
@@ -65,7 +66,7 @@ def main() -> None:
     stock = torch_run(AutoModelForSequenceClassification.from_pretrained(models / "full"))
     runs, sizes = {"stock float32": stock}, {}
     for structure in args.structures:
-        ours, bytes_ = contestants(models, structure, texts, args.threads)
+        ours, bytes_ = contestants(models, structure, args, texts)
         runs, sizes = runs | ours, sizes | bytes_
     results = {"bytes": sizes, "agreement": {}, "ms": {}}
     if args.limit:
@@ -77,11 +78,13 @@ def main() -> None:
     kept.write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 
-def contestants(models: Path, structure: str, texts: list[str], threads: int) -> tuple[dict[str, Run], dict[str, int]]:
+def contestants(
+    models: Path, structure: str, args: Arguments, texts: list[str]
+) -> tuple[dict[str, Run], dict[str, int]]:
     """What runs, and bytes of what is stored, by names such as "half, ranges, OpenVINO"."""
     plain, tokenizer = opened(models / structure), AutoTokenizer.from_pretrained(models / structure)
     runs, sizes = {f"{structure}, float32": torch_run(plain)}, {}
-    for kind in ("ranges", *AT_ONCE):
+    for kind in args.kinds:
         model = opened(models / (f"{structure}-8-bit" if kind == "ranges" else structure))
         model = hfc.quantize(model, **AT_ONCE[kind]) if kind in AT_ONCE else model
         name = f"{structure}, {kind}"
@@ -90,18 +93,19 @@ def contestants(models: Path, structure: str, texts: list[str], threads: int) ->
             folder = models / "exports" / f"{name.replace(', ', '-').replace(' ', '-')}-{format}"
             if not folder.exists():
                 hfc.export(model, folder, format=format, tokenizer=tokenizer, calibration=texts[:64])
-            open_folder = partial(runner(folder).open_folder, folder, threads=threads)
+            open_folder = partial(runner(folder).open_folder, folder, threads=args.threads)
             runs[f"{name}, {runtime}"] = session_run(open_folder())
             sizes[f"{name}, {runtime}"] = sum(path.stat().st_size for path in folder.iterdir() if "model." in path.name)
             if format == "openvino" and kind != "4 bit":
                 runs[f"{name}, {runtime}, integers"] = session_run(open_folder(exact=False))
     if find_spec("nncf"):
-        runs |= post_training(plain, tokenizer, texts, models / "exports" / f"{structure}-nncf", structure, threads)
+        runs |= post_training(plain, tokenizer, texts, models / "exports" / f"{structure}-nncf", args.threads)
     return runs, sizes
 
 
-def post_training(model, tokenizer, texts: list[str], folder: Path, structure: str, threads: int) -> dict[str, Run]:
+def post_training(model, tokenizer, texts: list[str], folder: Path, threads: int) -> dict[str, Run]:
     """NNCF's own 8-bit model of the same structure, calibrated on 300 texts, run in both ways."""
+    structure = folder.name.removesuffix("-nncf")
     from hf_compress.formats.runtimes.openvino_session import open_folder
 
     if not folder.exists():

@@ -6,8 +6,8 @@
 
 One thread. Of each case: whether the file's weights are the model's, bit for bit; the perplexity in PyTorch, in PyTorch
 with inputs rounded as llama.cpp rounds those of quantized weights (8 bit in blocks of 32), and in llama.cpp; tokens a
-second. Perplexity is over the tokens whose place has a printable most likely token: for others llama.cpp's server
-gives no distribution. With `output` a case that is there is not run again.
+second. Perplexity is over the tokens whose place has a printable most likely token (for others llama.cpp's server gives
+no distribution) and that are among the 2,000 likeliest there. With `output` a case that is there is not run again.
 """
 
 import json
@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from scripts.benchmarks.gptq import ordinary_checkpoint  # noqa: E402
 
-PROMPT, WRITTEN = 8, 32  # tokens
+PROMPT, WRITTEN, TOLD = 8, 32, 2000  # tokens
 BLOCK = 32  # inputs that share a scale in llama.cpp
 FOUR, EIGHT = dict(bits=4, group_size=32, symmetric=True), dict(bits=8, group_size=32, symmetric=True)
 Pair = tuple[PreTrainedModel, PreTrainedTokenizerFast]
@@ -207,7 +207,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 def log_probability(llama: xllamacpp.Server, before: list[int], token: int, model: PreTrainedModel) -> float | None:
     """Of `token` behind others; None where the server tells none."""
-    told = complete(llama, before, 1, model.config.vocab_size)["choices"][0]["logprobs"]
+    told = complete(llama, before, 1, min(TOLD, model.config.vocab_size))["choices"][0]["logprobs"]
     if told is None:
         return None
     return next((one["logprob"] for one in told["content"][0]["top_logprobs"] if one["id"] == token), None)
