@@ -10,10 +10,11 @@ import traceback
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from distillation.data import rows
 from helpers import tiny_model
 from torch import Tensor
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import BertTokenizerFast, PreTrainedModel, Trainer, TrainerCallback
 from trust.compositions import COMPOSITIONS, QUICK, Composition
 
 import hf_compress as hfc
@@ -28,6 +29,7 @@ OPTIONS = {
     "HeadGatesTrainer": {"l0": 1.0},
     "HeadPruningTrainer": QUICK,
     "LayerPruningTrainer": {"share": 0.5},
+    "MarginMSETrainer": {"max_length": 16},
     "NeuronPruningTrainer": QUICK,
     "QBertTrainer": {"refresh_steps": 2, "start_bits": 8},
     "TheseusTrainer": {"intermediate_share": 0.5},
@@ -43,7 +45,19 @@ def quiet(value: float | None) -> dict[str, float]:
 
 
 def data_of(name: str, number: int = 24, seed: int = 0):
+    if name == "MarginMSETrainer":
+        words = torch.randint(0, 50, (number, 4), generator=torch.Generator().manual_seed(seed)).tolist()
+        texts = [[f"word{n}" for n in row] for row in words]
+        return Dataset.from_list(
+            [{"query": a, "positive": f"{a} {b}", "negative": [c, f"{c} {d}"]} for a, b, c, d in texts]
+        )
     return rows(number, kind="clm" if name in CAUSAL else "classification", seed=seed)
+
+
+def tokenizer_of_words() -> BertTokenizerFast:
+    """Of the texts of `data_of`, for trainers that read texts."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{n}" for n in range(50))]
+    return BertTokenizerFast(vocab={word: n for n, word in enumerate(words)}, model_max_length=64)
 
 
 def prepared(name: str, student: PreTrainedModel) -> PreTrainedModel:
@@ -58,11 +72,15 @@ def build(name: str, folder: Path, *, seed: int = 0, dropout: float | None = Non
     name = case.trainer
     kind, config = getattr(hfc, name), getattr(hfc, name.replace("Trainer", "Config"))
     family, changes = ("llama", {}) if name in CAUSAL else ("bert", quiet(dropout))
+    if name == "MarginMSETrainer":
+        changes = {**changes, "num_labels": 1, "initializer_range": 0.3}  # margins of some size
     teacher = tiny_model(family, seed=3, **changes)
     torch.manual_seed(seed)
     student = case.student(prepared(name, make_student(teacher, num_hidden_layers=2)))
     arguments = {"train_dataset": data_of(name), "eval_dataset": data_of(name, 8, seed=1), **(extra or {})}
     arguments["callbacks"] = [*case.callbacks(), *arguments.get("callbacks", ())]
+    if name == "MarginMSETrainer":
+        arguments.setdefault("processing_class", tokenizer_of_words())
     if name == "MutualTrainer":
         arguments["peers"] = [tiny_model(family, seed=seed + 4, num_hidden_layers=1, **changes)]
     elif issubclass(kind, DistillationTrainer) and name != "SelfDistillationTrainer":
