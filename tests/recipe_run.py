@@ -3,7 +3,9 @@
 from pathlib import Path
 
 from helpers import tiny_model
-from transformers import BertTokenizerFast
+from transformers import AutoModel, AutoTokenizer, BertTokenizerFast
+
+from hf_compress.model.pooling import Pooling, write_pooling
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "the", "was", "not", *"abcdefghij"]
 REVIEW_LABELS = {"id2label": {0: "neg", 1: "pos"}, "label2id": {"neg": 0, "pos": 1}}
@@ -18,6 +20,17 @@ def tiny_folder(folder: Path, family: str = "bert", **changes) -> Path:
     names = {} if changes.keys() & {"num_labels", "id2label"} else REVIEW_LABELS
     tiny_model(family, **names, **changes).save_pretrained(folder)
     return folder
+
+
+def embedder(folder: Path, family: str = "bert", pooling: Pooling | None = None, **changes) -> Path:
+    """A folder of a random model without head; with `pooling`, as sentence-transformers has them."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder(folder / "head", family, initializer_range=0.3, **changes))
+    model = AutoModel.from_pretrained(folder / "head")
+    model.save_pretrained(folder / "embedder")
+    tokenizer.save_pretrained(folder / "embedder")
+    if pooling is not None:
+        write_pooling(folder / "embedder", pooling, model.config.hidden_size)
+    return folder / "embedder"
 
 
 def reviews(file: Path, number: int = 60) -> Path:

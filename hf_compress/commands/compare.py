@@ -77,6 +77,7 @@ def made_by(source: str, shared: dict[str, Any], output: Path) -> str:
         return str(recipe.changed(**changes).run(output / "recipes" / path.stem).model)
     if path.is_dir() and not (path / "config.json").is_file() and (path / "model" / "config.json").is_file():
         return str(path / "model")  # what `hf-compress run` wrote
-    if not path.is_dir() and (path.is_absolute() or source.startswith(".")):
+    is_path = path.is_absolute() or source.startswith(".") or source.endswith("/") or source.count("/") > 1
+    if not path.is_dir() and is_path:  # no name of the Hub
         raise RecipeError(f"There is no model {source}: the folder does not exist.")
     return source

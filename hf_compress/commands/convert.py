@@ -6,6 +6,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer
 
+from hf_compress.commands.compare import made_by
 from hf_compress.commands.parser import Parser
 from hf_compress.files.whole import check_free, whole_folder
 from hf_compress.formats.compressed_tensors_read import load_compressed_tensors
@@ -21,7 +22,8 @@ READERS = {"compressed-tensors": load_compressed_tensors, "gptq": load_gptq}  # 
 
 def run(verb: str, arguments: list[str]) -> int:
     given = convert_parser().parse_all(arguments)
-    source, output = given.model, Path(given.output)
+    output = Path(given.output)
+    source = made_by(given.model, {}, output)
     if given.format not in (OWN, *FORMATS):
         raise RecipeError(f"--format must be one of {', '.join((OWN, *FORMATS))}, got {given.format!r}.")
     check_free(output)
@@ -56,7 +58,7 @@ def agreement(folder: Path) -> str:
 def convert_parser() -> Parser:
     parser = Parser("hf-compress convert", description="Write a model in another format. GPTQ and "
                     "compressed-tensors checkpoints of others can be read as well.")  # fmt: skip
-    parser.add_argument("model", help="A folder or Hub name.")
+    parser.add_argument("model", help="A folder, what `hf-compress run` wrote, or a Hub name.")
     parser.add_argument("output", help="An empty or new folder.")
     parser.add_argument("--format", default=OWN, help=f"{', '.join((OWN, *FORMATS))}. Default: {OWN}.")
     return parser

@@ -17,6 +17,8 @@ MARK = 'data-made-by="hf_compress"'  # what has it may be replaced
 def run(verb: str, arguments: list[str]) -> int:
     given = picture_parser().parse_all(arguments)
     output = Path(given.output)
+    if output.suffix.lower() != ".svg":
+        raise RecipeError(f"The picture is an SVG: call it {output.with_suffix('.svg')}, not {output}.")
     if output.exists() and MARK not in output.read_text(encoding="utf-8", errors="replace")[:200]:
         raise RecipeError(
             f"{output} is there, and no picture of ours. Choose another --output, so that nothing is lost."

@@ -62,6 +62,10 @@ class StructureOptions:
         if not (self.layers or self.heads or self.neurons):
             raise ValueError("give a share of layers, heads or neurons that goes.")
 
+    @property
+    def needs_texts(self) -> bool:
+        return bool(self.heads or self.neurons)
+
     def apply(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: Samples):
         parts = anatomy(model)
         if self.layers and len(parts.stacks) > 1:
@@ -217,6 +221,10 @@ class RoundOptions:
 
     def __post_init__(self):
         check_dtype(self.dtype)
+
+    @property
+    def needs_texts(self) -> bool:
+        return self.method != "rtn" or self.average_bits is not None
 
     def apply(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: Samples):
         options = {field.name: getattr(self, field.name) for field in fields(RoundOptions)}

@@ -6,28 +6,17 @@ import math
 import pytest
 import torch
 import yaml
-from recipe_run import QUICK, TRAIN, tiny_folder
+from recipe_run import QUICK, TRAIN, embedder
 from transformers import AutoModel, AutoTokenizer
 
 from hf_compress.commands.main import main
-from hf_compress.model.pooling import Pooling, read_vectors, write_pooling
+from hf_compress.model.pooling import Pooling, read_vectors
 from hf_compress.recipe.data import DataOptions
 from hf_compress.recipe.tasks.table import task_of
 from hf_compress.report.vectors import agreement, text_vectors
 
 LETTERS = "abcdefghij"
 TEXTS = [f"the film was {'good' if i % 2 else 'bad'} {LETTERS[i % 10]} {LETTERS[i // 10]}" for i in range(60)]
-
-
-def embedder(folder, family="bert", pooling=None, **changes):
-    """A folder of a model without head, as sentence-transformers has them."""
-    tokenizer = AutoTokenizer.from_pretrained(tiny_folder(folder / "head", family, initializer_range=0.3, **changes))
-    model = AutoModel.from_pretrained(folder / "head")
-    model.save_pretrained(folder / "embedder")
-    tokenizer.save_pretrained(folder / "embedder")
-    if pooling is not None:
-        write_pooling(folder / "embedder", pooling, model.config.hidden_size)
-    return folder / "embedder"
 
 
 @pytest.fixture
