@@ -93,7 +93,8 @@ def prepare(page, code, at):
     if page == "kernels.md":
         at |= kernel_tensors()
     if page.startswith("pruning"):
-        at |= {"model": bert(), "train_set": rows(64)}
+        known = " ".join(at["tokenizer"].get_vocab())
+        at |= {"model": bert(), "train_set": rows(64), "texts": [known] * 2}
     if page == "quantization.md":
         at["model"] = tiny_model("llama", hidden_size=64, intermediate_size=64, num_attention_heads=4, head_dim=16)
         at |= {"dataset": rows(16, kind="clm"), "fine_tuned_model": bert(), "train": rows(8), "test": rows(4)}

@@ -134,12 +134,15 @@ class Recipe:
         if reading and not self.data.get("source"):
             raise RecipeError("The recipe names no data: give a file, a folder or a Hub name (`data:`, or --data).")
         past = Past([Made(INPUT, self.model, model_fingerprint(self.model))])
-        options = build(DataOptions, self.data, "data") if reading else DataOptions(source="")
+        makes = any(stage.makes_model for stage in self.stages)
+        options = build(DataOptions, {"source": "", **self.data}, "data") if reading or makes else DataOptions("")
         parts = [part for stage in self.stages for part in stage.parts]
         needs_labels = any(part.needs_labels for part in parts)
         data = RecipeData(options, self.task or task_of(self.model, options), needs_labels=needs_labels)
         for stage in self.stages:
             stage.check(self.model, data)
+        if makes and not reading and not data.kind.has_head(AutoConfig.from_pretrained(self.model)):
+            raise RecipeError(f"{self.model} has no head for {data.kind.predicts}: say the --task that it is for.")
         if reading:
             data.tell()
             known = {INPUT, *(stage.name for stage in self.stages)}

@@ -20,7 +20,7 @@ from hf_compress.measuring.quality import example_scores, usable_rows
 from hf_compress.model.pooling import copy_pooling
 from hf_compress.model.precision import fast_forward
 from hf_compress.recipe.data import CLASSIFICATION, RecipeData
-from hf_compress.recipe.one_shot import cast
+from hf_compress.recipe.one_shot import Samples, cast
 from hf_compress.recipe.options import RecipeError
 from hf_compress.recipe.qat import QATOptions
 from hf_compress.recipe.stage import Made, Past, Stage, Work
@@ -35,9 +35,14 @@ logger = logging.getLogger(__name__)
 class Change(Stage):
     """Makes another model, and saves it with its tokenizer in `work.folder / "model"`."""
 
+    @property
+    def reads(self) -> bool:
+        """Rounding to nearest and whole layers that go do without texts."""
+        return self.method.trains or bool(self.together) or getattr(self.own, "needs_texts", True)
+
     def run(self, work: Work) -> dict[str, Any]:
         tokenizer = work.data.tokenizer(work.source)
-        if not self.tunes:
+        if self.reads and not self.tunes:
             work.data.check_labels(AutoConfig.from_pretrained(work.source), f"The model that enters {self.name}")
         set_seed(work.seed)
         model, tokenizer, figures = self.make(work, tokenizer)
@@ -51,7 +56,8 @@ class Change(Stage):
     def make(self, work: Work, tokenizer: PreTrainedTokenizerBase) -> tuple:
         """The model, its tokenizer, and figures of how it came about."""
         model = work.load(work.source)
-        return *self.own.apply(model, tokenizer, work.samples(model, tokenizer)), {}
+        samples = work.samples(model, tokenizer) if self.reads else Samples((), (), None, work.seed)
+        return *self.own.apply(model, tokenizer, samples), {}
 
 
 class Train(Change):

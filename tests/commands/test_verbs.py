@@ -1,5 +1,7 @@
 """Verbs agree: each takes what another wrote, asks for no more than it reads, and says alike what is not there."""
 
+import json
+
 import pytest
 import torch
 from recipe_run import reviews, tiny_folder
@@ -33,6 +35,17 @@ def test_whole_layers_go_without_texts(model, tmp_path, capsys):
     command = ["prune", "--method", "structure", "--layers", "0.5", "--model", str(model)]
     assert main([*command, "--output", str(tmp_path / "o")]) == 0, capsys.readouterr().err
     assert loaded(tmp_path / "o" / "model").config.num_hidden_layers == 2
+
+
+def test_without_texts_a_model_needs_a_head_that_says_its_task(tmp_path, capsys):
+    """A fresh head would be rounded, and saved."""
+    folder = tiny_folder(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(
+        json.dumps({**config, "architectures": ["BertForPreTraining"]}), encoding="utf-8"
+    )
+    assert main(["quantize", "--model", str(folder), "--output", str(tmp_path / "o")]) == 2
+    assert "has no head for labels: say the --task" in capsys.readouterr().err
 
 
 READERS = [["--method", "gptq"], ["--average_bits", "3.5"], ["--evaluate"]]
