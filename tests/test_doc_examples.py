@@ -132,7 +132,11 @@ def kernel_tensors():
             **{name: value.half() for name, value in half.items()}}  # fmt: skip
 
 
-@pytest.mark.parametrize("page", PAGES)
+LONG = ("pruning.md", "reporting.md", "runtimes.md", "teachers.md")  # pages that time models, export, or train chains
+CASES = [pytest.param(page, marks=[pytest.mark.long] * (page in LONG), id=page) for page in PAGES]
+
+
+@pytest.mark.parametrize("page", CASES)
 def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
