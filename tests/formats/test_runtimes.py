@@ -231,9 +231,17 @@ def test_modules_get_their_own_mode_back():
     assert [module.training for module in model.modules()] == before
 
 
-def test_older_transformers_are_told_which_version_has_exporters(tmp_path, monkeypatch):
+def forget_formats(monkeypatch):
+    """They are imported anew, and afterwards as they were, in their packages as well."""
+    for name in sorted(name for name in sys.modules if name.startswith("hf_compress.formats.")):
+        package, _, leaf = name.rpartition(".")
+        monkeypatch.setattr(importlib.import_module(package), leaf, sys.modules[name], raising=False)
     for name in [name for name in sys.modules if name.startswith("hf_compress.formats.")]:
-        monkeypatch.delitem(sys.modules, name)  # imported anew, and as they were afterwards
+        monkeypatch.delitem(sys.modules, name)
+
+
+def test_older_transformers_are_told_which_version_has_exporters(tmp_path, monkeypatch):
+    forget_formats(monkeypatch)
     for name in ("transformers.exporters", "transformers.exporters.utils"):
         monkeypatch.setitem(sys.modules, name, None)
     export = importlib.import_module("hf_compress.formats.export").export
@@ -247,8 +255,7 @@ MISSING = [("openvino", "openvino"), ("onnx", "onnxruntime"), ("onnx", "onnxscri
 
 @pytest.mark.parametrize(("format", "package"), MISSING)
 def test_a_package_that_is_missing_names_the_extra_that_brings_it(format, package, tmp_path, monkeypatch):
-    for name in [name for name in sys.modules if name.startswith("hf_compress.formats.")]:
-        monkeypatch.delitem(sys.modules, name)
+    forget_formats(monkeypatch)
     monkeypatch.setitem(sys.modules, package, None)
     export = importlib.import_module("hf_compress.formats.export").export
     with pytest.raises(ImportError, match=rf"format='{format}' needs .*pip install 'hf_compress\[{format}\]'"):
