@@ -17,7 +17,8 @@ from hf_compress.files.output import Output
 from hf_compress.files.whole import DISCARDED, discard, remove, replace_folder, write_whole
 from hf_compress.measuring.identity import weight_files
 from hf_compress.recipe.stage import Stage, Work
-from hf_compress.report.tables import is_share, size_text
+from hf_compress.report.score import is_share
+from hf_compress.report.tables import size_text
 from hf_compress.training.ranks import is_main, wait_for_all
 from hf_compress.version import __version__
 

@@ -7,7 +7,8 @@ import math
 from typing import TYPE_CHECKING
 
 from hf_compress.report.result import Results
-from hf_compress.report.tables import conditions_short, is_share
+from hf_compress.report.score import is_share
+from hf_compress.report.tables import conditions_short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,6 +10,7 @@ from typing_extensions import Self
 
 from hf_compress.measuring.measurement import PYTORCH, Measurement
 from hf_compress.report.layers import LayerFacts
+from hf_compress.report.score import is_share, score_over_size, task_scores
 
 SIGNIFICANCE_LEVEL = 0.05
 SPEED_MARGIN = 0.02  # where tensors happen to lie in memory makes a model faster or slower than itself by about so much
@@ -105,6 +106,14 @@ class Results:
         multiplied like any other, as dense products do.
         """
         return self[self.reference].measurement.multiply_adds / max(entry.measurement.multiply_adds, 1)
+
+    def score_over_size(self, entry: Entry) -> float | None:
+        """Points over millions of parameters: of the tasks of lm-eval where there are any, else of the quality where it
+        is a share; None without either. See `score.score_over_size`."""
+        scores = task_scores(self.tasks.get(entry.name, {}))
+        if not scores and entry.quality is not None and is_share(self.metric):
+            scores = [100 * entry.quality]
+        return score_over_size(scores, entry.measurement.parameters) if scores else None
 
     @property
     def has_runtimes(self) -> bool:

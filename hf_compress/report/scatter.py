@@ -4,7 +4,8 @@ import html
 import math
 
 from hf_compress.report.result import Results
-from hf_compress.report.tables import is_share, quality_text, rate_word, size_text
+from hf_compress.report.score import is_share
+from hf_compress.report.tables import quality_text, rate_word, size_text
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, LINE = 340, 200, 42, 34, 12, 20  # pixels
 COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#888888"  # Okabe and Ito

@@ -4,6 +4,7 @@ import csv
 import io
 
 from hf_compress.report.result import Entry, Interval, Results
+from hf_compress.report.score import is_share
 
 
 def terminal_table(report: Results) -> str:
@@ -32,11 +33,10 @@ CSV_COLUMNS = (
     "model", "quality", "quality_spread", "parameters", "stored_bytes", "bits_per_weight", "multiply_adds",
     "peak_memory_bytes", "latency_ms", "latency_ms_10", "latency_ms_90", "examples_per_second",
     "examples_per_second_10", "examples_per_second_90", "parameter_rate", "byte_rate", "multiply_add_rate",
-    "latency_speed_up", "latency_speed_up_low", "latency_speed_up_high", "throughput_speed_up",
+    "score_over_size", "latency_speed_up", "latency_speed_up_low", "latency_speed_up_high", "throughput_speed_up",
     "throughput_speed_up_low", "throughput_speed_up_high", "quality_difference", "quality_difference_low",
     "quality_difference_high", "p_value", "zero_weights", "unknown_tokens", "num_tokens", "reference", "metric",
-    "dataset", "num_examples", "device", "runtime", "threads", "dtype", "decode_tokens_per_second",
-    "command",
+    "dataset", "num_examples", "device", "runtime", "threads", "dtype", "decode_tokens_per_second", "command",
 )  # fmt: skip
 
 
@@ -58,7 +58,7 @@ def _csv_row(report: Results, entry: Entry) -> dict[str, object]:
         "latency_ms_90": cost.latency_ms.high, "examples_per_second": cost.throughput.median,
         "examples_per_second_10": cost.throughput.low, "examples_per_second_90": cost.throughput.high,
         "parameter_rate": entry.parameter_rate, "byte_rate": entry.byte_rate,
-        "multiply_add_rate": report.multiply_add_rate(entry),
+        "multiply_add_rate": report.multiply_add_rate(entry), "score_over_size": report.score_over_size(entry),
         "zero_weights": cost.sparsity.get("weights"), "unknown_tokens": entry.unknown_tokens,
         "num_tokens": entry.num_tokens, "reference": report.reference, "metric": report.metric,
         "dataset": report.dataset, "num_examples": report.num_examples, "command": report.command,
@@ -139,11 +139,6 @@ def dtypes(report: Results) -> str:
     if len(models) == 1:
         return next(iter(models))
     return "; ".join(f"{dtype}: {', '.join(names)}" for dtype, names in models.items())
-
-
-def is_share(metric: str) -> bool:
-    """Whether a metric is a share of what could be right, and so told in percent."""
-    return metric.endswith(("accuracy", "F1"))
 
 
 def scale_of(report: Results) -> tuple[float, str]:

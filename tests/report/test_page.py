@@ -235,6 +235,9 @@ def test_tasks_of_the_harness_stand_beside_the_rest(report, monkeypatch):
     whole = replace(report, tasks={"teacher": scores})
     assert "| teacher | 0.5000 ± 0.0100 |" in whole.to_markdown() and "made_up, acc" in whole.to_html()
     assert Report.from_json(whole.to_json()) == whole
+    millions = whole["teacher"].measurement.parameters / 1e6
+    assert whole.score_over_size(whole["teacher"]) == pytest.approx(50 / millions)
+    assert report.score_over_size(report["teacher"]) == pytest.approx(100 * report["teacher"].quality / millions)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ImportError, match="pip install lm_eval"):
         harness_scores(None, None, ["made_up"])

@@ -1,0 +1,267 @@
+"""The board on a tiny subject: what is done is kept, what is remade is the same, and what is broken is named."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from recipe_run import tiny_folder
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+import board  # noqa: E402
+from checks.overlap import overlaps, words_of  # noqa: E402
+from evidence.cells import packed, unpacked  # noqa: E402
+from evidence.claims import Claim, verdict  # noqa: E402
+from evidence.curves import frontier  # noqa: E402
+from evidence.methods import TEXTS, Method, find_methods  # noqa: E402
+from evidence.results import Records, crossed_interval, difference, groups_of, rows_of  # noqa: E402
+from evidence.subjects import find_subjects  # noqa: E402
+
+from hf_compress.recipe.options import RecipeError  # noqa: E402
+
+TRAIN = (
+    "max_steps: 2, per_device_train_batch_size: 8, learning_rate: 1e-3, disable_tqdm: true, bf16: false, use_cpu: true"
+)
+SUBJECT = f"""task: sequence-classification
+model: model
+data: {{source: reviews.csv, max_length: 12}}
+stages:
+  - fine-tune: {{{TRAIN}}}
+"""
+RECIPES = {
+    "distillation/alone": f"stages:\n  - distil: {{num_hidden_layers: 1, {TRAIN}}}\n",
+    "quantization/rtn-8": "stages:\n  - quantize: {bits: 8}\n",
+}
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A folder with data, one subject and two methods, and the words that point the board there."""
+    tiny_folder(tmp_path / "data" / "model")
+    rows = [f"x{i} the y{i} {('bad', 'good')[i % 2]} z{i} film,{('neg', 'pos')[i % 2]}" for i in range(80)]
+    (tmp_path / "data" / "reviews.csv").write_text("\n".join(["text,label", *rows]), encoding="utf-8")
+    (tmp_path / "subjects").mkdir()
+    (tmp_path / "subjects" / "tiny.yaml").write_text(SUBJECT, encoding="utf-8")
+    for name, text in RECIPES.items():
+        write_recipe(tmp_path, name, text)
+    return tmp_path
+
+
+def write_recipe(place, name, text):
+    file = place / "recipes" / f"{name}.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def run(place, *words):
+    folders = {"data": "data", "output": "out", "records": "board.jsonl", "docs": "docs", "recipes": "recipes",
+               "subjects": "subjects"}  # fmt: skip
+    given = [word for name, folder in folders.items() for word in (f"--{name}", str(place / folder))]
+    return board.main([*given, "--here", "--rounds", "2", "1", "--seeds", "0", "--texts", "16", *words])
+
+
+def records(place):
+    return Records(place / "board.jsonl").all
+
+
+def test_cells_are_made_once_and_remade_alike(place, capsys):
+    assert run(place) == 0
+    made = records(place)
+    assert sorted(made) == [("tiny", "alone", 0), ("tiny", "as stored", 0), ("tiny", "rtn-8", 0)]
+    cell = made["tiny", "alone", 0]
+    assert cell["texts"] == 16 and cell["seconds"] > 0 and cell["device"] and cell["kind"] == "distillation"
+    assert sum(unpacked(cell["answers"], cell["examples"])) == round(cell["quality"] * cell["examples"])
+    assert made["tiny", "rtn-8", 0]["stored_bytes"] < made["tiny", "as stored", 0]["stored_bytes"]
+    assert not (place / "out" / "cells" / "tiny" / "alone-0").exists()
+    before = (place / "board.jsonl").read_bytes()
+    capsys.readouterr()
+    assert run(place) == 0 and (place / "board.jsonl").read_bytes() == before
+    assert "1/" not in capsys.readouterr().out
+    assert run(place, "--only", "tiny/alone", "--remake") == 0
+    again = records(place)["tiny", "alone", 0]
+    assert again["answers"] == cell["answers"] and again["before"]["differ"] == 0
+    text = (place / "docs" / "board.md").read_text(encoding="utf-8")
+    assert "2 cells of 2 methods on 1 subject (seed 0: 2 of 2 methods)" in text
+    assert "quantization/rtn-8" in text and "0 of 16 answers differ" in text and cell["device"] in text
+    assert (place / "docs" / "images" / "board-tiny.png").stat().st_size > 5000
+    assert "images/board-tiny.png" in (place / "docs" / "board.html").read_text(encoding="utf-8")
+
+
+def test_a_changed_recipe_is_made_again_and_what_stands_around_the_table_stays(place):
+    assert run(place, "--only", "tiny/rtn-8") == 0
+    file = place / "docs" / "board.md"
+    file.write_text(file.read_text(encoding="utf-8").replace("# Board\n", "# Board\n\nWhat I say.\n") + "\nThe end.\n",
+                    encoding="utf-8")  # fmt: skip
+    first = records(place)["tiny", "rtn-8", 0]
+    write_recipe(place, "quantization/rtn-8", "description: another\n" + RECIPES["quantization/rtn-8"])
+    assert run(place, "--only", "tiny/rtn-8") == 0 and records(place)["tiny", "rtn-8", 0] == first
+    write_recipe(place, "quantization/rtn-8", "stages:\n  - quantize: {bits: 4}\n")
+    assert run(place, "--report") == 0 and "rtn-8 (an earlier recipe)" in file.read_text(encoding="utf-8")
+    assert run(place, "--only", "tiny/rtn-8") == 0
+    assert records(place)["tiny", "rtn-8", 0]["stored_bytes"] < first["stored_bytes"]
+    text = file.read_text(encoding="utf-8")
+    assert text.count("What I say.") == text.count("The end.") == text.count("### tiny") == 1
+
+
+def test_a_cell_that_was_cut_off_goes_on(place, monkeypatch):
+    """What a kill leaves: stages are there, the record is not."""
+    kept = Records.keep
+    monkeypatch.setattr(Records, "keep", lambda self, record: exit(9) if record["kind"] else kept(self, record))
+    with pytest.raises(SystemExit):
+        run(place, "--only", "tiny/alone")
+    (stage,) = (place / "out" / "cells" / "tiny" / "alone-0" / "stages").iterdir()
+    stamp = (stage / "model" / "model.safetensors").stat().st_mtime_ns
+    monkeypatch.setattr(Records, "keep", lambda self, record: kept(self, record) or stamps.append(
+        (stage / "model" / "model.safetensors").stat().st_mtime_ns))  # fmt: skip
+    stamps = []
+    assert run(place, "--only", "tiny/alone") == 0 and stamps == [stamp]
+
+
+@pytest.mark.parametrize("text, words", [
+    ("stages:\n  - quantize: {bitts: 8}\n", "bitts"),
+    ("stages: [\n", "not valid YAML"),
+    (f"stages:\n  - fine-tune: {{{TRAIN.replace('max_steps: 2', 'max_steps: 3')}}}\n", "24 texts, of at most 16"),
+    ("stages:\n  - fine-tune: {num_train_epochs: 1}\n", "must say max_steps"),
+    ("seed: 3\nstages:\n  - quantize: {bits: 8}\n", "leave them out"),
+    ("stages:\n  - quantize: {bits: 8}\n  - evaluate: {}\n", "the board measures"),
+], ids=["option", "yaml", "too-many-texts", "no-steps", "seed", "evaluate"])  # fmt: skip
+def test_a_recipe_that_is_not_on_equal_terms_is_named(place, capsys, text, words):
+    write_recipe(place, "distillation/broken", text)
+    assert run(place) == 2
+    error = capsys.readouterr().err
+    assert "distillation/broken.yaml" in error and words in error
+    assert not (place / "out").exists()
+
+
+def test_a_cell_that_fails_is_named_and_the_others_are_made(place, capsys):
+    write_recipe(place, "distillation/deep", f"stages:\n  - distil: {{num_hidden_layers: 99, {TRAIN}}}\n")
+    assert run(place) == 2
+    assert "distillation/deep.yaml" in capsys.readouterr().err
+    assert ("tiny", "rtn-8", 0) in records(place) and ("tiny", "deep", 0) not in records(place)
+
+
+def test_only_names_what_is_there(place, capsys):
+    assert run(place, "--only", "tiny/rtn-9") == 2 and "rtn-8" in capsys.readouterr().err
+
+
+def test_two_recipes_of_one_name_are_refused(place):
+    write_recipe(place, "pruning/rtn-8", RECIPES["quantization/rtn-8"])
+    with pytest.raises(RecipeError, match=r"quantization/rtn-8\.yaml: pruning has a recipe"):
+        find_methods(place / "recipes")
+
+
+def test_train_texts_that_are_held_out_too_are_taken_out(place):
+    words = "the film was so good that I saw it again the next day"
+    rows = [(f"{words} {i}", i % 2) for i in range(40)] + [("The film, was so GOOD that I saw it again!", 1)]
+    lines = ["text,label", *(f'"{text}",{("neg", "pos")[label]}' for text, label in rows)]
+    for name in ("train", "validation", "test"):
+        (place / "data" / "split").mkdir(exist_ok=True)
+        own = (
+            lines
+            if name == "train"
+            else lines[:1] + [f'"of {name} {i}: word{i} bad",{("neg", "pos")[i % 2]}' for i in range(8)]
+        )
+        (place / "data" / "split" / f"{name}.csv").write_text("\n".join(own), encoding="utf-8")
+    with (place / "data" / "split" / "test.csv").open("a", encoding="utf-8") as file:
+        file.write('\n"the film was so good - that I saw it again",pos')
+    (place / "subjects" / "tiny.yaml").write_text(SUBJECT.replace("reviews.csv", "split"), encoding="utf-8")
+    subject = find_subjects(place / "data", place / "out", place / "subjects")["tiny"]
+    subject._write_texts()
+    facts = json.loads((subject.folder / "data" / "overlap.json").read_text(encoding="utf-8"))
+    assert facts["test"] == {"texts": 9, "same": 1, "nearly": 0} and facts["train"] == 41
+    assert facts["taken_out"] == 41  # all others share five of its six runs
+
+
+def test_overlap_by_hand():
+    train = ["One two three four five six seven.", "Good!", "a b c d e x y z"]
+    held_out = ["one TWO three, four five six seven", "good", "a b c d e f", "nothing of it", "", "b c d e g"]
+    found = {match.held_out: match for match in overlaps(train, held_out)}
+    assert {number: match.train for number, match in found.items()} == {0: 0, 1: 1, 2: 2}
+    assert found[0].is_same and found[1].is_same and not found[2].is_same
+    assert found[2].share == 0.5  # one run of two
+    assert overlaps(train, ["a b c d e f g"]) == []  # one of three
+    assert words_of("ﬁlm, Straße") == ["film", "strasse"]
+    with pytest.raises(ValueError, match="share within"):
+        overlaps(train, held_out, share=0.0)
+
+
+def test_answers_are_kept_as_bits():
+    answers = [0, 0, 1, 0, 1, 1, 0, 0, 1]
+    assert packed(answers) == "059" and unpacked("059", 9) == answers
+    with pytest.raises(ValueError, match="right or wrong"):
+        packed([0.5])
+
+
+MACHINE = {"device": "A", "threads": 1, "versions": {"torch": "2"}}
+
+
+def record(method, seed, answers, kind="quantization", **more):
+    own = {"subject": "s", "method": method, "kind": kind, "seed": seed, "fingerprint": "f", "recipe": "", "texts": 0}
+    found = {"answers": packed(answers), "examples": len(answers), "quality": sum(answers) / len(answers)}
+    return {**own, **found, **MACHINE, **more}
+
+
+def test_the_interval_draws_texts_and_seeds():
+    values = torch.zeros(2, 400, dtype=torch.double)
+    values[0, :40] = 1.0  # the seeds differ by a tenth: chance of a seed, as of texts
+    both, alone = crossed_interval(values), crossed_interval(values[:1])
+    assert both.value == pytest.approx(0.05) and alone.value == pytest.approx(0.1)
+    deviation = (0.1 * 0.9 / 400) ** 0.5  # of the mean of 400 texts
+    assert alone.high - alone.low == pytest.approx(2 * 1.96 * deviation, rel=0.15)  # 4000 draws of both ends
+    assert both.low == pytest.approx(0.0, abs=1e-9) and both.high > 0.1  # both draws one seed twice, now and then
+
+
+def test_verdicts_follow_the_intervals():
+    good, bad, little = [1] * 100, [1] * 60 + [0] * 40, [1] * 59 + [0] * 40 + [1]
+    rows = rows_of([record("a", 0, good), record("b", 0, bad), record("c", 0, little)])
+    words = [verdict(Claim("", "", *names, margin), rows)[0][1] for names, margin in [
+        (("a", "b"), 0.0), (("b", "a"), 0.0), (("c", "b"), 0.0), (("a", "b"), -0.01), (("b", "a"), -0.01)]]  # fmt: skip
+    assert words == ["reproduced", "refuted", "not decided", "reproduced", "refuted"]
+    trained = rows_of([record("a", 0, good, texts=16), record("b", 0, bad)])
+    assert verdict(Claim("", "", "a", "b"), trained)[0][1] == "reproduced, by one training"
+    assert verdict(Claim("", "", "a", "missing"), rows) == []
+
+
+def test_seeds_are_paired_where_both_have_them():
+    found = [record("a", 0, [1, 0, 1]), record("a", 1, [0, 1, 1]), record("b", 0, [1, 0, 0]), record("b", 1, [0, 1, 0])]
+    rows = {row.method: row for row in rows_of(found)}
+    same = torch.tensor([[0, 0, 1], [0, 0, 1]], dtype=torch.double)  # what each pair of seeds differs by
+    assert difference(rows["b"], rows["a"]) == crossed_interval(same)
+    assert rows["a"].quality == pytest.approx(2 / 3) and rows["a"].spread == 0.0
+
+
+def test_the_frontier_holds_what_none_beats():
+    points = [(1.0, 1.0), (2.0, 3.0), (3.0, 2.0), (4.0, 4.0)]
+    assert frontier(points, smaller=True) == [(1.0, 1.0), (2.0, 3.0), (4.0, 4.0)]
+    assert frontier(points, smaller=False) == [(4.0, 4.0)]
+
+
+def test_rows_of_machines_and_models_stand_apart():
+    own = {"kind": ""}
+    made = [record("as stored", 0, [1, 1], **own), record("a", 0, [1, 0]), record("a", 1, [1, 1], device="B")]
+    made += [record("as stored", 0, [0, 1], fingerprint="g", **own), record("a", 2, [0, 0], fingerprint="g")]
+    groups = groups_of(rows_of(made))
+    assert {name: [(row.method, row.seeds) for row in own] for name, own in groups.items()} == {
+        "s": [("as stored", [0]), ("a", [1]), ("a", [0])], "s-2": [("as stored", [0]), ("a", [2])]}  # fmt: skip
+    assert len({row.machine for row in groups["s"]}) == 2
+    with pytest.raises(RecipeError, match="not the model"):
+        groups_of(rows_of(made[1:3]))
+
+
+METHODS = sorted((ROOT / "scripts" / "evidence" / "recipes").glob("*/*.yaml"))
+
+
+@pytest.mark.parametrize("file", METHODS, ids=[file.stem for file in METHODS])
+def test_a_method_of_the_board_is_a_recipe_on_equal_terms(file):
+    method = Method.read(file)
+    assert method.recipe.description and method.trained_texts in (0, TEXTS)
+
+
+def test_the_board_holds_what_its_records_say():
+    """docs/board.md is remade from docs/board.jsonl by `python scripts/board.py --report`."""
+    methods = find_methods()
+    made = board.board(list(Records(ROOT / "docs" / "board.jsonl").all.values()), methods)
+    assert made.strip() in (ROOT / "docs" / "board.md").read_text(encoding="utf-8")
