@@ -1,6 +1,5 @@
 """The board on a tiny subject: what is done is kept, what is remade is the same, and what is broken is named."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -11,13 +10,14 @@ from recipe_run import tiny_folder
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 import board  # noqa: E402
-from checks.overlap import overlaps, words_of  # noqa: E402
+from checks.overlap import counted, overlaps, words_of  # noqa: E402
 from evidence.cells import packed, unpacked  # noqa: E402
 from evidence.claims import Claim, verdict  # noqa: E402
 from evidence.curves import frontier  # noqa: E402
 from evidence.methods import TEXTS, Method, find_methods  # noqa: E402
 from evidence.results import Records, crossed_interval, difference, groups_of, rows_of  # noqa: E402
 from evidence.subjects import find_subjects  # noqa: E402
+from evidence.texts import write_texts  # noqa: E402
 
 from hf_compress.recipe.options import RecipeError  # noqa: E402
 
@@ -154,35 +154,40 @@ def test_two_recipes_of_one_name_are_refused(place):
 
 
 def test_train_texts_that_are_held_out_too_are_taken_out(place):
-    words = "the film was so good that I saw it again the next day"
-    rows = [(f"{words} {i}", i % 2) for i in range(40)] + [("The film, was so GOOD that I saw it again!", 1)]
-    lines = ["text,label", *(f'"{text}",{("neg", "pos")[label]}' for text, label in rows)]
-    for name in ("train", "validation", "test"):
-        (place / "data" / "split").mkdir(exist_ok=True)
-        own = (
-            lines
-            if name == "train"
-            else lines[:1] + [f'"of {name} {i}: word{i} bad",{("neg", "pos")[i % 2]}' for i in range(8)]
-        )
-        (place / "data" / "split" / f"{name}.csv").write_text("\n".join(own), encoding="utf-8")
-    with (place / "data" / "split" / "test.csv").open("a", encoding="utf-8") as file:
-        file.write('\n"the film was so good - that I saw it again",pos')
+    held_out = "the film was so good that I saw it again"
+    texts = {
+        "train": [*(f"{held_out} on day {i}" for i in range(3)), "The film: was so GOOD that I saw it again!",
+                  *(f"a{i} b{i} c{i} d{i} e{i}" for i in range(20))],
+        "validation": [f"f{i} g{i} h{i} i{i} j{i}" for i in range(8)],
+        "test": [*(f"k{i} l{i} m{i} n{i} o{i}" for i in range(8)), held_out, "d1 e1 and more, c1"],
+    }  # fmt: skip
+    folder = place / "data" / "split"
+    folder.mkdir()
+    for name, own in texts.items():
+        lines = ["text\tlabel", *(f"{text}\t{('neg', 'pos')[i % 2]}" for i, text in enumerate(own))]
+        (folder / f"{name}.tsv").write_text("\n".join(lines), encoding="utf-8")
     (place / "subjects" / "tiny.yaml").write_text(SUBJECT.replace("reviews.csv", "split"), encoding="utf-8")
     subject = find_subjects(place / "data", place / "out", place / "subjects")["tiny"]
-    subject._write_texts()
-    facts = json.loads((subject.folder / "data" / "overlap.json").read_text(encoding="utf-8"))
-    assert facts["test"] == {"texts": 9, "same": 1, "nearly": 0} and facts["train"] == 41
-    assert facts["taken_out"] == 41  # all others share five of its six runs
+    facts = write_texts(subject._data(), place / "texts")
+    assert facts == {"train": 24, "taken_out": 4, "validation": {"texts": 8, "same": 0, "nearly": 0},
+                     "test": {"texts": 10, "same": 1, "nearly": 0}}  # fmt: skip
+    kept = (place / "texts" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(kept) == 20 and not any("film" in line for line in kept)
+    (folder / "train.tsv").write_text(f"text\tlabel\n{held_out}\tpos\n{held_out}!\tneg", encoding="utf-8")
+    with pytest.raises(RecipeError, match="nothing is left"):
+        write_texts(subject._data(), place / "others")
 
 
 def test_overlap_by_hand():
-    train = ["One two three four five six seven.", "Good!", "a b c d e x y z"]
+    train = ["One two three four five six seven.", "Good!", "a b c d e x y z", "good", "..."]
     held_out = ["one TWO three, four five six seven", "good", "a b c d e f", "nothing of it", "", "b c d e g"]
-    found = {match.held_out: match for match in overlaps(train, held_out)}
-    assert {number: match.train for number, match in found.items()} == {0: 0, 1: 1, 2: 2}
-    assert found[0].is_same and found[1].is_same and not found[2].is_same
-    assert found[2].share == 0.5  # one run of two
+    found = {(match.held_out, match.train): match for match in overlaps(train, held_out)}
+    assert sorted(found) == [(0, 0), (1, 1), (1, 3), (2, 2)]
+    assert [match.share for _, match in sorted(found.items())] == [1.0, 1.0, 1.0, 0.5]  # at last, one run of two
+    assert counted(list(found.values())) == (2, 1)
     assert overlaps(train, ["a b c d e f g"]) == []  # one of three
+    (longer,) = overlaps(train, ["one two three four five"])
+    assert not longer.is_same  # it stands in a longer text
     assert words_of("ﬁlm, Straße") == ["film", "strasse"]
     with pytest.raises(ValueError, match="share within"):
         overlaps(train, held_out, share=0.0)

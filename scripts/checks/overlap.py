@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from hf_compress.recipe.texts import load_texts, text_columns
 
 WORDS, SHARE = 5, 0.5
+ALMOST = 0.999  # all runs in common, but not the same words: a longer text holds the held-out one
 SHOWN = 5  # pairs that are printed
 
 
 @dataclass(frozen=True)
 class Match:
-    """A held-out text and the text of the train split that is most like it, by their numbers."""
+    """A held-out text and a text of the train split that is like it, by their numbers."""
 
     held_out: int
     train: int
@@ -49,28 +50,30 @@ def runs_of(words: Sequence[str], length: int) -> set[tuple[str, ...]]:
 def overlaps(
     train: Sequence[str], held_out: Sequence[str], *, length: int = WORDS, share: float = SHARE
 ) -> list[Match]:
-    """For each held-out text that has one, the most similar text of `train`, at least `share` of its runs in common."""
+    """Every held-out text with every text of `train` that is the same, or has such a share of its runs of words."""
     if length < 1 or not 0 < share <= 1:
         raise ValueError(f"length must be at least 1 and share within (0, 1], got {length} and {share}.")
+    known = [words_of(text) for text in train]
     places: dict[tuple[str, ...], list[int]] = defaultdict(list)
-    whole: dict[tuple[str, ...], int] = {}
-    for number, text in enumerate(train):
-        words = words_of(text)
-        whole.setdefault(tuple(words), number)
-        for run in runs_of(words, length):
+    for number, words in enumerate(known):
+        for run in runs_of(words, length) if words else ():
             places[run].append(number)
     found = []
-    for number, text in enumerate(held_out):
-        words = words_of(text)
-        if words and (same := whole.get(tuple(words))) is not None:
-            found.append(Match(number, same, 1.0))
-            continue
+    for number, words in enumerate(map(words_of, held_out)):
         runs = runs_of(words, length)
         counts = Counter(place for run in runs for place in places.get(run, ()))
-        best, common = max(counts.items(), key=lambda one: (one[1], -one[0]), default=(0, 0))
-        if common >= share * len(runs):
-            found.append(Match(number, best, min(common / len(runs), 0.999)))  # 1 is for the same words alone
+        for place, common in sorted(counts.items()):
+            if words == known[place]:
+                found.append(Match(number, place, 1.0))
+            elif common >= share * len(runs):
+                found.append(Match(number, place, min(common / len(runs), ALMOST)))
     return found
+
+
+def counted(matches: Sequence[Match]) -> tuple[int, int]:
+    """How many held-out texts stand in the train split, and how many others nearly do."""
+    same = {match.held_out for match in matches if match.is_same}
+    return len(same), len({match.held_out for match in matches} - same)
 
 
 def main() -> int:
@@ -84,8 +87,8 @@ def main() -> int:
     any_found = False
     for name in ("validation", "test"):
         found = overlaps(texts["train"], texts[name], length=args.words, share=args.share)
-        same = sum(match.is_same for match in found)
-        print(f"{name}: of {len(texts[name]):,} texts {same} stand in the train split, {len(found) - same} nearly do")
+        same, nearly = counted(found)
+        print(f"{name}: of {len(texts[name]):,} texts {same} stand in the train split, {nearly} nearly do")
         for match in found[:SHOWN]:
             print(f"  {match.share:4.0%}  {texts[name][match.held_out][:90]!r}")
             print(f"        {texts['train'][match.train][:90]!r}")

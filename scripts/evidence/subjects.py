@@ -1,15 +1,14 @@
 """Subjects of the board: a model of real size, made by a recipe once, and texts that are held out properly."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from checks.overlap import overlaps
-from demo import packaged
+from evidence.texts import FACTS, write_texts
+from film_sentences import packaged
 
-from hf_compress.files.whole import whole_folder, write_whole
+from hf_compress.files.whole import discard, file_digest, write_whole
 from hf_compress.recipe import Recipe
 from hf_compress.recipe.data import CLASSIFICATION, DataOptions, RecipeData
 from hf_compress.recipe.fingerprints import digest, model_fingerprint
@@ -17,7 +16,6 @@ from hf_compress.recipe.options import RecipeError
 
 FOLDER = Path(__file__).parent / "subjects"
 PACKAGE = "package:"  # before a folder inside an installed package
-VALIDATION = 100  # validation texts that are kept: nothing is chosen by them, a training only reports on them
 
 
 @dataclass(frozen=True)
@@ -63,18 +61,23 @@ class Subject:
     def prepare(self) -> dict[str, Any]:
         """Write the texts and make the model, where that has not been done; an interrupted training goes on.
 
-        Returns its facts: `fingerprint` of the model, `seconds` of its training, and of `overlap`, how many held-out
-        texts stood in the train split and how many texts of that were taken out for it.
+        Returns its facts: a `fingerprint` of model and texts, `seconds` of its training, and of `overlap` what
+        `write_texts` found.
         """
         if self.is_made:
             return self.facts
-        if not (self.folder / "data").is_dir():
-            self._write_texts()
+        of, texts = self.folder / "data.digest", self.folder / "data"
+        if not (of.is_file() and of.read_text(encoding="utf-8") == digest(self.recipe.data) and texts.is_dir()):
+            discard(texts)
+            write_texts(self._data(), texts)
+            write_whole(of, digest(self.recipe.data))
         result = self.recipe.changed(model=self._source(), data=self.texts).run(self.folder / "run")
-        seconds = sum(stage["seconds"] for stage in result.stages)
-        overlap = json.loads((self.folder / "data" / "overlap.json").read_text(encoding="utf-8"))
-        facts = {"recipe": self._digest(), "fingerprint": model_fingerprint(self.model), "seconds": seconds,
-                 "overlap": overlap}  # fmt: skip
+        files = {file.name: file_digest(file) for file in sorted(texts.iterdir())}
+        facts = {
+            "recipe": self._digest(), "fingerprint": digest([model_fingerprint(self.model), files]),
+            "seconds": sum(stage["seconds"] for stage in result.stages),
+            "overlap": json.loads((texts / FACTS).read_text(encoding="utf-8")),
+        }  # fmt: skip
         write_whole(self.folder / "subject.json", json.dumps(facts, indent=2))
         return facts
 
@@ -88,44 +91,10 @@ class Subject:
         package, _, place = model.removeprefix(PACKAGE).partition("/")
         return str(packaged(package) / place)
 
-    def _write_texts(self) -> None:
-        """Train, validation and test files. What overlaps with held-out texts is taken out of the train split."""
+    def _data(self) -> RecipeData:
         source = self.data / self.recipe.data["source"]
         options = {**self.recipe.data, "source": str(source) if source.exists() else self.recipe.data["source"]}
-        data = RecipeData(DataOptions(**options), self.recipe.task, needs_labels=True)
-        splits = dict(data.texts)
-        splits["validation"] = splits["validation"].select(range(min(VALIDATION, len(splits["validation"]))))
-        texts = {name: [" ".join(data.kind.texts(row)) for row in split] for name, split in splits.items()}
-        found = {name: overlaps(texts["train"], texts[name]) for name in ("validation", "test")}
-        gone = set()
-        for matches in found.values():
-            gone |= {match.train for match in matches}
-        while more := _still_overlapping(texts, gone):  # a held-out text may be like several
-            gone |= more
-        splits["train"] = splits["train"].select([i for i in range(len(texts["train"])) if i not in gone])
-        if not len(splits["train"]):
-            raise RecipeError(f"{self.name}: all train texts overlap with held-out ones: nothing is left.")
-        with whole_folder(self.folder / "data") as folder:
-            for name, split in splits.items():
-                rows = [{**row, "label": data.labels[row["label"]]} for row in split]
-                lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-                (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-            facts = {"train": len(texts["train"]), "taken_out": len(gone), **_counted(found, texts)}
-            (folder / "overlap.json").write_text(json.dumps(facts), encoding="utf-8")
-
-
-def _still_overlapping(texts: Mapping[str, list[str]], gone: set[int]) -> set[int]:
-    kept = [i for i in range(len(texts["train"])) if i not in gone]
-    train = [texts["train"][i] for i in kept]
-    return {kept[match.train] for name in ("validation", "test") for match in overlaps(train, texts[name])}
-
-
-def _counted(found: Mapping[str, list], texts: Mapping[str, list[str]]) -> dict[str, dict[str, int]]:
-    return {
-        name: {"texts": len(texts[name]), "same": sum(match.is_same for match in matches),
-               "nearly": sum(not match.is_same for match in matches)}
-        for name, matches in found.items()
-    }  # fmt: skip
+        return RecipeData(DataOptions(**options), self.recipe.task, needs_labels=True)
 
 
 def find_subjects(data: Path, output: Path, folder: Path = FOLDER) -> dict[str, Subject]:
