@@ -1,5 +1,6 @@
 """The board on a tiny subject: what is done is kept, what is remade is the same, and what is broken is named."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -36,17 +37,24 @@ RECIPES = {
 }
 
 
-@pytest.fixture
-def place(tmp_path):
-    """A folder with data, one subject and two methods, and the words that point the board there."""
-    tiny_folder(tmp_path / "data" / "model")
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A folder with data, one subject that is made, and two methods."""
+    folder = tmp_path_factory.mktemp("board")
+    tiny_folder(folder / "data" / "model")
     rows = [f"x{i} the y{i} {('bad', 'good')[i % 2]} z{i} film,{('neg', 'pos')[i % 2]}" for i in range(80)]
-    (tmp_path / "data" / "reviews.csv").write_text("\n".join(["text,label", *rows]), encoding="utf-8")
-    (tmp_path / "subjects").mkdir()
-    (tmp_path / "subjects" / "tiny.yaml").write_text(SUBJECT, encoding="utf-8")
+    (folder / "data" / "reviews.csv").write_text("\n".join(["text,label", *rows]), encoding="utf-8")
+    (folder / "subjects").mkdir()
+    (folder / "subjects" / "tiny.yaml").write_text(SUBJECT, encoding="utf-8")
     for name, text in RECIPES.items():
-        write_recipe(tmp_path, name, text)
-    return tmp_path
+        write_recipe(folder, name, text)
+    find_subjects(folder / "data", folder / "out", folder / "subjects")["tiny"].prepare()
+    return folder
+
+
+@pytest.fixture
+def place(prepared, tmp_path):
+    return shutil.copytree(prepared, tmp_path / "place")
 
 
 def write_recipe(place, name, text):
@@ -133,7 +141,7 @@ def test_a_recipe_that_is_not_on_equal_terms_is_named(place, capsys, text, words
     assert run(place) == 2
     error = capsys.readouterr().err
     assert "distillation/broken.yaml" in error and words in error
-    assert not (place / "out").exists()
+    assert not (place / "board.jsonl").exists()
 
 
 def test_a_cell_that_fails_is_named_and_the_others_are_made(place, capsys):
