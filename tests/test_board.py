@@ -87,7 +87,7 @@ def test_cells_are_made_once_and_remade_alike(place, capsys):
     before = (place / "board.jsonl").read_bytes()
     capsys.readouterr()
     assert run(place) == 0 and (place / "board.jsonl").read_bytes() == before
-    assert "1/" not in capsys.readouterr().out
+    assert "tiny/" not in capsys.readouterr().out
     assert run(place, "--only", "tiny/alone", "--remake") == 0
     again = records(place)["tiny", "alone", 0]
     assert again["answers"] == cell["answers"] and again["before"]["differ"] == 0

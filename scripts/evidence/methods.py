@@ -8,11 +8,10 @@ from transformers import TrainingArguments
 from hf_compress.recipe import Recipe
 from hf_compress.recipe.fingerprints import digest
 from hf_compress.recipe.options import RecipeError
-from hf_compress.recipe.stages import Stage
+from hf_compress.recipe.stage import Stage
 
 FOLDER = Path(__file__).parent / "recipes"
 TEXTS = 1600  # that the stages of one recipe may train on together, repetitions counted: 50 steps of 32
-REFUSED = ("evaluate", "publish", "export")  # the board measures, and alike for all
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Method:
         where = f"{file.parent.name}/{file.name}"
         if recipe.model or recipe.data.get("source") or recipe.seed:
             raise RecipeError(f"{where}: model, data and seed are the board's to say; leave them out.")
-        if found := [stage.kind for stage in recipe.stages if stage.kind in REFUSED]:
+        if found := [stage.kind for stage in recipe.stages if not stage.makes_model]:
             raise RecipeError(f"{where}: leave out the stage {found[0]}: the board measures all models alike.")
         if trained > texts:
             raise RecipeError(f"{where} trains on {trained:,} texts, of at most {texts:,} for every method.")
@@ -49,10 +48,9 @@ class Method:
 
 def trained_texts(stage: Stage) -> int:
     """Texts that a stage trains on, repetitions counted. Raises RecipeError where it gives no number of steps."""
-    if not stage.parts and not stage.method.trains:
+    if not stage.method.trains:
         return 0
-    main = stage.part("fine-tune") or stage.part("distil") or stage
-    arguments: TrainingArguments = main.own
+    arguments: TrainingArguments = stage.own
     if arguments.max_steps < 1:
         raise RecipeError(f"the stage {stage.name} must say max_steps: every method trains on as many texts.")
     return arguments.max_steps * arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
