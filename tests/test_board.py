@@ -12,8 +12,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 import board  # noqa: E402
 from checks.overlap import counted, overlaps, words_of  # noqa: E402
+from evidence.cells import SUBJECT as SUBJECT_ROW  # noqa: E402
 from evidence.cells import packed, unpacked  # noqa: E402
-from evidence.claims import Claim, verdict  # noqa: E402
+from evidence.claims import CLAIMS, Claim, verdict  # noqa: E402
 from evidence.curves import frontier  # noqa: E402
 from evidence.methods import TEXTS, Method, find_methods  # noqa: E402
 from evidence.results import Records, crossed_interval, difference, groups_of, rows_of  # noqa: E402
@@ -271,6 +272,11 @@ METHODS = sorted((ROOT / "scripts" / "evidence" / "recipes").glob("*/*.yaml"))
 def test_a_method_of_the_board_is_a_recipe_on_equal_terms(file):
     method = Method.read(file)
     assert method.recipe.description and method.trained_texts in (0, TEXTS)
+
+
+def test_claims_are_of_methods_that_are_there():
+    names = {SUBJECT_ROW, *find_methods()}
+    assert not [claim for claim in CLAIMS if {claim.candidate, claim.reference} - names]
 
 
 def test_the_board_holds_what_its_records_say():

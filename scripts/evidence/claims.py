@@ -37,7 +37,6 @@ CLAIMS = (
     Claim("Prasanna et al., 2020", "half of the neurons go without training at a loss of a point at most", "neurons-50",
           SUBJECT, -POINT),
     Claim("Narang et al., 2017", "group lasso helps blocks of 16 at 75%", "blocks-75-lasso", "blocks-75"),
-    Claim("Sanh et al., 2020", "movement beats magnitude at 90%", "weights-90-movement", "weights-90-magnitude"),
     Claim("Sun et al., 2023", "Wanda beats magnitude at 60%, without training", "weights-60-wanda",
           "weights-60-at-once"),
     Claim("Shen et al., 2020", "2.5 bits by Fisher information beat 2 everywhere, trained", "qbert-mixed", "qbert-2"),
