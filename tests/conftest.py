@@ -12,7 +12,9 @@ ROOT = str(Path(__file__).parents[1])
 def pytest_configure(config):
     torch.set_num_threads(1)
     # A process that a test starts finds `scripts` and the tests' helpers as the test itself does.
-    os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [ROOT, str(Path(ROOT, "scripts")), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
 
 
 def pytest_collection_finish() -> None:

@@ -125,7 +125,7 @@ def text_calls_without_encoding(source: str) -> list[int]:
 
 
 def test_text_is_utf_8_on_every_machine():
-    for folder in ("hf_compress", "hf_compress_cli", "scripts", "triton_kernels", "tests"):
+    for folder in ("hf_compress", "scripts", "triton_kernels", "tests"):
         for file in (ROOT / folder).rglob("*.py"):
             assert not text_calls_without_encoding(file.read_text(encoding="utf-8")), file
 

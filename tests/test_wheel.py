@@ -13,7 +13,7 @@ from hf_compress.recipe import ready_recipes
 from hf_compress.version import __version__
 
 ROOT = Path(__file__).parent.parent
-BUILT = ("hf_compress", "hf_compress_cli", "triton_kernels", "pyproject.toml", "README.md", "LICENSE")
+BUILT = ("hf_compress", "scripts/hf_compress_cli", "triton_kernels", "pyproject.toml", "README.md", "LICENSE")
 
 
 @pytest.mark.long
