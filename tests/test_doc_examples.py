@@ -29,6 +29,7 @@ NOT_RUN = {  # what stands in a block that is left out -> why, and what runs it 
     '"half-openvino/"': "needs four exported folders: tests/report/test_exports.py",
     "hf://datasets/": "a stream of the Hub: tests/training/test_stream.py",
     "s3://bucket/teacher": "a store and its workers: tests/distillation/test_apart.py",
+    "max_steps=700": "scales of a language model: tests/distillation/test_scales.py",
     "speedup=10": "a speed that a tiny model has not: the README's example of shrink runs",
 }
 

@@ -86,7 +86,7 @@ def test_exports_stand_beside_the_model_they_were_written_from(packed, folders, 
 
 
 def test_without_an_export_there_is_no_column_for_runtimes(packed):
-    assert "runtime" not in hfc.compare({"packed": packed}, **HOW).to_markdown()
+    assert "| runtime |" not in hfc.compare({"packed": packed}, **HOW).to_markdown()
 
 
 def test_an_export_is_measured_alone_on_real_examples(folders):
