@@ -12,10 +12,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from hf_compress_cli import TEXTS  # noqa: E402
-
 from hf_compress.commands.completion import SHELLS, parser_of, script  # noqa: E402
 from hf_compress.commands.main import VERBS, usage  # noqa: E402
+from hf_compress_cli import TEXTS  # noqa: E402
 
 
 def texts() -> dict[str, str]:
