@@ -131,7 +131,9 @@ class Recipe:
         if self.model is None:
             raise RecipeError("The recipe names no model: give a folder or a Hub name (`model:`, or --model).")
         reading = [stage for stage in self.stages if stage.reads]
-        if reading and not self.data.get("source"):
+        if self.data.get("source"):  # what is given is looked at, whether or not a stage needs it
+            reading = reading or [stage for stage in self.stages if stage.makes_model]
+        elif reading:
             raise RecipeError("The recipe names no data: give a file, a folder or a Hub name (`data:`, or --data).")
         past = Past([Made(INPUT, self.model, model_fingerprint(self.model))])
         makes = any(stage.makes_model for stage in self.stages)
