@@ -162,7 +162,7 @@ def test_the_wheel_has_no_module_of_another_project():
     )[1]
     where, include = (json.loads(value) for value in re.findall(r"= (\[.*\])", settings))
     top_level = {name.split(".")[0] for folder in where for name in find_packages(str(ROOT / folder), include=include)}
-    assert top_level == {"hf_compress", "hf_compress_kernels"}
+    assert top_level == {"hf_compress", "hf_compress_cli", "hf_compress_kernels"}
 
 
 def test_package_imports_without_triton():
