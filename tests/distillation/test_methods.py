@@ -16,7 +16,6 @@ from hf_compress.distillation.config import DistillationConfig
 from hf_compress.distillation.students import make_student
 from hf_compress.distillation.trainer import DistillationTrainer
 
-
 OTHER_DEFAULTS = {  # of Trainer's own options, which mean what they mean there
     "scales": {"adam_beta2", "learning_rate", "lr_scheduler_type", "max_grad_norm", "warmup_steps"}
 }
