@@ -12,6 +12,7 @@ the columns when the range of a group is searched.
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import pairwise
 
 import torch
@@ -32,6 +33,7 @@ DAMP_PERCENT = 0.01  # share of the mean Hessian diagonal added to it, as in the
 DAMP_GROWTH = 10.0  # a Hessian that stays singular is damped this many times more,
 LARGEST_DAMP = 1.0  # until the damping is as large as the mean diagonal
 UPDATE_BLOCK_SIZE = 64  # columns quantized before the rest of the matrix is updated (section 3.3, step 2)
+HAS_TRITON = find_spec("triton") is not None
 KERNEL_RUNS = 16, 32, 64, 128, 256  # columns that the kernel takes
 
 
@@ -144,6 +146,12 @@ def runs(start: int, end: int, group_size: int) -> Iterable[tuple[int, int]]:
     return pairwise(sorted({start, *range(-(-start // group_size) * group_size, end, group_size), end}))
 
 
+def kernel_takes(W: Tensor, scales: Tensor) -> bool:
+    """Whether the kernel quantizes these columns; without Triton, and elsewhere, PyTorch does."""
+    is_there = HAS_TRITON and W.device.type == "cuda"
+    return is_there and W.dtype == torch.float32 and len(scales) == 1 and len(W) in KERNEL_RUNS
+
+
 def quantize_run(W: Tensor, U: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """The integers and errors (n, N) of n columns that follow each other, each made up for by those after it.
 
@@ -152,7 +160,7 @@ def quantize_run(W: Tensor, U: Tensor, scales: Tensor, zeros: Tensor, bits: int)
     scales  (1 or n, N)  and zeros: of all columns, or of each
     """
     n = len(W)
-    if W.is_cuda and W.dtype == torch.float32 and len(scales) == 1 and n in KERNEL_RUNS:
+    if kernel_takes(W, scales):
         q, errors = gptq_quantize_block(W.t().contiguous(), U, scales.t(), zeros.t(), 2**bits - 1)
         return q.t().to(W.dtype), errors.t()
     scales, zeros = scales.expand(n, -1), zeros.expand(n, -1)

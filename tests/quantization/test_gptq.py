@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_compress.engines.ops import gptq_quantize_block
+from hf_compress.quantization import gptq
 from hf_compress.quantization.gptq import (
     descend,
     inverse_cholesky,
@@ -71,6 +72,28 @@ def test_a_run_of_columns_is_what_the_kernel_makes_of_it():
     expected_q, expected_errors = gptq_quantize_block(W[:, 16:32], U, scales.t(), zeros.t(), 15)
     assert torch.equal(q.t(), expected_q.float()) and torch.equal(run, W[:, 16:32].t()), "what is given stays"
     torch.testing.assert_close(errors.t(), expected_errors)
+
+
+class OnGPU:
+    """What says where and how large a tensor is, where there is no GPU."""
+
+    device = torch.device("cuda")
+
+    def __init__(self, rows, dtype=torch.float32):
+        self.rows, self.dtype = rows, dtype
+
+    def __len__(self):
+        return self.rows
+
+
+def test_the_kernel_is_asked_for_what_it_takes_alone(monkeypatch):
+    monkeypatch.setattr(gptq, "HAS_TRITON", True)
+    assert gptq.kernel_takes(OnGPU(16), OnGPU(1))
+    assert not gptq.kernel_takes(OnGPU(16, torch.float64), OnGPU(1)), "float64 stays float64"
+    assert not gptq.kernel_takes(OnGPU(15), OnGPU(1)) and not gptq.kernel_takes(OnGPU(16), OnGPU(16))
+    assert not gptq.kernel_takes(torch.empty(16, 24), torch.empty(1, 24))
+    monkeypatch.setattr(gptq, "HAS_TRITON", False)  # PyTorch quantizes on that GPU as well
+    assert not gptq.kernel_takes(OnGPU(16), OnGPU(1))
 
 
 @pytest.mark.gpu
