@@ -54,7 +54,7 @@ def scatter_svg(report: Results) -> str:
         line = HEIGHT + LINE * (number - 1) + 14
         place = beside(placed, x(size), y(quality))
         placed.append(place)
-        if place[0] > x(size):
+        if place[0] != x(size):
             parts.append(f'<path d="M{x(size):.1f} {place[1]:.1f}H{place[0]:.1f}" stroke="{colour}"/>')
         for cx, cy in (place, (12, line - 4)):
             parts.append(f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="{RADIUS}" fill="{colour}" stroke="#fff"/>')
@@ -64,7 +64,8 @@ def scatter_svg(report: Results) -> str:
 
 
 def beside(placed: list[tuple[float, float]], x: float, y: float) -> tuple[float, float]:
-    """(x, y), or the next place to the right where a point hides none of `placed`; a line leads to where it belongs."""
-    while any(math.dist((x, y), other) < 2 * RADIUS for other in placed):
-        x += RADIUS
-    return x, y
+    """(x, y), or the nearest place in its row where a point hides none of `placed`; a line leads to where it belongs."""
+    steps = (sign * step * RADIUS for step in range(int(WIDTH / RADIUS)) for sign in (1, -1))
+    places = ((x + step, y) for step in steps if step == 0 or LEFT <= x + step <= WIDTH - RADIUS)
+    free = (place for place in places if all(math.dist(place, other) >= 2 * RADIUS for other in placed))
+    return next(free, (x, y))

@@ -24,7 +24,7 @@ from hf_compress.report.headline import headline
 from hf_compress.report.layers import Full, LayerFacts, by_layer, layer_facts, layers_svg
 from hf_compress.report.report import Report
 from hf_compress.report.result import Difference, Interval
-from hf_compress.report.scatter import LEFT, RADIUS, beside, scatter_svg
+from hf_compress.report.scatter import LEFT, RADIUS, WIDTH, beside, scatter_svg
 from hf_compress.report.tables import rate_word
 
 QUICK = dict(sequence_length=8, latency_rounds=2, throughput_rounds=2)
@@ -198,6 +198,11 @@ def test_points_of_like_models_lie_beside_each_other():
     assert placed[0] == (50.0, 60.0) and placed[3] == (200.0, 60.0)  # what hides nothing stays
     assert [y for _, y in placed] == [60.0, 60.0, 61.0, 60.0]  # quality is never moved
     assert all(math.dist(a, b) >= 2 * RADIUS for a, b in itertools.combinations(placed, 2))
+    edge = []
+    for _ in range(5):  # of the largest size: none may leave the picture
+        edge.append(beside(edge, 312.0, 60.0))
+    assert all(LEFT <= x <= WIDTH - RADIUS for x, _ in edge)
+    assert all(math.dist(a, b) >= 2 * RADIUS for a, b in itertools.combinations(edge, 2))
 
 
 def test_points_of_the_scatter_lie_where_the_figures_are(report):
