@@ -64,7 +64,7 @@ def scatter_svg(report: Results) -> str:
 
 
 def beside(placed: list[tuple[float, float]], x: float, y: float) -> tuple[float, float]:
-    """(x, y), or the nearest place in its row where a point hides none of `placed`; a line leads to where it belongs."""
+    """(x, y), or the nearest place in its row where a point hides none of `placed`; a line leads back."""
     steps = (sign * step * RADIUS for step in range(int(WIDTH / RADIUS)) for sign in (1, -1))
     places = ((x + step, y) for step in steps if step == 0 or LEFT <= x + step <= WIDTH - RADIUS)
     free = (place for place in places if all(math.dist(place, other) >= 2 * RADIUS for other in placed))
