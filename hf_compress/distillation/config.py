@@ -27,6 +27,9 @@ class DistillationConfig(HintOptions, CompressionArguments):
     teacher_weights: list[float] | None = field(
         default=None, metadata={"help": "Shares of several teachers in their mean, one each; equal when not given."}
     )
+    frozen_layers: int = field(
+        default=0, metadata={"help": "So many layers, from below, do not learn, nor the embeddings; 0: all learn."}
+    )
     teacher_bits: int | None = field(
         default=None, metadata={"help": "Load a teacher given by name in 8 or 4 bits through bitsandbytes."}
     )
@@ -35,6 +38,8 @@ class DistillationConfig(HintOptions, CompressionArguments):
         super().__post_init__()
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha is the share of the soft loss and must lie between 0 and 1, got {self.alpha}.")
+        if self.frozen_layers < 0:
+            raise ValueError(f"frozen_layers is a number of layers from below, 0 or more, got {self.frozen_layers}.")
         if self.temperature <= 0:
             raise ValueError(f"temperature must be above 0, got {self.temperature}. Usual values are 1 to 20.")
         if self.prediction_loss not in PREDICTION_LOSSES:

@@ -61,6 +61,8 @@ class ScaleConfig(WordLevelConfig):
     def __post_init__(self):
         self.scale_dtype = self.scale_dtype or None  # a command line cannot say None
         super().__post_init__()
+        if self.frozen_layers:
+            raise ValueError(f"Scales and norms learn in all layers: leave frozen_layers={self.frozen_layers} out.")
         if min(self.norm_rate, self.zero_point_rate) < 0:
             raise ValueError(
                 f"norm_rate and zero_point_rate must be 0 or more, got {self.norm_rate} and {self.zero_point_rate}."

@@ -149,6 +149,7 @@ class DistillationTrainer(RunsTeacher, PredictionLosses, Phased, ItemsMixin, Tra
         self.phases = self._read_phases()
         for phase in self.phases:
             bind_all(phase.terms, plain_model(self.model), self.teacher)
+        self.check_frozen()
 
     def student_signals(self) -> dict[str, Iterable[int]]:
         """Which `attention` and `hidden_states` of the student to capture for this step."""

@@ -34,9 +34,10 @@ class MutualConfig(DistillationConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.teacher_weights or self.teacher_noise or self.hints:
+        if self.teacher_weights or self.teacher_noise or self.hints or self.frozen_layers:
             raise ValueError(
-                "In mutual learning no student is a teacher alone: leave teacher_weights, teacher_noise and hints out."
+                "In mutual learning no student is a teacher alone, and each learns whole: leave teacher_weights, "
+                "teacher_noise, hints and frozen_layers out."
             )
 
 
