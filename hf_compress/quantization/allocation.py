@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from hf_compress.layers.scheme import WeightScheme, check_bits
 from hf_compress.model.anatomy import is_projection
+from hf_compress.quantization.grids import round_to_nearest
 from hf_compress.quantization.modules import check_quantizable, matrix, scheme_for
-from hf_compress.quantization.round_to_nearest import round_to_nearest
 
 CHOICES = (2, 3, 4, 8)
 

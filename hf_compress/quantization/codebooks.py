@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from hf_compress.layers.codebook_linear import CodebookLinear
 from hf_compress.layers.scheme import SCALE_DTYPES, WeightScheme
-from hf_compress.quantization.grids import group_rows
+from hf_compress.quantization.grids import check_weight, group_rows
 from hf_compress.quantization.modules import matrix
 
 KMEANS_ROUNDS = 25
@@ -177,8 +177,7 @@ def install_codebook(
     """
     module = model.get_submodule(name)
     weight = matrix(module).float()
-    if not weight.isfinite().all():
-        raise ValueError(f"The weight of {name} holds NaN or infinity; it cannot be quantized.")
+    check_weight(weight, name)
     groups, dtype = group_rows(weight, scheme.group_size), SCALE_DTYPES[scheme.scale_dtype]  # (N, G, g)
     weighing = {} if importance is None else {"importance": group_rows(importance[None], scheme.group_size)}
     levels = CODEBOOKS[grid](groups, scheme.bits, **weighing).to(dtype).float()  # (N, G, L)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from hf_compress.layers.activations import round_per_token, round_to_range
 from hf_compress.layers.scheme import LARGEST_INPUT, SCALE_DTYPES, SMALLEST_RANGE, WeightScheme
-from hf_compress.quantization.gptq import QuantizedWeight
 from hf_compress.quantization.grids import (
+    QuantizedWeight,
     dequantize_from_grid,
     find_grid,
     fits_float16,

@@ -14,7 +14,7 @@ from torch import nn
 
 from hf_compress.files.whole import beside, write_whole
 from hf_compress.layers.scheme import WeightScheme
-from hf_compress.quantization.gptq import QuantizedWeight
+from hf_compress.quantization.grids import QuantizedWeight
 
 PARTS = tuple(field.name for field in fields(QuantizedWeight))
 

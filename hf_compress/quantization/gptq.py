@@ -11,7 +11,6 @@ the columns when the range of a group is searched.
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import pairwise
 
@@ -20,6 +19,8 @@ from torch import Tensor
 
 from hf_compress.engines.ops import gptq_quantize_block
 from hf_compress.quantization.grids import (
+    QuantizedWeight,
+    check_weight,
     dequantize_from_grid,
     find_grid,
     group_rows,
@@ -35,21 +36,6 @@ LARGEST_DAMP = 1.0  # until the damping is as large as the mean diagonal
 UPDATE_BLOCK_SIZE = 64  # columns quantized before the rest of the matrix is updated (section 3.3, step 2)
 HAS_TRITON = find_spec("triton") is not None
 KERNEL_RUNS = 16, 32, 64, 128, 256  # columns that the kernel takes
-
-
-@dataclass(frozen=True)
-class QuantizedWeight:
-    """A weight (N, K) on its grid: scale[g_idx[k], n] * (q[n, k] - zero_point[g_idx[k], n])."""
-
-    q: Tensor  # (N, K) uint8
-    scales: Tensor  # (G, N) float
-    zero_points: Tensor  # (G, N) uint8
-    g_idx: Tensor  # (K,) int32, the group of each column
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        groups = self.g_idx.long()
-        scale, zero_point = self.scales.to(dtype)[groups].t(), self.zero_points.to(dtype)[groups].t()  # (N, K)
-        return dequantize_from_grid(self.q.to(dtype), scale, zero_point)
 
 
 def quantize_weight(
@@ -275,8 +261,7 @@ def _check(weight: Tensor, hessian: Tensor, name: str) -> None:
             f"{name}: expected a weight (N, K) and a Hessian (K, K), "
             f"got {tuple(weight.shape)} and {tuple(hessian.shape)}."
         )
-    if not weight.isfinite().all():
-        raise ValueError(f"The weight of {name} holds NaN or infinity; it cannot be quantized.")
+    check_weight(weight, name)
     if not hessian.isfinite().all():
         raise ValueError(f"The inputs of {name} were NaN or infinite during calibration. Check the model on this data.")
 

@@ -8,15 +8,40 @@ last dimension. One row of everything is the per-tensor grid, one row per output
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
+from hf_compress.layers.scheme import SCALE_DTYPES, WeightScheme
+
 FLOAT16_STEP, LARGEST_FLOAT16 = 2.0**-24, 65504.0  # between the smallest numbers of float16; its largest
 SHRINK_STEPS, SMALLEST_SHRINK = 20, 0.43  # the range search tries shares of the full range from 1 down to this
 PERCENTILE = 0.999  # share of the values inside the percentile range
 KL_BINS, KL_CANDIDATES, KL_ROWS, KL_SMOOTHING = 512, 32, 2048, 1e-4
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight (N, K) on its grid: scale[g_idx[k], n] * (q[n, k] - zero_point[g_idx[k], n])."""
+
+    q: Tensor  # (N, K) uint8
+    scales: Tensor  # (G, N) float
+    zero_points: Tensor  # (G, N) uint8
+    g_idx: Tensor  # (K,) int32, the group of each column
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        groups = self.g_idx.long()
+        scale, zero_point = self.scales.to(dtype)[groups].t(), self.zero_points.to(dtype)[groups].t()  # (N, K)
+        return dequantize_from_grid(self.q.to(dtype), scale, zero_point)
+
+
+def of_groups(q: Tensor, scale: Tensor, zero_point: Tensor) -> QuantizedWeight:
+    """Integers (N, G, g) of neighbouring columns with the grid (N, G, 1) of each group."""
+    g_idx = torch.arange(q[0].numel(), dtype=torch.int32, device=q.device) // q.shape[-1]
+    scale, zero_point = (t[..., 0].t().contiguous() for t in (scale, zero_point))  # (G, N)
+    return QuantizedWeight(q.flatten(1).to(torch.uint8), scale, zero_point.to(torch.uint8), g_idx)
 
 
 def group_rows(weight: Tensor, group_size: int) -> Tensor:
@@ -243,3 +268,20 @@ def round_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
             "Store the scales of this layer in float32: scale_dtype='float32', or 'auto'."
         )
     return rounded.to(scale.dtype)
+
+
+def check_weight(weight: Tensor, name: str) -> None:
+    if not weight.isfinite().all():
+        raise ValueError(f"The weight of {name} holds NaN or infinity; it cannot be quantized.")
+
+
+def round_to_nearest(weight: Tensor, scheme: WeightScheme, *, range_method: str = "mse", name: str = "the weight"):
+    """Each value of a weight (N, K), or of the rows of an embedding (V, D), takes the nearest one of its group's grid.
+
+    The baseline of every table.
+    """
+    check_weight(weight, name)
+    groups = group_rows(weight.float(), scheme.group_size)  # (N, G, g)
+    scale, zero_point = find_grid(groups, scheme.bits, symmetric=scheme.symmetric, range_method=range_method,
+                                  scale_dtype=SCALE_DTYPES[scheme.scale_dtype])  # fmt: skip
+    return of_groups(quantize_to_grid(groups, scale, zero_point, scheme.bits), scale, zero_point)

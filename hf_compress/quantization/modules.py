@@ -15,8 +15,7 @@ from hf_compress.layers.packed_linear import PackedLinear
 from hf_compress.layers.scheme import WeightScheme, auto_group_size, check_bits
 from hf_compress.model.anatomy import anatomy, in_features, is_plain, layer_maps, matrix
 from hf_compress.model.weights import check_no_adapters
-from hf_compress.quantization.gptq import QuantizedWeight
-from hf_compress.quantization.grids import fits_float16, group_rows
+from hf_compress.quantization.grids import QuantizedWeight, fits_float16, group_rows
 
 AUTO = {"auto": 128, "auto-64": 64, "auto-32": 32}  # how groups are asked for that fit -> the largest of them
 

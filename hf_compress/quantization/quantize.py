@@ -1,26 +1,29 @@
 """One call that replaces linear layers and embeddings of a model by packed ones."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from hf_compress.checkpoint.bits import packed_modules, settle_bits
+from hf_compress.checkpoint.offloaded import bring_in, finish_offloaded
 from hf_compress.checkpoint.packed_ties import untie_packed
 from hf_compress.layers.packed_linear import PackedLinear
 from hf_compress.model.calibration_data import calibration_batches
 from hf_compress.model.classes import ModelT
 from hf_compress.model.unfinished import check_finished
-from hf_compress.quantization.block_by_block import GPTQOptions, quantize_block_by_block
+from hf_compress.quantization.block_by_block import BlockOptions, Walk
 from hf_compress.quantization.codebooks import CODEBOOKS, install_codebook, num_codebook_levels
 from hf_compress.quantization.from_blocks import dense_blocks
+from hf_compress.quantization.gptq_model import GPTQ
+from hf_compress.quantization.grids import RANGES, round_to_nearest
 from hf_compress.quantization.importance import input_importance
 from hf_compress.quantization.modules import choose_modules, install, matrix, scheme_for
-from hf_compress.quantization.offloaded import bring_in, finish_offloaded
-from hf_compress.quantization.round_to_nearest import round_to_nearest
 
-METHODS = ("gptq", "rtn")
+WALKS: dict[str, type[Walk]] = {"gptq": GPTQ}
+METHODS = (*WALKS, "rtn")
 
 
 @torch.no_grad()
@@ -40,7 +43,7 @@ def quantize(
     range_method: str = "mse",
     scale_dtype: str = "auto",
     tokenizer: PreTrainedTokenizerBase | None = None,
-    **gptq_options,
+    **method_options,
 ) -> ModelT:
     """Replace linear layers by layers of few bits, in place. Returns the model, ready to run, save and adapt.
 
@@ -51,9 +54,9 @@ def quantize(
         group_size (`int` or `str`): consecutive weights along the columns that share a scale; -1 for the whole row;
             "auto" for the largest of 128, 64 and 32 that divides the columns, the whole row where none does.
         symmetric (`bool`): fix the zero point at mid-range instead of storing one for each group.
-        calibration: for "gptq", and for grid "kmeans", whose centroids then weigh by the Hessian's diagonal: rows with
-            `input_ids` (pixels for image models), a data loader's batches, arrays, or texts, which need `tokenizer`.
-            The same text gives the same model; 128 rows of 512 tokens will do.
+        calibration: for "gptq", and for grid "kmeans", whose centroids then weigh by the Hessian's
+            diagonal: rows with `input_ids` (pixels for image models), a data loader's batches, arrays, or texts, which
+            need `tokenizer`. The same text gives the same model; 128 rows of 512 tokens will do.
         embedding_bits (`int`, *optional*): also pack the embedding tables, one scale a row, rounded to nearest.
         activation_bits (`int`, *optional*): 8 rounds the inputs of each packed linear layer to the token's own 8-bit
             grid as they come; with 8-bit symmetric weights and one scale a row, products are those of integers.
@@ -65,7 +68,7 @@ def quantize(
         scale_dtype (`str`): "float16"; "float32"; or "auto": float32 for modules whose weights are too small or too
             large for float16, and float16 for all others.
         tokenizer: the model's own, where `calibration` holds texts.
-        gptq_options: the fields of `GPTQOptions`.
+        method_options: the fields of `GPTQOptions`.
 
     Block-sparse maps keep their blocks: only those are saved, in few bits.
     Raises ValueError for a model that is quantized already or holds adapters, for unknown modules and bits, and for
@@ -73,13 +76,16 @@ def quantize(
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}.")
-    if method == "gptq" and calibration is None:
-        raise ValueError("method='gptq' needs `calibration`: a dataset of rows with `input_ids`.")
-    if method == "rtn" and (gptq_options or (calibration is not None and grid != "kmeans")):
+    if method in WALKS and calibration is None:
+        raise ValueError(f"method={method!r} needs `calibration`: a dataset of rows with `input_ids`.")
+    if method == "rtn" and (method_options or (calibration is not None and grid != "kmeans")):
         raise ValueError(
-            f"method='rtn' takes no options {sorted(gptq_options)}, and calibration only with grid='kmeans'; use "
-            "method='gptq'."
+            f"method='rtn' takes no options {sorted(method_options)}, and calibration only with grid='kmeans'; use "
+            f"one of {sorted(WALKS)} as method."
         )
+    if range_method not in RANGES:
+        raise ValueError(f"range_method must be one of {sorted(RANGES)}, got {range_method!r}.")
+    options = _walk_options(method, method_options) if method in WALKS else None
     if method == "rtn" and calibration is not None and any(p.is_meta for p in model.parameters()):
         raise ValueError("Centroids are weighed with the whole model in memory, and some of this one is on disk.")
     if bias_correction and grid not in CODEBOOKS:
@@ -92,8 +98,7 @@ def quantize(
     check_finished(model, "quantize")
     if any(packed_modules(model)):
         raise ValueError("The model is quantized already. Call `model.dequantize()` first, or load the original.")
-    options = GPTQOptions(**gptq_options)
-    stores_g_idx = method == "gptq" and options.stores_g_idx
+    stores_g_idx = options is not None and options.stores_g_idx
     with dense_blocks(model) as blocks:
         if blocks and (method != "rtn" or grid != "uniform"):
             raise ValueError(
@@ -115,10 +120,10 @@ def quantize(
         if method == "rtn" and calibration is not None:
             linear = [name for name, scheme in schemes.items() if scheme.num_levels is not None]
             importance = input_importance(model, linear, calibration_batches(calibration, model, tokenizer=tokenizer))
-        if method == "gptq":
+        if options is not None:
             linear = {n: s for n, s in schemes.items() if not isinstance(model.get_submodule(n), nn.Embedding)}
             batches = calibration_batches(calibration, model, batch_size=options.batch_size, tokenizer=tokenizer)
-            quantize_block_by_block(model, linear, batches, options, range_method=range_method)
+            WALKS[method](model, linear, batches, options, range_method=range_method).run()
         for name, scheme in schemes.items():
             module = model.get_submodule(name)
             if isinstance(module, PackedLinear):
@@ -134,3 +139,11 @@ def quantize(
     settle_bits(model)
     finish_offloaded(model)
     return model
+
+
+def _walk_options(method: str, given: Mapping[str, object]) -> BlockOptions:
+    kind = WALKS[method].options_class
+    known = sorted(field.name for field in fields(kind))
+    if unknown := sorted(given.keys() - known):
+        raise ValueError(f"method={method!r} takes no options {unknown}: it has {', '.join(known)}.")
+    return kind(**given)

@@ -15,7 +15,7 @@ from hf_compress.pruning.importance import every_other, head_importance, neuron_
 from hf_compress.pruning.one_shot import prune_weights
 from hf_compress.pruning.targets import StructureTimes, prune_to_size, prune_to_time
 from hf_compress.quantization.allocation import allocate_bits
-from hf_compress.quantization.block_by_block import GPTQOptions
+from hf_compress.quantization.gptq_model import GPTQOptions
 from hf_compress.quantization.modules import is_linear
 from hf_compress.quantization.quantize import quantize
 from hf_compress.quantization.sensitivity import hessian_sensitivity
@@ -272,8 +272,13 @@ class GPTQStageOptions(RoundOptions, GPTQOptions):
         GPTQOptions.__post_init__(self)
 
     def extra(self, samples: Samples) -> dict[str, Any]:
-        gptq = {field.name: getattr(self, field.name) for field in fields(GPTQOptions)}
-        return {**gptq, "calibration": samples.some(self.calibration_examples)}
+        return calibrated(self, GPTQOptions, samples)
+
+
+def calibrated(stage: Any, kind: type, samples: Samples) -> dict[str, Any]:
+    """The options of `kind` that `stage` has, and its calibration."""
+    options = {field.name: getattr(stage, field.name) for field in fields(kind)}
+    return {**options, "calibration": samples.some(stage.calibration_examples)}
 
 
 PRUNE = {

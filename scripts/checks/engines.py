@@ -35,7 +35,7 @@ from hf_compress.layers.low_rank import factors, make_low_rank  # noqa: E402
 from hf_compress.layers.packed_linear import PackedLinear  # noqa: E402
 from hf_compress.layers.scheme import WeightScheme  # noqa: E402
 from hf_compress.measuring.measure import device_name  # noqa: E402
-from hf_compress.quantization.round_to_nearest import round_to_nearest  # noqa: E402
+from hf_compress.quantization.grids import round_to_nearest  # noqa: E402
 
 CAPS = {  # name: what oneDNN and ATen are held to, and the flag of `torch.cpu` that the processor needs for it
     "none": ({}, None),

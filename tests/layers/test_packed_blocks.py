@@ -14,8 +14,8 @@ from hf_compress.layers.packed_blocks import PackedBlocksLinear, packed_blocks, 
 from hf_compress.layers.packed_linear import PackedLinear
 from hf_compress.layers.scheme import WeightScheme
 from hf_compress.model.anatomy import anatomy, is_projection, matrix
+from hf_compress.quantization.grids import round_to_nearest
 from hf_compress.quantization.modules import packed
-from hf_compress.quantization.round_to_nearest import round_to_nearest
 
 
 def blocky(rows: int, columns: int, side: int, *, seed: int = 0) -> Tensor:

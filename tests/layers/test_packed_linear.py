@@ -9,7 +9,7 @@ from hf_compress.layers.activations import round_per_token, round_to_range
 from hf_compress.layers.packed_embedding import PackedEmbedding
 from hf_compress.layers.packed_linear import PackedLinear
 from hf_compress.layers.scheme import WeightScheme, auto_group_size
-from hf_compress.quantization.round_to_nearest import round_to_nearest
+from hf_compress.quantization.grids import round_to_nearest
 
 BITS = pytest.mark.parametrize("bits", [2, 3, 4, 8], ids="{}-bit".format)
 

@@ -10,8 +10,8 @@ import hf_compress as hfc
 from hf_compress.layers.packed_linear import PackedLinear
 from hf_compress.model.calibration import InputMoments, capture_stack_inputs, input_groups
 from hf_compress.model.calibration_data import calibration_batches
-from hf_compress.quantization import block_by_block
-from hf_compress.quantization.block_by_block import matching_weight, shrink
+from hf_compress.quantization import gptq_model
+from hf_compress.quantization.gptq_model import matching_weight, shrink
 from hf_compress.quantization.modules import scheme_for
 from tests.helpers import FAMILIES, tiny_batch, tiny_model
 
@@ -124,7 +124,7 @@ def test_a_run_that_is_cut_off_goes_on_to_the_same_model(tmp_path, monkeypatch):
     data = calibration(tiny_model("bert"))
     options = dict(method="gptq", calibration=data, resume_dir=str(tmp_path))
     whole = hfc.quantize(tiny_model("bert"), 4, method="gptq", calibration=data)
-    quantize_weight, calls = block_by_block.quantize_weight, []
+    quantize_weight, calls = gptq_model.quantize_weight, []
 
     def fails_in_the_third_layer(*args, **kwargs):
         calls.append(kwargs["name"])
@@ -132,7 +132,7 @@ def test_a_run_that_is_cut_off_goes_on_to_the_same_model(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return quantize_weight(*args, **kwargs)
 
-    monkeypatch.setattr(block_by_block, "quantize_weight", fails_in_the_third_layer)
+    monkeypatch.setattr(gptq_model, "quantize_weight", fails_in_the_third_layer)
     with pytest.raises(KeyboardInterrupt):
         hfc.quantize(tiny_model("bert"), 4, **options)
     calls.clear()
@@ -141,7 +141,7 @@ def test_a_run_that_is_cut_off_goes_on_to_the_same_model(tmp_path, monkeypatch):
         calls.append(kwargs["name"])
         return quantize_weight(*args, **kwargs)
 
-    monkeypatch.setattr(block_by_block, "quantize_weight", counts)
+    monkeypatch.setattr(gptq_model, "quantize_weight", counts)
     resumed = hfc.quantize(tiny_model("bert"), 4, **options)
     assert not any(".layer.0." in name or ".layer.1." in name for name in calls) and len(calls) == 12
     for name, tensor in whole.state_dict().items():
@@ -297,13 +297,13 @@ def test_a_projection_that_is_called_twice_is_fitted_to_both_inputs(name, monkey
     X = every_input(model, module, batches)
     positions = 0 if name == "value_proj" else len(batches) * 2 * model.config.position_buckets
     assert len(X) == sum(int(batch["attention_mask"].sum()) for batch in batches) + positions
-    quantize_weight = block_by_block.quantize_weight
+    quantize_weight = gptq_model.quantize_weight
 
     def note(weight, hessian, *args, **kwargs):
         hessians[kwargs["name"]] = hessian
         return quantize_weight(weight, hessian, *args, **kwargs)
 
-    monkeypatch.setattr(block_by_block, "quantize_weight", note)
+    monkeypatch.setattr(gptq_model, "quantize_weight", note)
     hfc.quantize(model, 4, method="gptq", calibration=batches, exact_products=True, match_exact=0, shrinkage=0)
     torch.testing.assert_close(hessians[module], 2 * X.T @ X / len(X))
 

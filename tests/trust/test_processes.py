@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from trust.trainers import CAUSAL, TRAINERS, build, data_of, run
 
 import hf_compress as hfc
-from hf_compress.quantization import block_by_block
+from hf_compress.quantization import gptq_model
 from hf_compress.quantization.gptq import quantize_weight
 
 pytestmark = needs_fork
@@ -217,7 +217,7 @@ def calibrated(folder, number):
             hessians[name] = hessian.clone()
             return quantize_weight(W, hessian, *args, name=name, **kwargs)
 
-        with mock.patch.object(block_by_block, "quantize_weight", keep):
+        with mock.patch.object(gptq_model, "quantize_weight", keep):
             model = hfc.quantize(
                 tiny_model("llama"), 4, method="gptq", group_size=16, calibration=rows(24, kind="clm").select(
                     range(rank * 24 // number, (rank + 1) * 24 // number)
