@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from hf_compress.model.anatomy import Stack
@@ -60,14 +61,18 @@ class StackInputs:
     def num_batches(self) -> int:
         return len(self.masks)
 
-    def run(self, batch: int) -> Tensor:
-        """The layer's output states for one batch, (B, T, D)."""
+    def run(self, batch: int, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The layer's output states for one batch, (B, T, D); with `weights`, by name, in place of its own."""
         module = self.stack.layers[self.index].module
         args, kwargs = self.calls[self.index][batch]
         hidden = self.hidden[batch].to(next(module.parameters()).device)
         with fast_forward(hidden.device, enabled=self.fast):
-            output = module(hidden, *args, **kwargs)
+            output = functional_call(module, dict(weights or {}), (hidden, *args), kwargs)
         return output[0] if isinstance(output, tuple) else output
+
+    def states(self, hidden: Tensor, batch: int) -> Tensor:
+        """The rows (tokens, D) of `hidden` (B, T, D) that are real tokens."""
+        return token_rows(hidden, self.masks[batch])
 
     def tokens(self, module: nn.Module, x: Tensor, batch: int) -> Tensor:
         """The rows of the input `x` of `module` that are real tokens: the encoder's, where a decoder looks at them."""

@@ -1,6 +1,6 @@
 """Through a model layer after layer, each seeing what the quantized layers before it hand on.
 
-What one layer's weights become is the method's: `GPTQ` is a walk.
+What one layer's weights become is the method's: `GPTQ` and `SignRound` are walks.
 """
 
 import logging

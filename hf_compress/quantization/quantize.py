@@ -21,8 +21,9 @@ from hf_compress.quantization.gptq_model import GPTQ
 from hf_compress.quantization.grids import RANGES, round_to_nearest
 from hf_compress.quantization.importance import input_importance
 from hf_compress.quantization.modules import choose_modules, install, matrix, scheme_for
+from hf_compress.quantization.signround import SignRound
 
-WALKS: dict[str, type[Walk]] = {"gptq": GPTQ}
+WALKS: dict[str, type[Walk]] = {"gptq": GPTQ, "signround": SignRound}
 METHODS = (*WALKS, "rtn")
 
 
@@ -50,11 +51,12 @@ def quantize(
     Args:
         bits (`int` or `dict`): 2, 3, 4 or 8 for every linear map inside the transformer layers, or {module name: bits}
             for exactly those modules, which may also be heads and embeddings.
-        method (`str`): "rtn" rounds to nearest and needs no data; "gptq" (Frantar et al., 2023) needs `calibration`.
+        method (`str`): "rtn" rounds to nearest and needs no data; "gptq" (Frantar et al., 2023) and "signround" (Cheng
+            et al., 2023) need `calibration`.
         group_size (`int` or `str`): consecutive weights along the columns that share a scale; -1 for the whole row;
             "auto" for the largest of 128, 64 and 32 that divides the columns, the whole row where none does.
         symmetric (`bool`): fix the zero point at mid-range instead of storing one for each group.
-        calibration: for "gptq", and for grid "kmeans", whose centroids then weigh by the Hessian's
+        calibration: for "gptq" and "signround", and for grid "kmeans", whose centroids then weigh by the Hessian's
             diagonal: rows with `input_ids` (pixels for image models), a data loader's batches, arrays, or texts, which
             need `tokenizer`. The same text gives the same model; 128 rows of 512 tokens will do.
         embedding_bits (`int`, *optional*): also pack the embedding tables, one scale a row, rounded to nearest.
@@ -68,7 +70,7 @@ def quantize(
         scale_dtype (`str`): "float16"; "float32"; or "auto": float32 for modules whose weights are too small or too
             large for float16, and float16 for all others.
         tokenizer: the model's own, where `calibration` holds texts.
-        method_options: the fields of `GPTQOptions`.
+        method_options: the fields of `GPTQOptions` or `SignRoundOptions`.
 
     Block-sparse maps keep their blocks: only those are saved, in few bits.
     Raises ValueError for a model that is quantized already or holds adapters, for unknown modules and bits, and for

@@ -19,6 +19,7 @@ from hf_compress.quantization.gptq_model import GPTQOptions
 from hf_compress.quantization.modules import is_linear
 from hf_compress.quantization.quantize import quantize
 from hf_compress.quantization.sensitivity import hessian_sensitivity
+from hf_compress.quantization.signround import SignRoundOptions
 from hf_compress.surgery import prune_heads, prune_layers, prune_neurons
 from hf_compress.surgery.tokenizer import used_tokens
 from hf_compress.surgery.vocabulary import prune_vocabulary
@@ -275,6 +276,23 @@ class GPTQStageOptions(RoundOptions, GPTQOptions):
         return calibrated(self, GPTQOptions, samples)
 
 
+@dataclass(frozen=True)
+class SignRoundStageOptions(RoundOptions, SignRoundOptions):
+    """Learn layer by layer which way each weight is rounded, by signed gradients (Cheng et al., 2023)."""
+
+    bits: int = field(default=4, metadata={"help": "2, 3, 4 or 8 bits for each weight."})
+    calibration_examples: int = field(default=128, metadata={"help": "Training rows that the layers follow."})
+
+    method = "signround"
+
+    def __post_init__(self):
+        RoundOptions.__post_init__(self)
+        SignRoundOptions.__post_init__(self)
+
+    def extra(self, samples: Samples) -> dict[str, Any]:
+        return calibrated(self, SignRoundOptions, samples)
+
+
 def calibrated(stage: Any, kind: type, samples: Samples) -> dict[str, Any]:
     """The options of `kind` that `stage` has, and its calibration."""
     options = {field.name: getattr(stage, field.name) for field in fields(kind)}
@@ -290,4 +308,4 @@ PRUNE = {
     "size": SizeOptions,
     "weights-at-once": WeightsOptions,
 }
-QUANTIZE = {"rtn": RoundOptions, "gptq": GPTQStageOptions}
+QUANTIZE = {"rtn": RoundOptions, "gptq": GPTQStageOptions, "signround": SignRoundStageOptions}
