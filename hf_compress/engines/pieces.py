@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SMALLEST, LARGEST = 8, 4096  # powers of two; a single row is a piece of its own
+SIZES = frozenset({1, *(1 << n for n in range(3, 13))})
 MOST_PADDING = 1 / 8  # of the rows of a piece, unless it is the smallest
 
 

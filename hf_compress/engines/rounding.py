@@ -3,6 +3,7 @@
 import threading
 import weakref
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -61,7 +62,7 @@ def _bytes(x: Tensor, activation_range: Range) -> Rounded:
     # a half goes to the even step, which an odd zero point would make an odd one: that is added to the bytes
     odd = zero % 2
     q = steps.add_(TO_INTEGER + zero - odd).view(torch.int32).to(torch.uint8)
-    return Rounded(q.add_(odd) if odd else q, scale, zero)
+    return Rounded(q.add_(odd) if odd else q, torch.as_tensor(scale, dtype=torch.float32).view(-1, 1), zero)
 
 
 def _floats(x: Tensor, activation_range: Range) -> Tensor:
@@ -69,17 +70,20 @@ def _floats(x: Tensor, activation_range: Range) -> Tensor:
     return steps.round_().mul_(scale).to(x.dtype)  # adding 1.5 * 2^23 would round float32 alone
 
 
-def _steps(x: Tensor, activation_range: Range) -> tuple[Tensor, Tensor, int]:
-    """x / scale, within the grid; the scale (M, 1) or (1, 1); the zero point."""
+def _steps(x: Tensor, activation_range: Range) -> tuple[Tensor, Tensor | float, int]:
+    """x / scale, within the grid; the scale, (M, 1) or a number, which costs a fifth of a tensor; the zero point."""
     if activation_range is None:
         largest = torch.maximum(x.amax(1, keepdim=True), x.amin(1, keepdim=True).neg_())  # abs would copy x
         scale = largest.float().div_(LARGEST_INT8).clamp_(min=TINY)
         return x / scale, scale, MIDDLE
-    scale, zero = activation_grid(*torch.tensor(activation_range, dtype=torch.float32))
-    return (x.float() / scale).clamp_(-zero, LEVELS - zero), scale.view(1, 1), int(zero)
+    scale, zero = grid_of_range(*activation_range)
+    return (x.float() / scale).clamp_(-zero, LEVELS - zero), scale, int(zero)
 
 
-def activation_grid(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of the 8-bit grid over [low, high], which holds zero; scalars, float32."""
+@lru_cache(maxsize=4096)  # a range for each layer, asked for in each call
+def grid_of_range(low: float, high: float) -> tuple[float, float]:
+    """Scale and zero point of the 8-bit grid over [low, high], which holds zero: float32 values as plain numbers."""
+    # also where a model is built on the meta device, and in another dtype than that of its training
+    low, high = (torch.tensor(end, device="cpu", dtype=torch.float32) for end in (low, high))
     scale = (high - low) / LEVELS
-    return scale, (-low / scale).round()
+    return scale.item(), (-low / scale).round().item()

@@ -17,11 +17,11 @@ from torch import Tensor
 from hf_compress.engines import processor
 from hf_compress.engines.low_bit import Int4, Int8Halves, Int8Weights
 from hf_compress.engines.packed_weight import Stored
-from hf_compress.engines.pieces import in_pieces
+from hf_compress.engines.pieces import SIZES, in_pieces
 from hf_compress.engines.rounding import round_to_bytes
 
 Run = Callable[[Tensor, Tensor | None], Tensor]
-SMALLEST = 16384  # weights; below this a call costs more than it multiplies, and the plain path runs
+SMALLEST = 16384  # weights; below this a call costs more than it multiplies, and `F.linear` costs least
 FEW_TOKENS = 16  # at most, for kernels that read the weight once a token
 ROWS_AT_ONCE = 2048  # output features dequantized together, to bound memory
 
@@ -35,8 +35,9 @@ def choose(
     rounds            the layer's record asks for activations of 8 bits,
     activation_range  and for this range of theirs
     """
-    dense = choose_dense(stored.out_features * stored.in_features)
-    if dense is None or processor.mode() == "exact":
+    weights = stored.out_features * stored.in_features
+    dense = choose_dense(weights)
+    if dense is None or weights < SMALLEST or processor.mode() == "exact":
         return dense
     integers = stored.is_8_bit_rows and processor.has_int8()
     many = partial(Int8Rows, activation_range=activation_range) if integers else dense
@@ -55,9 +56,9 @@ def choose_dense(weights: int, *, decodes: bool = False) -> Callable[..., Run] |
     In models that decode an exact product may keep the weight, as the user asked for it; another one may not.
     """
     wanted = processor.mode()
-    if wanted == "reference" or weights < SMALLEST or (decodes and wanted == "auto"):
+    if wanted == "reference" or (decodes and wanted == "auto"):
         return None
-    if wanted == "exact":
+    if wanted == "exact" or weights < SMALLEST:
         return Float32
     return BFloat16 if processor.has_bfloat16() else OneDnnFloat32 if processor.has_slow_mkl() else Float32
 
@@ -87,8 +88,11 @@ class BFloat16:
         self.weight = torch.ops.mkldnn._reorder_linear_weight(dense, None)
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        bias = None if bias is None else bias.to(self.dtype)
+        if bias is not None and bias.dtype is not self.dtype:
+            bias = bias.to(self.dtype)
         product = lambda rows: torch.ops.mkldnn._linear_pointwise(rows, self.weight, bias, "none", [], "")  # noqa: E731
+        if x.dtype is self.dtype and len(x) in SIZES:  # each operator more costs microseconds, a small layer a hundred
+            return product(x)
         return in_pieces(x.to(self.dtype), product, self.out_features, self.dtype).to(x.dtype)
 
 

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from hf_compress.checkpoint.bits import packed_modules
 from hf_compress.engines.ops import pack_rows, pack_zeros
+from hf_compress.engines.rounding import grid_of_range
 from hf_compress.formats.compressed_tensors_modules import PACKED
-from hf_compress.layers.activations import grid_of_range
 from hf_compress.layers.packed_embedding import PackedEmbedding
 from hf_compress.layers.packed_linear import PackedLinear
 from hf_compress.layers.scheme import WeightScheme

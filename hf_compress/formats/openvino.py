@@ -16,17 +16,16 @@ from pathlib import Path
 import numpy as np
 import openvino as ov
 import openvino.opset13 as op
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.exporters import ExportFormat, ExportQuantizer, OpenVINOConfig, OpenVINOExporter
 
 from hf_compress.engines.processor import has_int8
+from hf_compress.engines.rounding import LEVELS, grid_of_range
 from hf_compress.formats.named_weight import NamedWeight, named_weights
 from hf_compress.formats.runtimes.agreement import Session
 from hf_compress.formats.runtimes.folder import write_folder
 from hf_compress.formats.runtimes.openvino_session import RUN_OPTIONS, WITHOUT_OVERFLOW, session
 from hf_compress.formats.runtimes.traced import Traced, sample_inputs, traced
-from hf_compress.layers.activations import LEVELS, activation_grid
 
 DYNAMIC_GROUPS = 64, 32, 16  # the first is the fastest
 
@@ -110,7 +109,7 @@ def weight_nodes(weight: NamedWeight) -> ov.Node:
 
 def fake_quantize(source: ov.Output, low: float, high: float) -> ov.Node:
     """256 levels over the range, moved so that zero is one of them, as `round_to_range` has it."""
-    scale, zero_point = activation_grid(torch.tensor(low), torch.tensor(high))
+    scale, zero_point = grid_of_range(low, high)
     low, high = (constant(np.float32(end * scale)) for end in (-zero_point, LEVELS - zero_point))
     return op.fake_quantize(source, low, high, low, high, LEVELS + 1)
 

@@ -3,20 +3,12 @@
 import torch
 from torch import Tensor
 
-from hf_compress.engines.rounding import LARGEST_INT8, LEVELS, activation_grid
+from hf_compress.engines.rounding import LARGEST_INT8, LEVELS, grid_of_range
 
 
 def round_to_range(x: Tensor, low: float, high: float) -> Tensor:
     """x on the 8-bit grid of a calibrated range, what lies outside clipped; there the gradient is zero."""
     return round_to_grid(x, *grid_of_range(low, high))
-
-
-def grid_of_range(low: float, high: float) -> tuple[float, float]:
-    """Scale and zero point as plain numbers: nothing is copied to a device in a forward pass."""
-    # also where a model is built on the meta device, and in another dtype than that of its training
-    cpu = {"device": "cpu", "dtype": torch.float32}
-    scale, zero_point = activation_grid(torch.tensor(low, **cpu), torch.tensor(high, **cpu))
-    return scale.item(), zero_point.item()
 
 
 def round_to_grid(x: Tensor, scale: float, zero_point: float) -> Tensor:

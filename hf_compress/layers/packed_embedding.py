@@ -98,22 +98,26 @@ class PackedEmbedding(Multiplies, nn.Embedding):
 
     def integers(self, ids: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """q (..., D) uint8, scales (..., G) and zero points (..., G) of the rows `ids`, by default all of them."""
-        rows = slice(None) if ids is None else ids
-        words = self.qweight[rows]
+        q, scales, zeros = self._rows(ids)
+        return q, scales, torch.full_like(scales, zeros) if isinstance(zeros, int) else zeros
+
+    def _rows(self, ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor | int]:
+        """The same; a zero point that all share is a number, which costs least."""
+        words, scales = (t if ids is None else F.embedding(ids, t) for t in (self.qweight, self.scales))
         if self.scheme.bits == 8 and words.device.type == "cpu":  # little-endian, as the words are
             q = words.view(torch.uint8)[..., : self.embedding_dim]
         else:
             q = unpack_rows(words, self.scheme.bits, self.embedding_dim)
-        scales = self.scales[rows]
-        zeros = torch.full_like(scales, 2 ** (self.scheme.bits - 1)) if self.zeros is None else self.zeros[rows]
-        return q, scales, zeros
+        if self.zeros is None:
+            return q, scales, 2 ** (self.scheme.bits - 1)
+        return q, scales, self.zeros if ids is None else F.embedding(ids, self.zeros)
 
     def dequantize(self, dtype: torch.dtype | None = None, ids: Tensor | None = None) -> Tensor:
         """The table (V, D), or its rows `ids` (..., D), computed in float32 and then cast."""
-        q, scales, zeros = self.integers(ids)
+        q, scales, zeros = self._rows(ids)
         values = q.float()
         groups = values.unflatten(-1, (scales.shape[-1], -1))  # (..., G, g)
-        groups.sub_(zeros.float()[..., None]).mul_(scales.float()[..., None])
+        groups.sub_(zeros if isinstance(zeros, int) else zeros.float()[..., None]).mul_(scales.float()[..., None])
         return values.to(dtype or self.compute_dtype)
 
     def forward(self, input: Tensor) -> Tensor:

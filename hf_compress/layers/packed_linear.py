@@ -7,8 +7,8 @@ from transformers.pytorch_utils import Conv1D
 from hf_compress.engines import gpu
 from hf_compress.engines.ops import pack_gptq, pack_zeros, words_per_row
 from hf_compress.engines.packed_weight import Stored
-from hf_compress.engines.rounding import rounded_rows
-from hf_compress.layers.activations import grid_of_range, needs_gradient, round_per_token, round_to_grid
+from hf_compress.engines.rounding import grid_of_range, rounded_rows
+from hf_compress.layers.activations import needs_gradient, round_per_token, round_to_grid
 from hf_compress.layers.packed_module import Multiplies
 from hf_compress.layers.scheme import SCALE_DTYPES, WeightScheme
 

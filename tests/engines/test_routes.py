@@ -293,9 +293,16 @@ def test_modes(monkeypatch):
         layer.prepare()
 
 
-def test_a_small_layer_needs_no_route():
+@pytest.mark.parametrize("decodes", [False, True])
+def test_a_small_layer_keeps_its_weight_for_the_plain_product(decodes):
     layer = PackedLinear(64, 64, WeightScheme(4, 32))
-    assert layer.fill(torch.zeros(64, 64, dtype=torch.uint8), torch.ones(2, 64), torch.zeros(2, 64)).route is None
+    layer.fill(torch.randint(0, 16, (64, 64), dtype=torch.uint8), torch.rand(2, 64), torch.full((2, 64), 8))
+    layer.prepare(decodes=decodes)
+    x = torch.randn(5, 64)
+    assert torch.equal(layer(x), torch.nn.functional.linear(x, layer.dequantize(), layer.bias))
+    assert layer.run.name == "float32"
+    layer.scales.mul_(2)  # what is stored may change: the weight is made again
+    assert torch.equal(layer(x), torch.nn.functional.linear(x, layer.dequantize(), layer.bias))
 
 
 def _in_a_worker(layer, x, queue):

@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from hf_compress.engines.rounding import LEVELS, round_to_bytes, rounded_rows
-from hf_compress.layers.activations import grid_of_range, round_to_range
+from hf_compress.engines.rounding import LEVELS, grid_of_range, round_to_bytes, rounded_rows
+from hf_compress.layers.activations import round_to_range
 from hf_compress.quantization.fake_quantize import ActivationQuantizer
 
 

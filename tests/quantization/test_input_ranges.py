@@ -7,7 +7,7 @@ import torch
 from helpers import tiny_batch, tiny_model
 
 import hf_compress as hfc
-from hf_compress.layers.activations import grid_of_range
+from hf_compress.engines.rounding import grid_of_range
 from hf_compress.layers.scheme import LARGEST_INPUT, SMALLEST_RANGE, WeightScheme, check_activation_range
 from hf_compress.model.record import record_digest
 from hf_compress.quantization.fake_quantize import ActivationQuantizer

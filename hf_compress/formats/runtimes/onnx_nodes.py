@@ -5,10 +5,9 @@ from contextlib import contextmanager
 
 import numpy as np
 import onnx_ir as ir
-import torch
 
+from hf_compress.engines.rounding import LARGEST_INT8, grid_of_range
 from hf_compress.formats.named_weight import NamedWeight
-from hf_compress.layers.activations import LARGEST_INT8, activation_grid
 
 MICROSOFT = "com.microsoft"
 BLOCKS = 256, 128, 64, 32, 16  # what MatMulNBits takes
@@ -57,7 +56,7 @@ def rounded_inputs(nodes: Nodes, x: ir.Value, weight: NamedWeight) -> list[ir.Va
     """What all products of `x` by weights of this kind share: x itself, on the grid of its range, or u8 and scales."""
     is_rows = weight.scheme.bits == 8 and weight.num_groups == 1
     if weight.scheme.activation_range is not None:
-        scale, zero_point = activation_grid(*(torch.tensor(end) for end in weight.scheme.activation_range))
+        scale, zero_point = grid_of_range(*weight.scheme.activation_range)
         grid = nodes.constant(np.float32(scale)), nodes.constant(np.uint8(zero_point))
         return [nodes.add("DequantizeLinear", nodes.add("QuantizeLinear", x, *grid), *grid)]
     if not is_rows:
