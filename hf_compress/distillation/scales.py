@@ -2,7 +2,8 @@
 
     w = s0 (1 + t) (q - z),    loss = KL(p_teacher || p_student) over the whole vocabulary, or the soft loss of a task
 
-t and the weights of norms learn, by Adam at rates relative to their size. Published for MLX as "distilled weight
+t and the weights of norms learn, by Adam at rates relative to their size; of a codebook its levels do, the centroids of
+Han et al. (see `layers.trained_levels`). Published for MLX as "distilled weight
 quantization" (DWQ), 2025, https://github.com/ml-explore/mlx-lm/blob/main/mlx_lm/LEARNED_QUANTS.md
 """
 
@@ -75,11 +76,12 @@ class ScaleTrainer(WordLevelTrainer):
     """Distils the scales of a packed model (of `quantize` or `load_gptq`), which is an ordinary packed one afterwards.
 
     Language models follow the teacher at each position, as in `WordLevelTrainer`; classifiers by their soft loss;
-    embedders (`AutoModel`) by the vectors of texts. What learns are scales, zero points where asked for, and norms.
-    A model that `finish` has packed, pruned or not, will do. What is evaluated on the way is what would be stored.
+    embedders (`AutoModel`) by the vectors of texts. What learns are scales, zero points where asked for, the levels of
+    codebooks, and norms. A model that `finish` has packed, pruned or not, will do. What is evaluated on the way is what
+    would be stored.
 
-    Raises ValueError, before the teacher is loaded, for a model without packed layers, with codebooks or float blocks,
-    for a teacher with another vocabulary, and for texts of fewer tokens than the widest layer has columns.
+    Raises ValueError, before the teacher is loaded, for a model without packed layers or with float blocks, for a
+    teacher with another vocabulary, and for texts of fewer tokens than the widest layer has columns.
     """
 
     config_class = ScaleConfig
@@ -115,7 +117,8 @@ class ScaleTrainer(WordLevelTrainer):
         self._losses_of.check_layers(self)
 
     def takes_head(self, head: nn.Module) -> bool:
-        return super().takes_head(head) or isinstance(head, (TiedHead, PackedLinear))  # it does not learn
+        fixed = TiedHead, PackedLinear, CodebookLinear  # as heads they do not learn
+        return super().takes_head(head) or isinstance(head, fixed)
 
     def student_inputs(self, student: nn.Module, inputs: dict) -> dict:
         return self._losses_of.student_inputs(self, student, inputs)
@@ -138,14 +141,13 @@ class ScaleTrainer(WordLevelTrainer):
             raise ValueError(
                 f"{type(self).__name__} needs whole layers in each process: use DDP, not FSDP or DeepSpeed."
             )
-        fixed = {n: m for n, m in student.named_modules() if isinstance(m, (CodebookLinear, BlockSparseLinear))}
-        if fixed:
-            name, module = next(iter(fixed.items()))
+        blocks = [name for name, module in student.named_modules() if isinstance(module, BlockSparseLinear)]
+        if blocks:
             raise ValueError(
-                f"{type(self).__name__} trains scales, but {name}{' and others' * (len(fixed) > 1)} is a "
-                f"{type(module).__name__}, which has none. Quantize with grid='uniform', of blocks those of `finish`."
+                f"{type(self).__name__} trains scales, but {blocks[0]}{' and others' * (len(blocks) > 1)} is a "
+                "BlockSparseLinear, which has none. Pack blocks by `finish`."
             )
-        layers = [module for module in student.modules() if isinstance(module, PackedLinear)]
+        layers = [module for module in student.modules() if isinstance(module, (PackedLinear, CodebookLinear))]
         if not layers:
             raise ValueError(
                 f"{type(student).__name__} has no packed linear layer whose scales could be trained: quantize it first "

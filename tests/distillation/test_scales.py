@@ -16,6 +16,7 @@ from distillation.data import rows
 from distillation.training import config
 from hf_compress.checkpoint.bits import packed_modules
 from hf_compress.distillation.scales import ScaleConfig, ScaleTrainer, check_amount
+from hf_compress.layers.codebook_linear import CodebookLinear
 from hf_compress.layers.packed_linear import PackedLinear
 from hf_compress.layers.trained_scales import ScaledProduct
 from hf_compress.model.unfinished import forms_of
@@ -130,6 +131,40 @@ def test_integers_stay_the_loss_falls_and_what_is_saved_is_what_was_seen(family,
     assert torch.equal(logits(opened, batch), logits(student.eval(), batch))
 
 
+CODEBOOKS = {
+    "llama": ("clm", dict(bits=3, grid="kmeans", group_size=-1, embedding_bits=8)),
+    "bert": ("classification", dict(bits=1, grid="binary", group_size=-1)),
+    "gpt2": ("clm", dict(bits=2, grid="ternary", group_size=-1)),
+}
+
+
+@pytest.mark.parametrize("family", CODEBOOKS)
+def test_levels_of_codebooks_learn_and_indices_stay(family, tmp_path):
+    task, options = CODEBOOKS[family]
+    teacher = sure(tiny_model(family, task, seed=3, **KINDS[family][2]))
+    student = hfc.quantize(copy.deepcopy(teacher), **options)
+    layers = {n: m for n, m in packed_modules(student) if isinstance(m, CodebookLinear)}
+    before = {n: (m.qweight.clone(), m.levels.clone()) for n, m in layers.items()}
+    trainer = trainer_of(tmp_path, student, teacher, task, max_steps=8, save_strategy="steps", save_steps=8,
+                         scale_dtype="float32", learning_rate=2e-3, finish_at_end=False)  # fmt: skip
+    first = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < first
+    batch = tiny_batch(student)
+    seen, halfway = logits(student, batch), type(student).from_pretrained(tmp_path / "checkpoint-8").eval()
+    student = trainer.finish().eval()
+    assert all(type(m) is CodebookLinear for n, m in packed_modules(student) if n in layers)
+    for name, (words, levels) in before.items():
+        layer = student.get_submodule(name)
+        assert torch.equal(layer.qweight, words) and not torch.equal(layer.levels, levels)
+        assert torch.equal(layer.levels, halfway.get_submodule(name).levels)
+    # the same numbers, multiplied in another order: by the kernels of inference
+    torch.testing.assert_close(logits(student, batch), seen, rtol=1e-4, atol=1e-4)
+    student.save_pretrained(tmp_path / "saved")
+    opened = type(student).from_pretrained(tmp_path / "saved").eval()
+    assert torch.equal(logits(opened, batch), logits(student, batch))
+
+
 def test_an_embedder_follows_the_vectors_of_its_teacher(tmp_path):
     teacher = tiny_model("bert").base_model
     student = hfc.quantize(copy.deepcopy(teacher), 2, group_size=16)
@@ -220,15 +255,16 @@ def test_packed_blocks_learn_their_scales_and_keep_their_holes(tmp_path):
 
 def test_a_student_that_has_no_scales_is_refused_before_its_teacher_is_loaded(tmp_path):
     float_model = tiny_model("llama")
-    codebooks = hfc.quantize(tiny_model("llama"), 2, grid="kmeans")
     blocks = tiny_model("bert")
     with torch.no_grad():
         for layer in blocks.bert.encoder.layer:
             layer.attention.output.dense.weight[:16] = 0
     hfc.to_block_sparse(blocks, block_size=8)
     args = config(tmp_path, ScaleConfig)
-    for model, said in [(float_model, "no packed linear layer"), (codebooks, "is a CodebookLinear, which has none"),
-                        (blocks, "is a BlockSparseLinear, which has none")]:  # fmt: skip
+    for model, said in [
+        (float_model, "no packed linear layer"),
+        (blocks, "is a BlockSparseLinear, which has none"),
+    ]:
         with pytest.raises(ValueError, match=said):
             ScaleTrainer(model, args, teacher_model=str(tmp_path / "nowhere"), train_dataset=rows(kind="clm"))
     short = Dataset.from_dict({"input_ids": [[5, 6, 7]] * 3})
@@ -256,9 +292,9 @@ def test_settings_that_cannot_be_are_refused():
                         ({"alpha": 0.0}, "alpha")]:  # fmt: skip
         with pytest.raises(ValueError, match=said):
             ScaleConfig("out", **wrong)
-    symmetric, teacher = pair("gpt2")
-    with pytest.raises(ValueError, match="zero_point_rate .* is symmetric"):
-        trainer_of("out", symmetric, teacher, zero_point_rate=1.0)
+    for student, teacher in (pair("gpt2"), pair("gpt2", symmetric=False, bits=2, grid="ternary")):
+        with pytest.raises(ValueError, match="zero_point_rate .* stores none"):
+            trainer_of("out", student, teacher, zero_point_rate=1.0)
 
 
 def test_a_recipe_quantizes_and_then_trains_the_scales(tmp_path):
