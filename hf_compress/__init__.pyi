@@ -81,6 +81,9 @@ from hf_compress.pruning.methods.layers import LayerPruningTrainer as LayerPruni
 from hf_compress.pruning.methods.neurons import NeuronPruning as NeuronPruning
 from hf_compress.pruning.methods.neurons import NeuronPruningConfig as NeuronPruningConfig
 from hf_compress.pruning.methods.neurons import NeuronPruningTrainer as NeuronPruningTrainer
+from hf_compress.pruning.methods.rank_gates import RankGates as RankGates
+from hf_compress.pruning.methods.rank_gates import RankGatesConfig as RankGatesConfig
+from hf_compress.pruning.methods.rank_gates import RankGatesTrainer as RankGatesTrainer
 from hf_compress.pruning.methods.weights import WeightPruning as WeightPruning
 from hf_compress.pruning.methods.weights import WeightPruningConfig as WeightPruningConfig
 from hf_compress.pruning.methods.weights import WeightPruningTrainer as WeightPruningTrainer

@@ -6,5 +6,6 @@ METHODS = {  # name on the command line -> (module, config, trainer)
     "heads": ("hf_compress.pruning.methods.heads", "HeadPruningConfig", "HeadPruningTrainer"),
     "layers": ("hf_compress.pruning.methods.layers", "LayerPruningConfig", "LayerPruningTrainer"),
     "neurons": ("hf_compress.pruning.methods.neurons", "NeuronPruningConfig", "NeuronPruningTrainer"),
+    "rank-gates": ("hf_compress.pruning.methods.rank_gates", "RankGatesConfig", "RankGatesTrainer"),
     "weights": ("hf_compress.pruning.methods.weights", "WeightPruningConfig", "WeightPruningTrainer"),
 }

@@ -12,6 +12,7 @@ from hf_compress.model.anatomy import anatomy
 from hf_compress.pruning.budget import prune, share_that_goes
 from hf_compress.pruning.embeddings import factorise_embeddings
 from hf_compress.pruning.importance import every_other, head_importance, neuron_importance
+from hf_compress.pruning.low_rank import factorise
 from hf_compress.pruning.one_shot import prune_weights
 from hf_compress.pruning.targets import StructureTimes, prune_to_size, prune_to_time
 from hf_compress.quantization.allocation import allocate_bits
@@ -111,6 +112,20 @@ class EmbeddingOptions:
 
     def apply(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: Samples):
         return factorise_embeddings(model, self.rank), tokenizer
+
+
+@dataclass
+class LowRankOptions:
+    """Write the linear maps of the layers as products of two thin matrices; say one of the three."""
+
+    rank: int | None = field(default=None, metadata={"help": "Width between the two matrices of each map."})
+    energy: float | None = field(default=None, metadata={"help": "Share of each map's squared values that stays."})
+    budget: float | None = field(default=None, metadata={"help": "Share of the maps' weights that may stay."})
+
+    needs_texts = False
+
+    def apply(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: Samples):
+        return factorise(model, rank=self.rank, energy=self.energy, budget=self.budget), tokenizer
 
 
 @dataclass
@@ -303,6 +318,7 @@ PRUNE = {
     "structure": StructureOptions,
     "vocabulary": VocabularyOptions,
     "embeddings": EmbeddingOptions,
+    "low-rank": LowRankOptions,
     "budget": BudgetOptions,
     "time": TimeOptions,
     "size": SizeOptions,

@@ -58,6 +58,7 @@ def finish(model: ModelT) -> ModelT:
             form.put_on(module)
         raise
     for piece in pieces:
+        piece.cut(model)
         piece.close()
     if pieces:
         delattr(model, PIECES)

@@ -64,6 +64,9 @@ class Piece:
     def settle(self) -> None:
         """Changes the model: what hooks add to it goes into its weights."""
 
+    def cut(self, model: PreTrainedModel) -> None:
+        """Changes the model, which is stored but for this: takes out what only this piece knows to be silent."""
+
     def close(self) -> None:
         """Remove all hooks."""
 

@@ -11,7 +11,7 @@ from transformers.trainer_callback import TrainerState
 
 import hf_compress as hfc
 from hf_compress.model.anatomy import anatomy
-from hf_compress.pruning.methods.head_gates import open_probability, sample_gates, settled_gates
+from hf_compress.pruning.methods.hard_concrete import open_probability, sample_gates, settled_gates
 from hf_compress.training.state import attached
 
 STATE = TrainerState(max_steps=8)

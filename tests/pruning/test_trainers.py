@@ -22,6 +22,7 @@ TRAINERS = {
     "blocks": (hfc.BlockPruningTrainer, hfc.BlockPruningConfig, {"block_size": 8}),
     "layers": (hfc.LayerPruningTrainer, hfc.LayerPruningConfig, {"share": 0.5}),
     "head-gates": (hfc.HeadGatesTrainer, hfc.HeadGatesConfig, {"l0": 5.0, "gate_rate": 3000.0}),
+    "rank-gates": (hfc.RankGatesTrainer, hfc.RankGatesConfig, {"sparsity": 0.6}),
 }
 
 
@@ -29,6 +30,7 @@ TRAINERS = {
 def test_a_trainer_prunes_cuts_and_saves_small(name, tmp_path):
     kind, config, options = TRAINERS[name]
     model, data = tiny_model("bert"), rows()
+    model = hfc.factorise(model, rank=8) if name == "rank-gates" else model
     size = model.num_parameters()
     trainer = kind(model, arguments(tmp_path, config, **options), train_dataset=data, eval_dataset=rows(8, seed=1))
     trainer.train()

@@ -20,7 +20,8 @@ QUICK = ("PKDTrainer", "BlockPruningTrainer", "QBertTrainer")
 LONG = long_but(TRAINERS, *QUICK)
 LABELLED = [p for p in LONG if p.values[0] != "MarginMSETrainer"]  # Trainer computes metrics of labels alone
 # They draw anew in each forward, watch the range of each, or compare examples that are in a batch together.
-CUT_DEPENDENT = {"HeadGatesTrainer", "LayerPruningTrainer", "QBertTrainer", "RelationalTrainer", "TheseusTrainer"}
+CUT_DEPENDENT = {"HeadGatesTrainer", "LayerPruningTrainer", "QBertTrainer", "RankGatesTrainer", "RelationalTrainer",
+                 "TheseusTrainer"}  # fmt: skip
 # All that can learn from a teacher alone: there are labels behind the others' losses, whatever alpha is.
 DISTILLING = {n for n in TRAINERS if issubclass(getattr(hfc, n), DistillationTrainer)} - {
     "MarginMSETrainer", "SelfDistillationTrainer", "TheseusTrainer"  # the first has no labels to take away
@@ -30,8 +31,8 @@ ACCUMULATING = [p for p in LONG if p.values[0] not in CUT_DEPENDENT]
 
 # The step after which the last phase has been trained, the schedule or the lowering of bits is through; else the first.
 COMPLETE = {"BlockPruningTrainer": 5, "HeadGatesTrainer": 4, "HeadPruningTrainer": 5, "MiniLMTrainer": 4,
-            "NeuronPruningTrainer": 5, "QBertTrainer": 2, "TheseusTrainer": 4, "TinyBertTrainer": 4,
-            "WeightPruningTrainer": 5}  # fmt: skip
+            "NeuronPruningTrainer": 5, "QBertTrainer": 2, "RankGatesTrainer": 4, "TheseusTrainer": 4,
+            "TinyBertTrainer": 4, "WeightPruningTrainer": 5}  # fmt: skip
 
 
 class Events(TrainerCallback):

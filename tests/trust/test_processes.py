@@ -28,10 +28,11 @@ OPTIONS = {"DistillationTrainer": {"teacher_noise": 0.0}}  # the noise of an exa
 DRAWING = (
     "HeadGatesTrainer",
     "LayerPruningTrainer",
+    "RankGatesTrainer",
     "TheseusTrainer",
 )  # each rank has generators of its own
 WHOLE_WEIGHTS = ("BlockPruningTrainer", "HeadGatesTrainer", "HeadPruningTrainer", "NeuronPruningTrainer",
-                 "QBertTrainer", "WeightPruningTrainer")  # fmt: skip
+                 "QBertTrainer", "RankGatesTrainer", "WeightPruningTrainer")  # fmt: skip
 # MiniLM's student begins as a copy whose relations are the teacher's but for rounding, which Adam makes steps of
 SHARED = [n for n in ALIKE if n not in (*WHOLE_WEIGHTS, "MiniLMTrainer")] + ["relations-from-scratch"]
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",

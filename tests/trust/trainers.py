@@ -32,6 +32,7 @@ OPTIONS = {
     "MarginMSETrainer": {"max_length": 16},
     "NeuronPruningTrainer": QUICK,
     "QBertTrainer": {"refresh_steps": 2, "start_bits": 8},
+    "RankGatesTrainer": {"multiplier_rate": 300.0},
     "TheseusTrainer": {"intermediate_share": 0.5},
     "TinyBertTrainer": {"intermediate_share": 0.5},
     "WeightPruningTrainer": {**QUICK, "method": "movement"},
@@ -61,7 +62,9 @@ def tokenizer_of_words() -> BertTokenizerFast:
 
 
 def prepared(name: str, student: PreTrainedModel) -> PreTrainedModel:
-    """`student`, packed where that is what the trainer trains."""
+    """`student`, packed or factorised where that is what the trainer trains."""
+    if name == "RankGatesTrainer":
+        return hfc.factorise(student, rank=8)
     return hfc.quantize(student, 3, group_size=16) if name == "ScaleTrainer" else student
 
 
