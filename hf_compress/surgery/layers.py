@@ -40,6 +40,8 @@ def cut_layers(
     model, kept = transaction.model, kept_by_stack(parts, list(keep))
     changes = _config_changes(model.config, parts, kept)
     transaction.structure["layers"] = _origin(model, parts, kept, list(changes))
+    if ranks := read_part(model.config, "structure").get("ranks"):
+        transaction.structure["ranks"] = _renumbered(ranks, model, parts, kept)
     for field, value in changes.items():
         transaction.set(model.config, field, value)
     for stack, numbers in zip(parts.stacks, kept, strict=True):
@@ -84,6 +86,20 @@ def _origin(model: nn.Module, parts: Anatomy, kept: list[list[int]], fields: lis
     }
     keep = {name: [before["keep"][name][i] for i in numbers] for name, numbers in zip(names, kept, strict=True)}
     return {"config": before["config"], "keep": keep}
+
+
+def _renumbered(ranks: Mapping[str, int], model: nn.Module, parts: Anatomy, kept: list[list[int]]) -> dict[str, int]:
+    """The ranks of factorised modules under the names that these have when the layers are cut."""
+    found = dict(ranks)
+    for stack, numbers in zip(parts.stacks, kept, strict=True):
+        prefix = f"{stored_name(model, stack.name)}."
+        inside = {name: rank for name, rank in found.items() if name.startswith(prefix)}
+        found = {name: rank for name, rank in found.items() if name not in inside}
+        for name, rank in inside.items():
+            number, _, rest = name.removeprefix(prefix).partition(".")
+            if int(number) in numbers:
+                found[f"{prefix}{numbers.index(int(number))}.{rest}"] = rank
+    return found
 
 
 def _config_changes(config, parts: Anatomy, kept: list[list[int]]) -> dict[str, Any]:

@@ -78,6 +78,24 @@ def test_a_model_of_low_rank_is_what_it_was():
     torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("family, keep", [("bert", [3, 1]), ("llama", [2]), ("bart", [1, 2])], ids=str)
+def test_layers_of_a_factorised_model_are_cut_and_their_ranks_go_with_them(family, keep, tmp_path):
+    model = hfc.factorise(tiny_model(family), energy=0.5)  # ranks that differ from layer to layer
+    layers = [layer.name for layer in hfc.anatomy(model).layers]
+    ranks = [[m.rank for n, m in layer_maps(model).items() if n.startswith(f"{layers[i]}.")] for i in keep]
+    hfc.prune_layers(model, keep)
+    model.save_pretrained(tmp_path)
+    loaded, info = TASKS[default_task(family)].from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    found = [layer.name for layer in hfc.anatomy(loaded).layers]
+    assert [[m.rank for n, m in layer_maps(loaded).items() if n.startswith(f"{one}.")] for one in found] == ranks
+    # the same numbers lie elsewhere: products of odd ranks go by the memory's alignment, to 1 in the last bit
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-6)
+    hfc.prune_layers(loaded, [0, 1] if family == "bart" else [0]).save_pretrained(tmp_path / "again")
+    again = TASKS[default_task(family)].from_pretrained(tmp_path / "again")
+    torch.testing.assert_close(logits(again), logits(loaded), rtol=0, atol=1e-6)
+
+
 def test_it_is_distilled_and_its_tables_are_factorised_too(tmp_path):
     teacher = tiny_model("bert")
     student = hfc.factorise_embeddings(hfc.factorise(tiny_model("bert"), rank=4), 8)
