@@ -1,4 +1,4 @@
-"""Where bfloat16 pays: on processors that multiply it several times faster than float32, and on most GPUs."""
+"""Dtypes by name; and where bfloat16 pays: on processors that multiply it several times faster, and on most GPUs."""
 
 import os
 import platform
@@ -8,8 +8,12 @@ from functools import cache
 
 import torch
 
+from hf_compress.model.classes import ModelT
+
 CAP = "ONEDNN_MAX_CPU_ISA"  # what oneDNN reads once, at its start
 WITHOUT_BFLOAT16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"}
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def has_fast_bfloat16(device: torch.device | None = None) -> bool:
@@ -48,3 +52,14 @@ def fast_matmul(*, enabled: bool = True) -> Iterator[None]:
 def fast_forward(device: torch.device, *, enabled: bool = True) -> torch.autocast:
     """Autocast to bfloat16 where `device` has units for it; states that layers add up stay as they are."""
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled and has_fast_bfloat16(device))
+
+
+def check_dtype(name: str | None) -> None:
+    """Raise ValueError for another name than those that `cast` knows."""
+    if name not in (None, *DTYPES):
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}.")
+
+
+def cast(model: ModelT, name: str | None) -> ModelT:
+    """The model in the dtype of that name; as it is for None. Packed weights stay packed."""
+    return model if name is None else model.to(DTYPES[name])

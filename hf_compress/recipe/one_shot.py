@@ -4,11 +4,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.model.anatomy import anatomy
+from hf_compress.model.precision import cast, check_dtype
 from hf_compress.pruning.budget import prune, share_that_goes
 from hf_compress.pruning.embeddings import factorise_embeddings
 from hf_compress.pruning.importance import every_other, head_importance, neuron_importance
@@ -26,7 +26,6 @@ from hf_compress.surgery.tokenizer import used_tokens
 from hf_compress.surgery.vocabulary import prune_vocabulary
 
 SENSITIVITY_BATCH = 8
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPE_HELP = "Of all that is not packed, and of the arithmetic: float32, bfloat16, float16; as it is."
 HEAD_BITS = 8  # of poolers and heads, where the bits of the layers are mixed
 
@@ -197,16 +196,6 @@ class WeightsOptions:
         calibration = None if self.score == "magnitude" else samples.some(self.calibration_examples)
         prune_weights(model, self.sparsity, method=self.score, calibration=calibration, bank_size=self.bank_size)
         return model, tokenizer
-
-
-def check_dtype(name: str | None) -> None:
-    if name not in (None, *DTYPES):
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}.")
-
-
-def cast(model: PreTrainedModel, name: str | None) -> PreTrainedModel:
-    """The model in the dtype of that name; as it is for None. Packed weights stay packed."""
-    return model if name is None else model.to(DTYPES[name])
 
 
 @dataclass(frozen=True)

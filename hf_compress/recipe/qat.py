@@ -5,8 +5,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from hf_compress.model.precision import check_dtype
 from hf_compress.quantization.qat import QuantizationAware, prepare_qat
-from hf_compress.recipe.one_shot import DTYPE_HELP, check_dtype, linear_maps
+from hf_compress.recipe.one_shot import DTYPE_HELP, linear_maps
 
 CALLBACK_OPTIONS = ("refresh_steps", "start_bits", "lowering_ratio")
 

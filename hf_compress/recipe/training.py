@@ -18,9 +18,9 @@ from hf_compress.distillation.teachers.cached_teacher import CachedTeacher
 from hf_compress.measuring.metrics import metric_for
 from hf_compress.measuring.quality import example_scores, usable_rows
 from hf_compress.model.pooling import copy_pooling
-from hf_compress.model.precision import fast_forward
+from hf_compress.model.precision import cast, fast_forward
 from hf_compress.recipe.data import CLASSIFICATION, RecipeData
-from hf_compress.recipe.one_shot import Samples, cast
+from hf_compress.recipe.one_shot import Samples
 from hf_compress.recipe.options import RecipeError
 from hf_compress.recipe.qat import QATOptions
 from hf_compress.recipe.stage import Made, Past, Stage, Work
