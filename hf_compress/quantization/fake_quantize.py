@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hf_compress.layers.activations import round_per_token, round_to_range
 from hf_compress.layers.scheme import LARGEST_INPUT, SCALE_DTYPES, SMALLEST_RANGE, WeightScheme
+from hf_compress.model.anatomy import matrix
 from hf_compress.quantization.grids import (
     QuantizedWeight,
     dequantize_from_grid,
@@ -18,6 +19,7 @@ from hf_compress.quantization.grids import (
     quantize_to_grid,
     smallest_scale,
 )
+from hf_compress.quantization.modules import packed
 
 RANGE_MOMENTUM = 0.95  # running activation ranges keep this share of what they were
 
@@ -80,6 +82,9 @@ class WeightQuantizer(nn.Module):
     pass, and the others are as they are.
     """
 
+    GRID = ("scale", "zero_point")  # the tensors (N / rows, K / columns, ...) that say which values there are
+    NUM_SCALES = 1
+
     def __init__(self, weight: Tensor, bits: int, *, rows: int = 1, columns: int = -1, symmetric: bool = False,
                  range_method: str = "mse", learned: bool = False, rounded_share: float = 1.0):  # fmt: skip
         super().__init__()
@@ -90,12 +95,12 @@ class WeightQuantizer(nn.Module):
         self.bits, self.rows, self.columns, self.shape = bits, rows, columns, (N, K)
         self.symmetric, self.range_method, self.learned = symmetric, range_method, learned
         self.scale_dtype, self.rounded_share = "float16", rounded_share
-        scale = torch.ones(N // rows, K // columns, 1, device=weight.device)
+        scale = torch.ones(N // rows, K // columns, self.NUM_SCALES, device=weight.device)
         if learned:
             self.scale = nn.Parameter(scale)
         else:
             self.register_buffer("scale", scale)
-        self.register_buffer("zero_point", torch.zeros_like(scale))
+        self.register_buffer(self.GRID[1], torch.zeros_like(scale[..., :1]))
         self.refresh(weight)
 
     def blocks(self, weight: Tensor) -> Tensor:
@@ -115,9 +120,9 @@ class WeightQuantizer(nn.Module):
         Rows of a bundle get a scale each, the bundle's. Raises ValueError for a part of a group of columns.
         """
         cut = copy.deepcopy(self)
-        scale, zero_point = self.scale.detach(), self.zero_point  # (N / rows, G, 1)
+        grid = [getattr(self, name).detach() for name in self.GRID]  # (N / rows, G, ...)
         if rows is not None:
-            scale, zero_point = (t.repeat_interleave(self.rows, 0)[list(rows)] for t in (scale, zero_point))
+            grid = [tensor.repeat_interleave(self.rows, 0)[list(rows)] for tensor in grid]
             cut.rows, cut.shape = 1, (len(rows), cut.shape[1])
         if columns is not None and self.columns == self.shape[1]:
             cut.columns, cut.shape = len(columns), (cut.shape[0], len(columns))
@@ -126,9 +131,10 @@ class WeightQuantizer(nn.Module):
             whole = [group * self.columns + i for group in groups for i in range(self.columns)]
             if list(columns) != whole:
                 raise ValueError(f"Groups of {self.columns} columns cannot be cut in the middle.")
-            scale, zero_point, cut.shape = scale[:, groups], zero_point[:, groups], (cut.shape[0], len(columns))
-        cut.zero_point = zero_point.clone()
-        cut.scale = nn.Parameter(scale.clone()) if self.learned else scale.clone()
+            grid, cut.shape = [tensor[:, groups] for tensor in grid], (cut.shape[0], len(columns))
+        scale, other = (tensor.clone() for tensor in grid)
+        cut.scale = nn.Parameter(scale) if self.learned else scale
+        setattr(cut, self.GRID[1], other)
         return cut
 
     @torch.no_grad()
@@ -178,9 +184,13 @@ class WeightQuantizer(nn.Module):
         g_idx = torch.arange(K, dtype=torch.int32, device=weight.device) // self.columns
         return QuantizedWeight(q.to(torch.uint8), per_row[0], per_row[1].to(torch.uint8), g_idx)
 
-    def scheme(self, **activation) -> WeightScheme:
+    def scheme(self, **options) -> WeightScheme:
         group_size = -1 if self.columns == self.shape[1] else self.columns
-        return WeightScheme(self.bits, group_size, self.symmetric, scale_dtype=self.scale_dtype, **activation)
+        return WeightScheme(self.bits, group_size, self.symmetric, scale_dtype=self.scale_dtype, **options)
+
+    def stored(self, module: nn.Module, **activation) -> nn.Module:
+        """The packed layer that takes the place of `module`, whose weight this is."""
+        return packed(module, self.quantize(matrix(module)), self.scheme(**activation))
 
 
 class ActivationQuantizer(nn.Module):

@@ -1,21 +1,28 @@
 """Which modules of a model can be quantized, and how a quantized weight takes its module's place."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
+from hf_compress.checkpoint.sparsity import block_sparse_modules, settle_sparsity
+from hf_compress.layers.block_sparse import BlockSparseLinear
 from hf_compress.layers.low_rank import LowRank
 from hf_compress.layers.packed_embedding import PackedEmbedding
-from hf_compress.layers.packed_linear import PackedLinear
+from hf_compress.layers.packed_linear import PackedLinear, unpacked_linear
 from hf_compress.layers.scheme import WeightScheme, auto_group_size, check_bits
 from hf_compress.model.anatomy import anatomy, in_features, is_plain, layer_maps, matrix
+from hf_compress.model.record import read_part
 from hf_compress.model.weights import check_no_adapters
 from hf_compress.quantization.grids import QuantizedWeight, fits_float16, group_rows
+from hf_compress.surgery.settle import build_twin
+from hf_compress.training.stored import in_blocks
 
 AUTO = {"auto": 128, "auto-64": 64, "auto-32": 32}  # how groups are asked for that fit -> the largest of them
 
@@ -150,3 +157,27 @@ def packed(module: nn.Module, weight: QuantizedWeight, scheme: WeightScheme) -> 
         g_idx = weight.g_idx if scheme.desc_act else None
         layer = PackedLinear.like(module, scheme).fill(weight.q, weight.scales, weight.zero_points, g_idx)
     return layer.train(module.training)
+
+
+@contextmanager
+def dense_blocks(model: PreTrainedModel) -> Iterator[Mapping[str, BlockSparseLinear]]:
+    """While open, the block-sparse maps of `model` are ordinary ones; yields them by name.
+
+    What is packed by then stays packed, saved in blocks of the same size; the others are what they were.
+    """
+    found = dict(block_sparse_modules(model))
+    twin = build_twin(model, model.config, read_part(model.config, "structure")) if found else None
+    for name, module in found.items():
+        is_conv1d = isinstance(twin.get_submodule(name), Conv1D)
+        model.set_submodule(name, unpacked_linear(module, module.dense_weight().detach(), is_conv1d=is_conv1d))
+    try:
+        yield found
+    finally:
+        for name, module in found.items():
+            model.set_submodule(name, _again_in_blocks(model.get_submodule(name), module, name))
+        if found:
+            settle_sparsity(model)
+
+
+def _again_in_blocks(module: nn.Module, before: BlockSparseLinear, name: str) -> nn.Module:
+    return in_blocks(module, before.block_size[0], name) if isinstance(module, PackedLinear) else before

@@ -19,7 +19,8 @@ from hf_compress.model.record import read_part
 from hf_compress.model.unfinished import FORM, forms_of
 from hf_compress.model.weights import check_writable
 from hf_compress.quantization.fake_quantize import ActivationQuantizer, WeightQuantizer
-from hf_compress.quantization.modules import choose_modules, packed
+from hf_compress.quantization.modules import choose_modules
+from hf_compress.quantization.ternary import TernaryQuantizer, check_options
 from hf_compress.surgery.transaction import Transaction
 from hf_compress.training.callback import PieceCallback
 from hf_compress.training.checks import check_whole
@@ -69,7 +70,7 @@ class Quantizers:
 
     def stored(self, module: nn.Module) -> nn.Module:
         activation = {} if self.inputs is None else {"activation_bits": 8, "activation_range": self.inputs.range()}
-        return packed(module, self.weights.quantize(matrix(module)), self.weights.scheme(**activation))
+        return self.weights.stored(module, **activation)
 
 
 class FakeQuantized:
@@ -126,6 +127,7 @@ def prepare_qat(
     dynamic_activations: bool = False,
     embedding_bits: int | None = 8,
     learned_steps: bool = False,
+    grid: str = "uniform",
     rounded_share: float = 1.0,
     range_method: str = "mse",
     skip_modules: tuple[str, ...] = (),
@@ -141,6 +143,8 @@ def prepare_qat(
         dynamic_activations: each token's own range instead of a running one.
         embedding_bits: of all embedding tables, one scale a row; None leaves them alone.
         learned_steps: scales are parameters (LSQ); else they are chosen anew from time to time by `range_method`.
+        grid: "uniform", or "ternary", in 2 bits: zero and two learned values of each row or group of columns (TTQ, Zhu
+            et al., 2017), stored as a codebook, which takes `activation_bits=None`.
         rounded_share: the share of the weights that each training pass rounds, drawn anew; below 1 the gradient of the
             others is exact (Quant-Noise, Fan et al., 2021). In evaluation and in the end all are rounded.
 
@@ -153,10 +157,16 @@ def prepare_qat(
             f"Weights share a scale in bundles of rows (num_groups={num_groups}) or in groups of columns "
             f"(group_size={group_size}), not in both: leave one of them out."
         )
-    if num_groups == "auto":
-        num_groups = 128 if group_size == -1 else None
     if not 0 < rounded_share <= 1:
         raise ValueError(f"rounded_share is a share of the weights, above 0 and up to 1, got {rounded_share}.")
+    if grid == "ternary":
+        check_options(num_groups=num_groups not in ("auto", None), symmetric=symmetric, learned_steps=learned_steps,
+                       activation_bits=activation_bits is not None, rounded_share=rounded_share != 1,
+                       range_method=range_method != "mse")  # fmt: skip
+    elif grid != "uniform":
+        raise ValueError(f"grid must be 'uniform' or 'ternary', got {grid!r}; others are for `quantize`.")
+    if num_groups == "auto":
+        num_groups = 128 if group_size == -1 else None
     if activation_bits not in (None, 8):
         raise ValueError(f"activation_bits must be 8 or None, got {activation_bits}.")
     if any(isinstance(m, FakeQuantized) for m in model.modules()):
@@ -167,6 +177,9 @@ def prepare_qat(
         layers = anatomy(model).layers
     heads = {m: a.head_dim for layer in layers for a in layer.attentions for m in (a.query, a.key, a.value)}
     chosen = choose_modules(model, bits, embedding_bits=embedding_bits, skip_modules=skip_modules)
+    for name, width in chosen.items() if grid == "ternary" else ():
+        if width != 2 and not isinstance(model.get_submodule(name), nn.Embedding):
+            raise ValueError(f"{name}: a ternary grid is stored in 2 bits a weight, got bits={width}.")
     for name, width in chosen.items():
         module = model.get_submodule(name)
         weight = matrix(module).detach()
@@ -174,11 +187,15 @@ def prepare_qat(
             if any(source == f"{name}.weight" for source in model.all_tied_weights_keys.values()):
                 raise ValueError(f"{name} is tied to a head, which would see other weights: use embedding_bits=None.")
             layout = {"range_method": "minmax", "symmetric": symmetric}
+        elif grid == "ternary":
+            layout = {"columns": group_size, "learned": True}
         else:
             rows = 1 if num_groups is None else bundle_size(module, num_groups, heads.get(module))
             layout = dict(rows=rows, columns=group_size, symmetric=symmetric, range_method=range_method,
                           learned=learned_steps)  # fmt: skip
-        quantizer = WeightQuantizer(weight, width, rounded_share=rounded_share, **layout)
+        is_ternary = grid == "ternary" and not isinstance(module, nn.Embedding)
+        kind = TernaryQuantizer if is_ternary else WeightQuantizer
+        quantizer = kind(weight, width, rounded_share=rounded_share, **layout)
         is_quiet = activation_bits is None or isinstance(module, nn.Embedding)
         inputs = None if is_quiet else ActivationQuantizer(dynamic=dynamic_activations, name=name)
         Quantizers(type(module), quantizer, inputs).put_on(module)
@@ -230,6 +247,12 @@ class QuantizationAware(PieceCallback):
     def check(self, model: nn.Module, pieces: Sequence[Piece]) -> None:
         if not any(fake_modules(model)):
             raise ValueError("QuantizationAware needs a model made by `prepare_qat`, and not finished yet.")
+        ternary = [n for n, module in fake_modules(model) if isinstance(module.weight_quantizer, TernaryQuantizer)]
+        if ternary and (self.start_bits is not None or any(piece.block_size for piece in pieces)):
+            raise ValueError(
+                f"{ternary[0]} has a ternary grid: it has 2 bits from the start, and is not stored in blocks. Leave "
+                "out start_bits and BlockPruning, or take grid='uniform'."
+            )
 
     def is_done(self, step: int) -> bool:
         """The bits that a model was trained with after `step` steps are those that the last one began with."""

@@ -16,11 +16,10 @@ from hf_compress.model.classes import ModelT
 from hf_compress.model.unfinished import check_finished
 from hf_compress.quantization.block_by_block import BlockOptions, Walk
 from hf_compress.quantization.codebooks import CODEBOOKS, install_codebook, num_codebook_levels
-from hf_compress.quantization.from_blocks import dense_blocks
 from hf_compress.quantization.gptq_model import GPTQ
 from hf_compress.quantization.grids import RANGES, round_to_nearest
 from hf_compress.quantization.importance import input_importance
-from hf_compress.quantization.modules import choose_modules, install, matrix, scheme_for
+from hf_compress.quantization.modules import choose_modules, dense_blocks, install, matrix, scheme_for
 from hf_compress.quantization.signround import SignRound
 
 WALKS: dict[str, type[Walk]] = {"gptq": GPTQ, "signround": SignRound}

@@ -25,6 +25,7 @@ class QATOptions:
     embedding_bits: int | None = field(default=8, metadata={"help": "Bits of the embedding tables; none: float."})
     heads_too: bool = field(default=False, metadata={"help": "Pack the pooler and the head of the task as well."})
     learned_steps: bool = field(default=False, metadata={"help": "Learn the scales with the weights (LSQ)."})
+    grid: str = field(default="uniform", metadata={"help": "uniform, or ternary: two learned values of a row (TTQ)."})
     rounded_share: float = field(default=1.0, metadata={"help": "Weights rounded in a pass; below 1: Quant-Noise."})
     range_method: str = field(default="mse", metadata={"help": "mse, minmax, percentile, kl or aciq."})
     refresh_steps: int = field(default=100, metadata={"help": "Steps between two searches of the weight ranges."})

@@ -44,8 +44,8 @@ def store(model: PreTrainedModel, forms: Mapping[nn.Module, Form], *, block_size
 
 
 def in_blocks(layer: PackedLinear, block_size: int, name: str) -> PackedLinear:
-    """`layer`, saved in blocks where that is smaller."""
-    found = PackedBlocksLinear.of(layer, block_size)
+    """`layer`, saved in blocks where that is smaller; a codebook, whose zeros are indices like others, is whole."""
+    found = PackedBlocksLinear.of(layer, block_size) if isinstance(layer, PackedLinear) else None
     if found is None:
         logger.info("%s has too few empty blocks to be saved without them: it is packed whole.", name)
     return found or layer
