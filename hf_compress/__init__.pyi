@@ -42,6 +42,7 @@ from hf_compress.distillation.methods.word_level import WordLevelTrainer as Word
 from hf_compress.distillation.phases import Phase as Phase
 from hf_compress.distillation.scales import ScaleConfig as ScaleConfig
 from hf_compress.distillation.scales import ScaleTrainer as ScaleTrainer
+from hf_compress.distillation.sobolev import InputGradients as InputGradients
 from hf_compress.distillation.students import make_student as make_student
 from hf_compress.distillation.teachers.adapter_teacher import AdapterTeacher as AdapterTeacher
 from hf_compress.distillation.teachers.cache import cache_teacher as cache_teacher

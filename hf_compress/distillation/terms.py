@@ -38,7 +38,7 @@ class Term:
     Args:
         options: an instance of `options_class`, or a config that has its fields; or give the settings by name.
 
-    A term keeps nothing of the models: `bind` decides once which layers it reads, `make_state` what is learned beside
+    A term keeps nothing of the student: `bind` decides once which layers it reads, `make_state` what is learned beside
     the student, and `losses` gets both runs of each batch.
     """
 
@@ -46,6 +46,7 @@ class Term:
     name: str  # tells its losses from those of another term
     student_signals: Signals = {}
     teacher_signals: Signals = {}
+    needs_graph = False  # whether its losses differentiate the student's run, in evaluation too
 
     def __init__(self, options: TermOptions | None = None, **given):
         self.options = self.options_class(**given) if options is None else options

@@ -208,7 +208,7 @@ class DistillationTrainer(RunsTeacher, PredictionLosses, Phased, ItemsMixin, Tra
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
         logits = tuple(value for name, value in outputs.items() if name not in (*ignore_keys, "loss"))
-        return loss, None if prediction_loss_only else logits[0] if len(logits) == 1 else logits, None
+        return loss.detach(), None if prediction_loss_only else logits[0] if len(logits) == 1 else logits, None
 
     # Running both models
 
@@ -248,7 +248,8 @@ class DistillationTrainer(RunsTeacher, PredictionLosses, Phased, ItemsMixin, Tra
         by_predictions = self.is_finished and any(wanted.values())  # layers and heads of old are gone
         wanted = {} if by_predictions else wanted
         inside = wanted.get("attention", ()) if self.accelerator.is_fsdp2 and model.training else ()
-        with capture(student, **wanted) as signals:
+        needs_graph = torch.is_grad_enabled() or any(term.needs_graph for term in self.phase.terms)
+        with torch.set_grad_enabled(needs_graph), capture(student, **wanted) as signals:
             if self.args.torch_compile:
                 outputs = add_losses(student, (), model(**student_inputs))
             else:
