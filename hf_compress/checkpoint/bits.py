@@ -16,6 +16,7 @@ from hf_compress.checkpoint.stale import forget_stale_structure
 from hf_compress.layers.codebook_linear import CodebookLinear
 from hf_compress.layers.packed_embedding import PackedEmbedding
 from hf_compress.layers.packed_linear import PackedLinear
+from hf_compress.layers.product_embedding import ProductEmbedding
 from hf_compress.layers.scheme import WeightScheme
 from hf_compress.model.anatomy import is_plain
 from hf_compress.model.record import QUANT_METHOD, find_name, stored_name, write_part
@@ -50,17 +51,25 @@ def prepare(model: PreTrainedModel, bits: dict) -> None:
                 raise ValueError(f"The record packs {stored}, which {type(model).__name__} lacks: it is damaged.")
             continue
         scheme, module = WeightScheme.from_dict(entry, stored), model.get_submodule(name)
-        if isinstance(module, nn.Embedding) and scheme.num_levels is None:
-            packed = PackedEmbedding.like(module, scheme)
-        elif is_plain(module):
+        if isinstance(module, nn.Embedding) and (scheme.num_levels is None or scheme.parts is not None):
+            packed = _empty_table(module, scheme, stored)
+        elif is_plain(module) and scheme.parts is None:
             packed = (PackedLinear if scheme.num_levels is None else CodebookLinear).like(module, scheme)
         else:
             raise ValueError(f"The record packs {stored}, a {type(module).__name__}: it is damaged.")
         # Initialising reads `weight` of every module and would dequantize the whole model. A subclass of nn.Embedding
         # may have buffers that only its initialisation fills, so those go through it.
-        packed._is_hf_initialized = not isinstance(packed, PackedEmbedding) or type(packed) is PackedEmbedding
+        is_table = isinstance(packed, PackedEmbedding)
+        packed._is_hf_initialized = not is_table or type(packed) in (PackedEmbedding, ProductEmbedding)
         model.set_submodule(name, packed)
     untie_packed(model)
+
+
+def _empty_table(module: nn.Embedding, scheme: WeightScheme, stored: str) -> PackedEmbedding:
+    try:
+        return (PackedEmbedding if scheme.parts is None else ProductEmbedding).like(module, scheme)
+    except ValueError as error:
+        raise ValueError(f"The record of {stored} is damaged: {error}") from error
 
 
 def finish(model: PreTrainedModel, bits: dict) -> None:

@@ -25,7 +25,7 @@ def compressed_tensors(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict]
     """State dict and `quantization_config` of `model`. Raises ValueError for what the format cannot express."""
     state, groups = model.state_dict(), {}
     for name, module in packed_modules(model):
-        is_known = isinstance(module, (PackedLinear, PackedEmbedding)) and not getattr(module, "is_conv1d", False)
+        is_known = module.scheme.num_levels is None and not getattr(module, "is_conv1d", False)
         if not is_known or module.scheme.desc_act:
             raise ValueError(
                 f"{name}: compressed-tensors, as its readers know it, has uniform grids of neighbouring columns for "

@@ -7,7 +7,6 @@ import numpy as np
 from torch import nn
 
 from hf_compress.checkpoint.bits import packed_modules
-from hf_compress.layers.codebook_linear import CodebookLinear
 from hf_compress.layers.packed_embedding import PackedEmbedding
 from hf_compress.layers.packed_linear import PackedLinear
 from hf_compress.layers.scheme import WeightScheme
@@ -52,7 +51,7 @@ class NamedWeight:
 def named_weights(model: nn.Module, *, act_order: bool = True) -> Iterator[NamedWeight]:
     """Those of `model`, one at a time. Raises ValueError, naming the module, for codebooks and unequal groups."""
     for name, module in packed_modules(model):
-        if isinstance(module, CodebookLinear):
+        if module.scheme.num_levels is not None:
             raise ValueError(f"{name} has a codebook, which this format has no place for. Export as 'plain'.")
         if module.scheme.desc_act and not act_order:
             raise ValueError(

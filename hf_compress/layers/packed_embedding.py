@@ -15,6 +15,7 @@ OWN = (
     "qweight",
     "scales",
     "zeros",
+    "levels",
     "scheme",
     "compute_dtype",
     "original_class",

@@ -8,6 +8,7 @@ import torch
 BITS = (2, 3, 4, 8)  # and 1 for a codebook of two levels
 LARGEST_INPUT = 2.0**30
 SMALLEST_RANGE = 2.0**-118  # its 255th part is a float32 that divides well
+MOST_STAGES = 16
 SCALE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
@@ -43,6 +44,8 @@ class WeightScheme:
     desc_act: bool = False  # the columns of a group are not neighbours: `g_idx` is stored
     scale_dtype: str = "float16"
     num_levels: int | None = None  # a codebook instead of a uniform grid: stored levels for each row and group
+    parts: int | None = None  # of a table: a row is so many sub-vectors, each an index into centroids,
+    stages: int = 1  # or the sum of so many
     activation_bits: int | None = None  # 8: the layer's inputs are quantized too
     activation_range: tuple[float, float] | None = None  # calibrated; None: each token's own range, when it comes
 
@@ -64,12 +67,40 @@ class WeightScheme:
                 )
             if self.symmetric or self.desc_act or self.activation_bits is not None:
                 raise ValueError("A codebook has no zero points, act-order or activation bits.")
+        self._check_parts()
         if self.activation_bits not in (None, 8):
             raise ValueError(f"activation_bits must be 8 or None, got {self.activation_bits!r}.")
         if self.activation_range is not None:
             check_activation_range(*self.activation_range)
             if self.activation_bits is None:
                 raise ValueError(f"activation_range {self.activation_range!r} comes with activation_bits, got None.")
+
+    def _check_parts(self) -> None:
+        if self.parts is None:
+            if self.stages != 1 or isinstance(self.stages, bool):
+                raise ValueError(f"stages come with parts, got stages={self.stages!r} without.")
+            return
+        are_whole = _is_whole(self.parts) and _is_whole(self.stages)
+        if not are_whole or self.parts < 1 or not 1 <= self.stages <= MOST_STAGES:
+            raise ValueError(
+                f"parts must be a positive whole number and stages one up to {MOST_STAGES}, got {self.parts!r} and "
+                f"{self.stages!r}."
+            )
+        if self.num_levels != 2**self.bits or self.group_size != -1:
+            raise ValueError(
+                f"Parts of {self.bits} bits have {2**self.bits} centroids and no groups, got num_levels="
+                f"{self.num_levels!r} and group_size={self.group_size!r}."
+            )
+
+    def part_size(self, embedding_dim: int) -> int:
+        """Columns of one of the parts. Raises ValueError where they do not divide the row."""
+        if embedding_dim % self.parts:
+            raise ValueError(f"parts must divide the columns of a table: got parts={self.parts} and {embedding_dim}.")
+        return embedding_dim // self.parts
+
+    def index_bits(self, in_features: int) -> float:
+        """Stored bits of the integers alone, over weights."""
+        return self.bits if self.parts is None else self.bits * self.parts * self.stages / in_features
 
     def num_groups(self, in_features: int) -> int:
         if self.group_size == -1:
@@ -80,6 +111,9 @@ class WeightScheme:
 
     def bits_per_weight(self, out_features: int, in_features: int) -> float:
         """Stored bits over weights, with scales, zero points and group index."""
+        if self.parts is not None:
+            centroids = self.stages * self.num_levels * in_features * SCALE_DTYPES[self.scale_dtype].itemsize * 8
+            return self.index_bits(in_features) + centroids / (out_features * in_features)
         groups = self.num_groups(in_features)
         per_group = SCALE_DTYPES[self.scale_dtype].itemsize * 8 * (self.num_levels or 1)
         if not self.symmetric and self.num_levels is None:

@@ -11,15 +11,16 @@ from hf_compress.checkpoint.bits import packed_modules, settle_bits
 from hf_compress.checkpoint.offloaded import bring_in, finish_offloaded
 from hf_compress.checkpoint.packed_ties import untie_packed
 from hf_compress.layers.packed_linear import PackedLinear
+from hf_compress.layers.scheme import WeightScheme
 from hf_compress.model.calibration_data import calibration_batches
 from hf_compress.model.classes import ModelT
 from hf_compress.model.unfinished import check_finished
 from hf_compress.quantization.block_by_block import BlockOptions, Walk
-from hf_compress.quantization.codebooks import CODEBOOKS, install_codebook, num_codebook_levels
+from hf_compress.quantization.codebooks import CODEBOOKS, input_importance, install_codebook, num_codebook_levels
 from hf_compress.quantization.gptq_model import GPTQ
 from hf_compress.quantization.grids import RANGES, round_to_nearest
-from hf_compress.quantization.importance import input_importance
 from hf_compress.quantization.modules import choose_modules, dense_blocks, install, matrix, scheme_for
+from hf_compress.quantization.product import ROWS_PER_CENTROID, install_parts, parts_scheme
 from hf_compress.quantization.signround import SignRound
 
 WALKS: dict[str, type[Walk]] = {"gptq": GPTQ, "signround": SignRound}
@@ -36,6 +37,8 @@ def quantize(
     symmetric: bool = False,
     calibration: Iterable | None = None,
     embedding_bits: int | None = None,
+    embedding_parts: int | None = None,
+    embedding_stages: int = 1,
     activation_bits: int | None = None,
     skip_modules: Sequence[str] = (),
     grid: str = "uniform",
@@ -59,6 +62,10 @@ def quantize(
             diagonal: rows with `input_ids` (pixels for image models), a data loader's batches, arrays, or texts, which
             need `tokenizer`. The same text gives the same model; 128 rows of 512 tokens will do.
         embedding_bits (`int`, *optional*): also pack the embedding tables, one scale a row, rounded to nearest.
+        embedding_parts (`int`, *optional*): cut the rows of tables into so many parts, each an index of
+            `embedding_bits` into centroids (product quantization, Gong et al., 2014). Tables of few rows, or of fewer
+            columns than parts, are rounded as without.
+        embedding_stages (`int`): each part is the sum of so many centroids (residual quantization).
         activation_bits (`int`, *optional*): 8 rounds the inputs of each packed linear layer to the token's own 8-bit
             grid as they come; with 8-bit symmetric weights and one scale a row, products are those of integers.
         skip_modules: names, or regular expressions that match whole names, of modules to leave alone.
@@ -117,9 +124,11 @@ def quantize(
             schemes[name] = scheme_for(module, name, width, group_size=group_size, symmetric=symmetric,
                                        desc_act=stores_g_idx, scale_dtype=scale_dtype, num_levels=num_levels,
                                        activation_bits=activation_bits)  # fmt: skip
+        if embedding_parts is not None or embedding_stages != 1:
+            schemes |= _in_parts(model, schemes, embedding_parts, embedding_stages)
         importance = {}
         if method == "rtn" and calibration is not None:
-            linear = [name for name, scheme in schemes.items() if scheme.num_levels is not None]
+            linear = [n for n, s in schemes.items() if s.num_levels is not None and s.parts is None]
             importance = input_importance(model, linear, calibration_batches(calibration, model, tokenizer=tokenizer))
         if options is not None:
             linear = {n: s for n, s in schemes.items() if not isinstance(model.get_submodule(n), nn.Embedding)}
@@ -130,7 +139,9 @@ def quantize(
             if isinstance(module, PackedLinear):
                 continue
             bring_in(module)
-            if scheme.num_levels is not None:
+            if scheme.parts is not None:
+                install_parts(model, name, scheme)
+            elif scheme.num_levels is not None:
                 install_codebook(model, name, scheme, grid, importance=importance.get(name),
                                  bias_correction=bias_correction)  # fmt: skip
             else:
@@ -148,3 +159,22 @@ def _walk_options(method: str, given: Mapping[str, object]) -> BlockOptions:
     if unknown := sorted(given.keys() - known):
         raise ValueError(f"method={method!r} takes no options {unknown}: it has {', '.join(known)}.")
     return kind(**given)
+
+
+def _in_parts(
+    model: nn.Module, schemes: Mapping[str, WeightScheme], parts: int | None, stages: int
+) -> dict[str, WeightScheme]:
+    """The schemes of the tables that are stored in parts. Raises ValueError where there is none."""
+    if parts is None:
+        raise ValueError(f"embedding_stages={stages} comes with embedding_parts, 1 for whole rows, got none.")
+    tables = {n: m for n in schemes if isinstance(m := model.get_submodule(n), nn.Embedding)}
+    found = {
+        name: parts_scheme(table, name, schemes[name], parts=parts, stages=stages) for name, table in tables.items()
+    }
+    found = {name: scheme for name, scheme in found.items() if scheme.parts is not None}
+    if not found:
+        raise ValueError(
+            f"embedding_parts={parts} is for tables that `embedding_bits` or `bits` names, of more than "
+            f"{ROWS_PER_CENTROID} * 2^bits rows and as many columns as parts; there is none among {sorted(tables)}."
+        )
+    return found

@@ -211,6 +211,10 @@ class RoundOptions:
     )
     symmetric: bool = field(default=False, metadata={"help": "Fix the zero point at mid-range."})
     embedding_bits: int | None = field(default=None, metadata={"help": "Bits of the embedding tables; none: float."})
+    embedding_parts: int | None = field(
+        default=None, metadata={"help": "Parts of a table's row, each an index of embedding_bits into centroids."}
+    )
+    embedding_stages: int = field(default=1, metadata={"help": "Centroids that add up to a part of a row."})
     activation_bits: int | None = field(default=None, metadata={"help": "8 rounds the inputs of each layer as well."})
     heads_too: bool = field(default=False, metadata={"help": "Pack the pooler and the head of the task as well."})
     skip_modules: str | None = field(default=None, metadata={"help": "Regular expressions of names, with commas."})

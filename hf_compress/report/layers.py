@@ -36,17 +36,18 @@ def layer_facts(model: PreTrainedModel) -> tuple[LayerFacts, ...]:
     return tuple(_facts(layer) for layer in layers)
 
 
-def embedding_facts(model: PreTrainedModel) -> dict[str, int]:
+def embedding_facts(model: PreTrainedModel) -> dict[str, float]:
     """How many tokens the table of embeddings has, and the bits of each stored value; nothing for a model of pixels."""
     table = model.get_input_embeddings()
     number = getattr(table, "num_embeddings", None)
     if number is None:
         return {}
     scheme, own = getattr(table, "scheme", None), table._parameters.get("weight")
-    return {
-        "tokens": number,
-        "embedding_bits": scheme.bits if scheme else 32 if own is None else 8 * own.element_size(),
-    }
+    if scheme is not None:
+        bits = scheme.index_bits(table.embedding_dim)
+    else:
+        bits = 32 if own is None else 8 * own.element_size()
+    return {"tokens": number, "embedding_bits": bits}
 
 
 def _facts(layer: Layer) -> LayerFacts:
