@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from hf_compress.model.anatomy import Anatomy, Stack, anatomy
-from hf_compress.surgery.depth import per_layer_changes
+from hf_compress.surgery.depth import cache_depth, per_layer_changes
 
 # Of models with one stack of layers, of encoders, of decoders. A family has some of them, or calls them by an alias.
 DEPTH = ("num_hidden_layers", "n_layer", "n_layers", "num_layers"), ("encoder_layers",), (
@@ -46,6 +46,8 @@ def student_config(
         if intermediate_size is not None or (width != source.hidden_size and len(widths) == 1):
             _set(config, NEURONS, number, len(source.stacks), intermediate_size or min(widths))
         _set_heads(config, stack, number, source, width, num_attention_heads)
+    for field, value in cache_depth(config, [len(numbers) for numbers in kept]).items():
+        setattr(config, field, value)
     if width != source.hidden_size:
         for name in AS_WIDE_AS_HIDDEN:
             if getattr(config, name, None) == source.hidden_size:

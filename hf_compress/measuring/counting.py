@@ -90,7 +90,7 @@ def sparsity(model: nn.Module) -> dict[str, float]:
         for kind, is_zero in {"weights": zero, "rows": zero.all(1), "columns": zero.all(0)}.items():
             totals[kind] += is_zero.numel()
             zeros[kind] += int(is_zero.sum())
-    return {kind: zeros[kind] / total for kind, total in totals.items()}
+    return {kind: zeros[kind] / total for kind, total in totals.items() if total}  # all neurons may be gone
 
 
 class _MatmulCounter(TorchDispatchMode):

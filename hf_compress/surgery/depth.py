@@ -19,6 +19,7 @@ from hf_compress.model.record import find_name
 from hf_compress.surgery.stand_ins import BIAS_TABLE, BiasConv1D, HeadlessAttention
 
 DEPTH_FIELDS = (("num_hidden_layers",), ("encoder_layers", "decoder_layers"), ("num_layers", "num_decoder_layers"))
+CACHED = "decoder_layers"
 PER_LAYER_FIELDS = (  # lists with one entry for each layer
     "layer_types", "no_rope_layers", "mlp_layer_types", "attention_window", "attention_layers", "attention_types",
 )  # fmt: skip
@@ -50,6 +51,16 @@ def per_layer_changes(config: Any, depth: int, keep: Sequence[int]) -> dict[str,
     if "attention_layers" in changes and hasattr(config, "attention_types"):  # GPT-Neo: made of [[kinds, repeats], ...]
         changes["attention_types"] = [[changes["attention_layers"], 1]]
     return changes
+
+
+def cache_depth(config: Any, depths: Sequence[int]) -> dict[str, int]:
+    """What T5's config must say besides, once its encoder and decoder are of these different depths.
+
+    `generate` makes a cache of `decoder_layers`, as most families call them, and of as many as the encoder has where a
+    config has no such field: too few for a deeper decoder.
+    """
+    is_t5 = len(depths) == 2 and getattr(config, "num_decoder_layers", None) is not None
+    return {CACHED: depths[1]} if is_t5 and (depths[0] != depths[1] or hasattr(config, CACHED)) else {}
 
 
 def place_layers(model: nn.Module, layers: dict[str, Any]) -> None:

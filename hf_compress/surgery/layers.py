@@ -10,7 +10,7 @@ from hf_compress.model.classes import ModuleT
 from hf_compress.model.record import read_part, stored_name
 from hf_compress.model.unfinished import check_finished
 from hf_compress.surgery.cache import assign_slots
-from hf_compress.surgery.depth import DEPTH_FIELDS, per_layer_changes
+from hf_compress.surgery.depth import DEPTH_FIELDS, cache_depth, per_layer_changes
 from hf_compress.surgery.other_layers import prune_other_layers
 from hf_compress.surgery.position_bias import first_may_go, move_position_bias
 from hf_compress.surgery.transaction import Transaction
@@ -42,7 +42,7 @@ def cut_layers(
     transaction.structure["layers"] = _origin(model, parts, kept, list(changes))
     if ranks := read_part(model.config, "structure").get("ranks"):
         transaction.structure["ranks"] = _renumbered(ranks, model, parts, kept)
-    for field, value in changes.items():
+    for field, value in (changes | cache_depth(model.config, [len(numbers) for numbers in kept])).items():
         transaction.set(model.config, field, value)
     for stack, numbers in zip(parts.stacks, kept, strict=True):
         blocks = [stack.modules[i] for i in numbers]

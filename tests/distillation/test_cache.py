@@ -6,11 +6,12 @@ import time
 
 import pytest
 import torch
+from datasets import Dataset
 from filelock import FileLock
 from helpers import tiny_model
 from machine import needs_fork, ranks
 from torch import nn
-from transformers import default_data_collator
+from transformers import AutoModelForMultipleChoice, default_data_collator
 
 from distillation.data import rows
 from distillation.test_trainer import TASKS as ALL_TASKS
@@ -412,3 +413,44 @@ def test_two_processes_write_one_cache(tmp_path):
     assert len(two) == len(one) == 20 and len(two.manifest["shards"]) >= 4
     batch = default_data_collator(list(rows(20)))
     torch.testing.assert_close(two.look_up(batch)[0]["logits"], one.look_up(batch)[0]["logits"])
+
+
+def choices(texts: int = 8) -> list[dict]:
+    """Questions with two choices of different lengths, those of some the same tokens in another order."""
+    generator = torch.Generator().manual_seed(2)
+    found = [[[5 + i, 6, 7], [8, 9]] for i in range(texts // 2)] + [[[8, 9], [5 + i, 6, 7]] for i in range(texts // 2)]
+    lengths = torch.randint(0, 3, (texts, 2), generator=generator).tolist()
+    ids = [[c + [10] * n for c, n in zip(pair, more, strict=True)] for pair, more in zip(found, lengths, strict=True)]
+    return [{"input_ids": pair, "attention_mask": [[1] * len(c) for c in pair], "labels": i % 2}
+            for i, pair in enumerate(ids)]  # fmt: skip
+
+
+def padded_choices(examples: list[dict]) -> dict[str, torch.Tensor]:
+    width = max(len(c) for example in examples for c in example["input_ids"])
+    return {"labels": torch.tensor([e["labels"] for e in examples])} | {
+        name: torch.tensor([[c + [0] * (width - len(c)) for c in e[name]] for e in examples])
+        for name in ("input_ids", "attention_mask")
+    }
+
+
+def test_multiple_choice_is_cached_as_one_example(tmp_path):
+    """In whatever batch and padding, and a choice's token is not another's."""
+    data = choices()
+    torch.manual_seed(3)
+    teacher = AutoModelForMultipleChoice.from_config(tiny_model().config).eval()
+    kept = cache_teacher(teacher, Dataset.from_list(data), tmp_path / "cache", data_collator=padded_choices,
+                         batch_size=3)  # fmt: skip
+    with torch.no_grad():
+        for batch in (padded_choices(data), *(padded_choices([one]) for one in data)):
+            found = kept.look_up(batch)[0]["logits"]
+            torch.testing.assert_close(found, teacher(**batch).logits, rtol=1e-5, atol=1e-6)
+    whole = example_keys(padded_choices(data), ["input_ids"])
+    assert whole.shape == (8,) and len(set(whole.tolist())) == 8
+    assert whole.tolist() == [example_keys(padded_choices([one]), ["input_ids"]).item() for one in data]
+    moved = {"input_ids": [[[5, 6], [7]], [[5], [6, 7]]], "attention_mask": [[[1, 1], [1]], [[1], [1, 1]]]}
+    keys = example_keys(padded_choices([{**{n: v[i] for n, v in moved.items()}, "labels": 0} for i in (0, 1)]),
+                        ["input_ids"])  # fmt: skip
+    assert keys[0] != keys[1]  # the same words, otherwise divided
+    with pytest.raises(ValueError, match="Hidden states of multiple choice are not cached"):
+        cache_teacher(teacher, Dataset.from_list(data), tmp_path / "states", data_collator=padded_choices,
+                      hidden_states=[1])  # fmt: skip

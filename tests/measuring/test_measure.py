@@ -122,6 +122,7 @@ def test_zeros_are_reported_by_kind_and_still_counted():
         linear.weight[0] = 0.0  # one row of four
         linear.weight[1, 0] = 0.0
     assert sparsity(linear) == {"weights": 5 / 16, "rows": 1 / 4, "columns": 0.0}
+    assert sparsity(torch.nn.Linear(4, 0)) == {"columns": 1.0}  # without an output: of no weight is nothing a share
     assert num_parameters(linear) == 20
 
 

@@ -118,6 +118,11 @@ class Outputs:
                 "The data_collator gives the same examples other inputs each time (does it mask at random?), so none "
                 "would be found again. Change the inputs once, in the dataset, or use a live teacher."
             )
+        if self.hidden_states and "input_ids" in self.columns and batch["input_ids"].ndim == 3:
+            raise ValueError(
+                "Hidden states of multiple choice are not cached: an example has as many texts as choices. Leave "
+                "hidden_states out, or use a live teacher."
+            )
         outputs, states = self._run(batch)
         per_token: Side = "decoder" if "decoder_input_ids" in batch else "input"
         names = ["start_logits", "end_logits"] if self.task.kind == "spans" else ["logits"]
@@ -210,8 +215,11 @@ def together(held: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _length(row) -> int:
+    """The longest text of a row: a choice has several."""
     tokens = row.get("input_ids") if isinstance(row, dict) else None
-    return 0 if tokens is None else len(tokens)
+    if tokens is None or not len(tokens):
+        return 0
+    return max(map(len, tokens)) if isinstance(tokens[0], (list, Tensor)) else len(tokens)
 
 
 def _numbered(state: int, teacher: nn.Module) -> int:

@@ -56,7 +56,10 @@ def example_keys(inputs: Mapping[str, Tensor], columns: Iterable[str]) -> Tensor
             places = torch.arange(values.shape[1], device=values.device)
             mask = torch.ones_like(places, dtype=torch.bool)
         else:
-            places = mask.cumsum(dim=1)  # left and right padding alike
+            places = mask.cumsum(dim=-1)  # left and right padding alike
+            if values.dim() == 3:  # (B, C, T), of choices: a token of another choice is another token
+                places = places + (torch.arange(values.shape[1], device=values.device) << 32)[:, None]
+            values, mask, places = (one.flatten(1) for one in (values, mask, places))
         hashes = mix(mix(values.long() + zlib.crc32(column.encode())) + places * GOLDEN)  # (B, T)
         keys = keys + (hashes * mask).sum(dim=1)
     return mix(keys)
