@@ -7,6 +7,7 @@ from hf_compress.commands.run import command_line
 from hf_compress.recipe.data import DataOptions
 from hf_compress.recipe.options import option_fields, read_yaml
 from hf_compress.recipe.recipe import REPORT_FILES
+from hf_compress.recipe.tasks.table import TASKS
 from hf_compress.report.tables import aligned, main_rows
 from hf_compress.shrinking.run import RUNTIMES_OF_SHRINK, TOKENS, Shrunk, shrink
 from hf_compress.shrinking.wish import KINDS
@@ -19,7 +20,8 @@ def run(verb: str, arguments: list[str]) -> int:
     data = {name: given[name] for name in option_fields(DataOptions) if name in given} | {"source": given["data"]}
     done = shrink(
         given["model"], data, output=given["output"], runtime=given["runtime"], plan=given["plan"], seed=given["seed"],
-        tokens=given["tokens"], changes={k: read_yaml(v, "--set") for k, v in map(_pair, given["set"])},
+        tokens=given["tokens"], task=given["task"],
+        changes={k: read_yaml(v, "--set") for k, v in map(_pair, given["set"])},
         command=command_line(verb, arguments), **{kind: given[kind] for kind in KINDS},
     )  # fmt: skip
     show(done, given["output"])
@@ -45,7 +47,7 @@ def show(done: Shrunk, output: str) -> None:
 def shrink_parser() -> Parser:
     parser = Parser(
         "hf-compress shrink",
-        description="Make a text classifier as fast or as small as you say, and as accurate as can be.",
+        description="Make a model as fast or as small as you say, and as accurate as can be.",
         epilog="Exit code 3: everything was made, but the wish was not met.",
     )
     parser.add_argument("model", help="A folder or Hub name; without a fitting head it is fine-tuned first.")
@@ -55,6 +57,8 @@ def shrink_parser() -> Parser:
     for kind, text in KINDS.items():
         wishes.add_argument(f"--{kind}", type=float, default=None, metavar="N", help=text.capitalize() + ".")
     parser.add_argument("--runtime", default="torch", help=f"Where it will run: {', '.join(RUNTIMES_OF_SHRINK)}.")
+    parser.add_argument("--task", default=None, help=f"{', '.join(TASKS)}. By default what the model's class and the "
+                        "data's columns say.")  # fmt: skip
     parser.add_argument("--plan", action="store_true", help="Measure and say what would be done, no more.")
     parser.add_argument("--tokens", type=int, default=TOKENS, help=f"Of the text that is timed. Default: {TOKENS}.")
     parser.add_argument("--seed", type=int, default=0, help="Of everything that draws. Default: 0.")

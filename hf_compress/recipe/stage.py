@@ -75,21 +75,27 @@ class Work:
     def load(
         self, source: str | Path, *, fresh_head: bool = False, teacher: PretrainedConfig | None = None
     ) -> PreTrainedModel:
-        """The model for the data's task. With `fresh_head`, labels that it does not know get a new head.
+        return load_for(self.data, source, fresh_head=fresh_head, teacher=teacher)
 
-        A model without a head gets one for the labels of `teacher`, where one is given.
-        """
-        data, config, options = self.data, AutoConfig.from_pretrained(source), {}
-        if fresh_head and not data.fits(config):
-            options = data.kind.head(data.opened)
-        elif teacher is not None and not data.kind.has_head(config):
-            options = data.kind.of_teacher(teacher)
-        if options:
-            options["ignore_mismatched_sizes"] = options["num_labels"] != config.num_labels
-        model = getattr(transformers, data.kind.auto_class).from_pretrained(source, **options)
-        if data.kind.pads and model.config.pad_token_id is None:  # a decoder finds a text's end by it
-            model.config.pad_token_id = data.tokenizer(source).pad_token_id
-        return model
+
+def load_for(
+    data: RecipeData, source: str | Path, *, fresh_head: bool = False, teacher: PretrainedConfig | None = None
+) -> PreTrainedModel:
+    """The model for the task of `data`. With `fresh_head`, labels that it does not know get a new head.
+
+    A model without a head gets one for the labels of `teacher`, where one is given.
+    """
+    config, options = AutoConfig.from_pretrained(source), {}
+    if fresh_head and not data.fits(config):
+        options = data.kind.head(data.opened)
+    elif teacher is not None and not data.kind.has_head(config):
+        options = data.kind.of_teacher(teacher)
+    if options:
+        options["ignore_mismatched_sizes"] = options["num_labels"] != config.num_labels
+    model = getattr(transformers, data.kind.auto_class).from_pretrained(source, **options)
+    if data.kind.pads and model.config.pad_token_id is None:  # a decoder finds a text's end by it
+        model.config.pad_token_id = data.tokenizer(source).pad_token_id
+    return model
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,9 @@ from typing import Any
 
 from hf_compress.pruning.targets import StructureTimes
 from hf_compress.recipe.options import RecipeError
+from hf_compress.recipe.tasks.classification import Classification
+from hf_compress.recipe.tasks.embedding import Embeddings
+from hf_compress.recipe.tasks.language import CausalLM, MaskedLM, Seq2Seq
 from hf_compress.shrinking.times import ROWS, MeasuredTimes
 from hf_compress.shrinking.wish import Wish
 
@@ -13,6 +16,9 @@ FEW_LABELS = 2.0  # unlabelled texts for each labelled one, from which on the te
 MANY_TEXTS, FEW_EPOCHS, EPOCHS = 20_000, 2, 6
 BUDGETS = 0.5, 0.25  # shares of the parameters that go where a loss is asked for: at first, and if it was too much
 SMALL_TABLES = 4  # bits of the tables where size is what counts
+LANGUAGE = MaskedLM.name, CausalLM.name, Seq2Seq.name
+WRITES = CausalLM.name, Seq2Seq.name
+ROUNDED = 0.1  # of a layer: what a wish may be missed by
 TRAINING = {"per_device_train_batch_size": 32, "warmup_steps": 0.1, "train_sampling_strategy": "group_by_length",
             "save_steps": 0.5}  # fmt: skip
 
@@ -25,23 +31,72 @@ class Texts:
     unlabelled: int
 
 
-def stages(wish: Wish, target: float, texts: Texts, times: MeasuredTimes | None, *, fine_tunes: bool) -> list[dict]:
-    """The stages of a recipe whose model has `target`, a figure of the wish's kind (a share that goes, of a loss)."""
-    every = texts.labelled + texts.unlabelled
-    learns_labels = texts.unlabelled < FEW_LABELS * texts.labelled
+@dataclass(frozen=True)
+class LayerSizes:
+    """Megabytes of each of `number` layers, and of all else, in the bits that they will have."""
+
+    number: int
+    layer: float
+    rest: float
+
+
+def stages(
+    wish: Wish, target: float, texts: Texts, times: MeasuredTimes | None, *, task: str = Classification.name,
+    fine_tunes: bool = False, parts: LayerSizes | None = None,
+) -> list[dict]:  # fmt: skip
+    """The stages of a recipe whose model has `target`, a figure of the wish's kind (a share that goes, of a loss).
+
+    parts  of an embedder, whose layers go whole: its vectors have no loss that heads and neurons could matter to
+    """
     found: list[dict] = []
     if fine_tunes:
         found.append({"fine-tune": {"name": TEACHER, "num_train_epochs": 3, "learning_rate": 1e-4, **TRAINING}})
-    found.append({"prune": {"method": "vocabulary"}})
-    found.append({"prune": structure(wish, target, times)})
+    if cuts_vocabulary(wish, task):
+        found.append({"prune": {"method": "vocabulary"}})
+    if task == Embeddings.name:
+        learning = {"method": Embeddings.name, "num_hidden_layers": whole_layers(wish, target, times, parts)}
+    else:
+        found.append({"prune": structure(wish, target, times)})
+        learning = learned_from_teacher(task, texts, found)
     found.append({"distil": {
-        "name": STUDENT, "teacher": "vocabulary", "cache_teacher": True, "alpha": 0.7 if learns_labels else 1.0,
-        "temperature": 2.0, "learning_rate": 3e-4,
-        "num_train_epochs": FEW_EPOCHS if every > MANY_TEXTS else EPOCHS, **TRAINING,
+        "name": STUDENT, **learning, "learning_rate": 3e-4,
+        "num_train_epochs": FEW_EPOCHS if texts.labelled + texts.unlabelled > MANY_TEXTS else EPOCHS, **TRAINING,
     }})  # fmt: skip
     tables = SMALL_TABLES if wish.kind == "size_mb" else ROWS["embedding_bits"]
     found.append({"quantize": {"name": SERVED, "bits": 8, "heads_too": True, **ROWS, "embedding_bits": tables}})
     return found
+
+
+def cuts_vocabulary(wish: Wish, task: str) -> bool:
+    """A classifier meets the words of its texts; an embedder and a language model those of others, too."""
+    return wish.kind == "size_mb" or task not in (Embeddings.name, *LANGUAGE)
+
+
+def learned_from_teacher(task: str, texts: Texts, before: list[dict]) -> dict[str, Any]:
+    """How a student with a head follows the model before its structure was cut."""
+    teacher = "vocabulary" if any(stage.get("prune", {}).get("method") == "vocabulary" for stage in before) else "input"
+    options = {"teacher": teacher, "temperature": 2.0}
+    if task in LANGUAGE:
+        return {**options, "alpha": 1.0, "temperature": 1.0}  # a vocabulary's logits for each token are not kept
+    learns_labels = texts.unlabelled < FEW_LABELS * texts.labelled
+    return {**options, "cache_teacher": True, "alpha": 0.7 if learns_labels else 1.0}
+
+
+def whole_layers(wish: Wish, target: float, times: MeasuredTimes | None, parts: LayerSizes) -> int:
+    """The most layers that have the target; one at least. Raises RecipeError where one is too much."""
+    if wish.is_of_time:
+        fixed, layer, unit = times.structure.fixed, times.structure.layer, "ms"
+    elif wish.kind == "size_mb":
+        fixed, layer, unit = parts.rest, parts.layer, "MB"
+    else:
+        return max(1, round(parts.number * (1 - target)))
+    left = target - fixed
+    if left < layer * (1 - ROUNDED):
+        raise RecipeError(
+            f"{wish.text(wish.value)} cannot be had here: an embedder keeps whole layers, and one takes "
+            f"{fixed + layer:.2f} {unit} where {target:.2f} are left."
+        )
+    return min(parts.number, max(1, int(left / layer + ROUNDED))) if layer else parts.number
 
 
 def structure(wish: Wish, target: float, times: MeasuredTimes | None) -> dict[str, Any]:

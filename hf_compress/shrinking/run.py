@@ -2,24 +2,44 @@
 
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from hf_compress.files.output import Output
 from hf_compress.formats.export import RUNTIMES, export, installed
+from hf_compress.measuring.counting import num_parameters
 from hf_compress.measuring.measure import load_model
-from hf_compress.recipe.data import CLASSIFICATION, DataOptions, RecipeData
+from hf_compress.model.anatomy import anatomy
+from hf_compress.recipe.data import DataOptions, RecipeData
 from hf_compress.recipe.evaluate import EvaluateOptions, evaluate
 from hf_compress.recipe.fingerprints import model_fingerprint
-from hf_compress.recipe.options import RecipeError, build
+from hf_compress.recipe.options import RecipeError, build, unknown
 from hf_compress.recipe.recipe import REPORT_FILES, Recipe
+from hf_compress.recipe.stage import load_for
+from hf_compress.recipe.tasks.classification import Classification
+from hf_compress.recipe.tasks.embedding import Embeddings
+from hf_compress.recipe.tasks.table import TASKS, task_of
 from hf_compress.report.report import Report
-from hf_compress.shrinking.plan import TEACHER, Texts, first_target, least_time, next_target, stages
+from hf_compress.shrinking.plan import (
+    LANGUAGE,
+    SMALL_TABLES,
+    TEACHER,
+    WRITES,
+    LayerSizes,
+    Texts,
+    first_target,
+    least_time,
+    next_target,
+    stages,
+)
 from hf_compress.shrinking.times import MeasuredTimes, measured_times
 from hf_compress.shrinking.wish import Wish
+from hf_compress.surgery.tokenizer import used_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -52,13 +72,14 @@ def shrink(
     size_mb: float | None = None,
     accuracy_loss: float | None = None,
     runtime: str = "torch",
+    task: str | None = None,
     plan: bool = False,
     seed: int = 0,
     tokens: int = TOKENS,
     changes: dict[str, Any] | None = None,
     command: str | None = None,
 ) -> Shrunk:
-    """Make a classifier as fast, or as small, as is asked for: the most accurate one that runs so.
+    """Make a model as fast, or as small, as is asked for: the most accurate one that runs so.
 
     model          a folder or Hub name; one without a head for the data's labels is fine-tuned first
     data           texts and labels, as recipes take them; rows without a label are learned from, too
@@ -66,8 +87,9 @@ def shrink(
     speedup        times as fast for one text of `tokens` as the model in PyTorch, as it is stored, on this CPU; or
     latency_ms     milliseconds of such a text; or
     size_mb        megabytes on disk; or
-    accuracy_loss  points that may be lost at most; the smaller of two sizes that keeps the others
+    accuracy_loss  points of the task's metric that may be lost; the smaller of two sizes that keeps the others
     runtime        where it will run: torch, openvino, onnx
+    task           one of `recipe.tasks.table.TASKS`; told by the model's class or the data's columns when not given
     plan           True only says what would be done
     changes        options of all trainings of the recipe, such as {"num_train_epochs": 1}
 
@@ -82,20 +104,27 @@ def shrink(
     if runtime in RUNTIMES:
         installed(runtime)
     source = {"source": str(data)} if isinstance(data, str | Path) else dict(data)
-    texts = RecipeData(build(DataOptions, source, "data"), CLASSIFICATION, needs_labels=True)
+    options = build(DataOptions, source, "data")
     model_fingerprint(model)  # says what is no model
-    fine_tunes = not texts.fits(AutoConfig.from_pretrained(model))
-    times = _times(model, texts, runtime, tokens) if wish.is_of_time else None
+    if task is not None and task not in TASKS:
+        raise unknown(task, TASKS, "The task")
+    task = task or task_of(model, options)
+    check_wish(wish, task)
+    texts = RecipeData(options, task, needs_labels=True)
+    fine_tunes = texts.kind.is_trained_on_labels and not texts.fits(AutoConfig.from_pretrained(model))
+    begun = load_for(texts, model, fresh_head=True)
+    parts = layer_sizes(begun, texts, model) if task == Embeddings.name else None
+    times = measured_times(begun, texts.tokenizer(model), runtime, tokens=tokens) if wish.is_of_time else None
     target = first_target(wish, times)
-    told = _told(wish, target, times, runtime, texts, fine_tunes)
+    written = partial(stages, wish, texts=_counts(texts), times=times, task=task, fine_tunes=fine_tunes, parts=parts)
+    told = _told(wish, target, times, runtime, texts, written(target=target))
     if plan:
         return Shrunk(wish, None, False, None, None, told)
     logger.warning("%s", told)
     with Output(output) as place:
         place.check([*REPORT_FILES, "shrink.json"])
         for number in range(1, PASSES + 1):
-            written = stages(wish, target, _counts(texts), times, fine_tunes=fine_tunes)
-            recipe = Recipe(_changed(written, changes), model=model, data=source, task=CLASSIFICATION, seed=seed,
+            recipe = Recipe(_changed(written(target=target), changes), model=model, data=source, task=task, seed=seed,
                             name="shrink")  # fmt: skip
             made = recipe.run(Path(output) / "run", command=command)
             served = _served(made.model, runtime, Path(output) / f"exported-{made.stages[-1]['fingerprint']}")
@@ -104,7 +133,7 @@ def shrink(
             reached = _figure(wish, report)
             logger.warning("asked: %s; reached: %s", wish.text(wish.value), wish.text(reached))
             again = None if wish.is_met(reached) else next_target(wish, target, reached)
-            if again is None or number == PASSES or (times is not None and again < least_time(times.structure)):
+            if again is None or number == PASSES or not _is_another(written, target, again, times):
                 break  # it is there, or as near as it comes
             target = again
         result = {"asked": {wish.kind: wish.value}, "reached": reached, "is_met": wish.is_met(reached),
@@ -114,18 +143,35 @@ def shrink(
     return Shrunk(wish, reached, wish.is_met(reached), Path(served), report, told)
 
 
-def _times(model: str | Path, texts: RecipeData, runtime: str, tokens: int) -> MeasuredTimes:
-    return measured_times(load_model(model, device="cpu"), texts.tokenizer(model), runtime, tokens=tokens)
+def check_wish(wish: Wish, task: str) -> None:
+    """Raise RecipeError for a wish that has no meaning in a task."""
+    if task in LANGUAGE and wish.kind == "accuracy_loss":
+        raise RecipeError(f"accuracy_loss is of tasks with points to lose; {task} has perplexity: ask for size_mb.")
+    if task in WRITES and wish.is_of_time:
+        raise RecipeError(
+            f"{wish.kind} is of one pass over a text, but models of {task} write token by token: ask for size_mb, or "
+            "use the recipe llm-4bit and an export for llama.cpp."
+        )
+
+
+def layer_sizes(model: PreTrainedModel, texts: RecipeData, source: str | Path) -> LayerSizes:
+    """What whole layers of an embedder will take on disk, in 8 bit, its table cut to the texts and in fewer."""
+    layers = anatomy(model).layers
+    each = num_parameters(layers[0].module)
+    table = model.get_input_embeddings().weight
+    others = num_parameters(model) - len(layers) * each - table.numel()
+    tokens = len(used_tokens(texts.tokenizer(source), texts.training_texts()))
+    return LayerSizes(len(layers), each / 1e6, (others + tokens * table.shape[1] * SMALL_TABLES / 8) / 1e6)
 
 
 def _counts(texts: RecipeData) -> Texts:
-    labels = texts.texts["train"]["label"]
-    unlabelled = sum(label is None for label in labels)
-    return Texts(len(labels) - unlabelled, unlabelled)
+    rows = texts.texts["train"]
+    unlabelled = sum(label is None for label in rows["label"]) if texts.task == Classification.name else 0
+    return Texts(len(rows) - unlabelled, unlabelled)
 
 
 def _told(
-    wish: Wish, target: float, times: MeasuredTimes | None, runtime: str, texts: RecipeData, fine_tunes: bool
+    wish: Wish, target: float, times: MeasuredTimes | None, runtime: str, texts: RecipeData, written: list[dict]
 ) -> str:
     counts = _counts(texts)
     lines = [f"wanted    {wish.text(wish.value)}, in {runtime}"]
@@ -134,16 +180,37 @@ def _told(
         lines.append(f"measured  {times.original:.2f} ms in PyTorch; {here}: {parts.fixed:.2f} and {parts.layer:.2f} a "
                      f"layer, heads {parts.heads:.2f}, neurons {parts.neurons:.2f}; {times.machine}")  # fmt: skip
         lines.append(f"aim       {target:.2f} ms for a text of what is chosen")
-    lines.append(f"texts     {counts.labelled:,} with a label, {counts.unlabelled:,} without")
-    names = [*(["fine-tune"] if fine_tunes else []), "cut vocabulary", "cut structure", "distil", "8 bit",
-             *([f"export to {runtime}"] if runtime in RUNTIMES else []), "compare"]  # fmt: skip
+    kind = texts.kind
+    told = f" with a label, {counts.unlabelled:,} without" if kind.name == Classification.name else f" for {kind.name}"
+    lines.append(f"texts     {counts.labelled:,}{told}")
+    names = [*map(_in_words, written), *([f"export to {runtime}"] if runtime in RUNTIMES else []), "compare"]
     return "\n".join([*lines, f"stages    {', '.join(names)}"])
+
+
+def _in_words(stage: dict) -> str:
+    ((kind, options),) = stage.items()
+    layers = options.get("num_hidden_layers")
+    return {
+        "prune": "cut vocabulary" if options.get("method") == "vocabulary" else "cut structure",
+        "distil": "distil" if layers is None else f"distil into {layers} layer{'s' * (layers > 1)}",
+        "quantize": "8 bit",
+    }.get(kind, kind)  # fmt: skip
 
 
 def _changed(written: list[dict], changes: dict[str, Any] | None) -> list[dict]:
     """The stages, with `changes` in those that train."""
     trains = ("fine-tune", "distil")
     return [{kind: {**o, **(changes or {})} if kind in trains else o for kind, o in stage.items()} for stage in written]
+
+
+def _is_another(written: Callable, target: float, again: float, times: MeasuredTimes | None) -> bool:
+    """Whether to aim `again` makes another model, and one that can be had."""
+    if times is not None and again < least_time(times.structure):
+        return False
+    try:
+        return written(target=again) != written(target=target)
+    except RecipeError:
+        return False
 
 
 def _stage(made: Any, name: str) -> Path:

@@ -45,7 +45,14 @@ def measured_times(
 ) -> MeasuredTimes:
     """The times of 8-bit structures of `model` in `runtime`, kept for this machine, its threads and versions."""
     machine = f"{device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads"
-    of = {"config": model.config.to_dict(), "runtime": runtime, "tokens": tokens, "machine": machine, **versions()}
+    of = {
+        "config": model.config.to_dict(),
+        "class": type(model).__name__,
+        "runtime": runtime,
+        "tokens": tokens,
+        "machine": machine,
+        **versions(),
+    }
     file = Path(constants.HF_HOME) / "hf_compress" / "times" / f"{digest(of)}.json"
     if file.is_file():
         kept = json.loads(file.read_text(encoding="utf-8"))

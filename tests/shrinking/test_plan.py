@@ -8,7 +8,7 @@ from hf_compress.model.anatomy import anatomy
 from hf_compress.pruning.targets import StructureTimes, prune_to_size, prune_to_time, stored_megabytes
 from hf_compress.recipe import Recipe
 from hf_compress.recipe.options import RecipeError
-from hf_compress.shrinking.plan import Texts, first_target, next_target, stages
+from hf_compress.shrinking.plan import LayerSizes, Texts, first_target, next_target, stages, whole_layers
 from hf_compress.shrinking.times import MeasuredTimes, cut_evenly, solved
 from hf_compress.shrinking.wish import Wish
 
@@ -137,3 +137,29 @@ def test_what_cannot_be_had_is_said_with_what_can():
         first_target(Wish("speedup", 100.0), MEASURED)
     with pytest.raises(RecipeError, match="The most is 2.12 ms for a text"):
         first_target(Wish("latency_ms", 1.0), MEASURED)
+
+
+def test_an_embedder_keeps_whole_layers():
+    parts = LayerSizes(number=6, layer=2.0, rest=1.0)
+    speed, size, loss = Wish("speedup", 10.0), Wish("size_mb", 8.0), Wish("accuracy_loss", 1.0)
+    assert [whole_layers(speed, t, MEASURED, parts) for t in (6.5, 12.0, 16.8, 17.1, 99.0)] == [1, 2, 2, 3, 6]
+    assert [whole_layers(size, t, None, parts) for t in (3.0, 8.0, 50.0)] == [1, 3, 6]
+    assert whole_layers(loss, 0.5, None, parts) == 3
+    written = stages(size, 8.0, MANY, None, task="embeddings", parts=parts)
+    assert [next(iter(stage)) for stage in written] == ["prune", "distil", "quantize"]
+    assert written[1]["distil"]["num_hidden_layers"] == 3 and written[1]["distil"]["method"] == "embeddings"
+    assert [next(iter(s)) for s in stages(speed, 12.0, MANY, MEASURED, task="embeddings", parts=parts)] == [
+        "distil", "quantize"
+    ]  # fmt: skip
+    with pytest.raises(RecipeError, match=r"an embedder keeps whole layers, and one takes 6\.50 ms where 5\.00"):
+        whole_layers(speed, 5.0, MEASURED, parts)
+    with pytest.raises(RecipeError, match=r"one takes 3\.00 MB where 2\.00"):
+        whole_layers(size, 2.0, None, parts)
+
+
+@pytest.mark.parametrize("task", ["masked-lm", "causal-lm"])
+def test_a_language_model_follows_the_one_that_came_in(task):
+    written = stages(Wish("latency_ms", 6.0), 6.0, MANY, MEASURED, task=task)
+    assert [next(iter(stage)) for stage in written] == ["prune", "distil", "quantize"]  # its vocabulary stays whole
+    assert written[1]["distil"]["teacher"] == "input" and "cache_teacher" not in written[1]["distil"]
+    assert Recipe(written).stages

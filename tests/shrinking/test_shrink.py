@@ -3,11 +3,13 @@
 import json
 
 import pytest
-from recipe_run import reviews, tiny_folder
-from transformers import AutoModelForSequenceClassification
+from recipe.task_files import CASES, model_of, source_of, text
+from recipe_run import embedder, reviews, tiny_folder
+from transformers import AutoModel, AutoModelForSequenceClassification
 
 import hf_compress as hfc
 from hf_compress.commands.main import main
+from hf_compress.model.pooling import Pooling, read_vectors
 from hf_compress.pruning.targets import StructureTimes
 from hf_compress.recipe.options import RecipeError
 from hf_compress.shrinking import run as shrinking
@@ -96,3 +98,44 @@ def test_times_are_measured_once_for_a_machine(tmp_path, monkeypatch):
     assert first.original > 0 and first.structure.of(4) > 0
     assert measured_times(model, None, "torch", tokens=8) == first  # kept
     assert len(list((tmp_path / "hf_compress" / "times").iterdir())) == 1
+
+
+BY_TASK = {case.task: case for case in reversed(CASES)}
+SHORT = ("token-classification", "regression")
+
+
+@pytest.mark.parametrize("task", [t if t in SHORT else pytest.param(t, marks=pytest.mark.long) for t in BY_TASK])
+def test_every_task_has_its_dial(task, given, tmp_path):
+    """From a model without head where there is one to learn: by time, and by size where texts are written."""
+    case = BY_TASK[task]
+    model, data = model_of(case, tmp_path / "begin"), {"source": str(source_of(case, tmp_path / "data"))}
+    options = dict(zip((name.removeprefix("--") for name in case.options[::2]), case.options[1::2], strict=True))
+    writes = task in ("causal-lm", "seq2seq-lm")
+    megabytes = sum(file.stat().st_size for file in model.glob("*.safetensors")) / 1e6
+    wish = {"size_mb": megabytes / 5} if writes else {"speedup": 3.0}
+    done = hfc.shrink(model, data | options | {"max_length": 16}, output=tmp_path / "out", task=task, changes=QUICK,
+                      **wish)  # fmt: skip
+    assert done.report.metric == case.metric
+    assert case.auto_class.from_pretrained(done.model).config.quantization_config["bits"]
+    if writes:
+        assert done.is_met
+        for asked, said in (({"speedup": 2.0}, "write token by token"), ({"accuracy_loss": 1.0}, "has perplexity")):
+            with pytest.raises(RecipeError, match=said):
+                hfc.shrink(model, data, output=tmp_path / "none", task=task, **asked)
+
+
+@pytest.mark.parametrize("wish", [{"speedup": 3.0}, pytest.param({"size_mb": 0.03}, marks=pytest.mark.long)], ids=str)
+def test_an_embedder_has_its_dial(wish, given, tmp_path):
+    model = embedder(tmp_path / "embedder", pooling=Pooling("cls"))
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(text(i) + " " + text(i // 10) for i in range(60)), encoding="utf-8")
+    done = hfc.shrink(model, {"source": str(texts), "max_length": 16}, output=tmp_path / "out", changes=QUICK, **wish)
+    assert done.report.metric == "rank correlation of cosines" and "distil into" in done.plan
+    assert read_vectors(done.model)[0] == Pooling("cls")
+    assert AutoModel.from_pretrained(done.model).config.num_hidden_layers < 4
+
+
+def test_an_unknown_task_is_named(given, tmp_path):
+    model, data = given
+    with pytest.raises(RecipeError, match="'token-clasification' is not known. Did you mean 'token-classification'"):
+        hfc.shrink(model, data, output=tmp_path / "out", size_mb=1.0, task="token-clasification")
