@@ -76,7 +76,8 @@ class TernaryQuantizer(WeightQuantizer):
         blocks = self.blocks(weight.float())
         if self.training:
             self._follow(blocks)
-        values = TrainedTernary.apply(blocks, *self.stored_scale().split(1, -1), self.threshold)
+        threshold = self.threshold.clone()  # a weight may be used twice in a pass, and follows each time
+        values = TrainedTernary.apply(blocks, *self.stored_scale().split(1, -1), threshold)
         return self.unblocks(values).to(weight.dtype)
 
     def scheme(self, **options) -> WeightScheme:

@@ -93,6 +93,18 @@ def test_what_is_stored_is_what_was_evaluated_and_two_values_were_learned(family
         hfc.export(student, tmp_path / "gptq", format="gptq")
 
 
+def test_a_weight_that_is_used_twice_in_a_pass_has_the_gradients_of_both_uses():
+    """As those that DeBERTa projects tokens and relative positions by."""
+    weight = torch.randn(4, 6, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    quantizer = TernaryQuantizer(weight.detach(), 2, learned=True).train()
+    x, y = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(1))
+    learned = [weight, quantizer.scale]
+    both = torch.autograd.grad((x @ quantizer(weight).T).sum() + (y @ quantizer(weight).T).sum(), learned)
+    once = torch.autograd.grad(((x + y) @ quantizer(weight).T).sum(), learned)
+    for one, other in zip(both, once, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("options, message", [
     (dict(activation_bits=8), r"\['activation_bits'\] say something else"),
     (dict(num_groups=4), "num_groups"),
