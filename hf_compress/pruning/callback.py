@@ -22,8 +22,9 @@ from hf_compress.pruning.scores import Magnitude, Score
 from hf_compress.pruning.selection import SCOPES, grow_steepest, keep_above, keep_largest
 from hf_compress.surgery.transaction import Transaction
 from hf_compress.training.callback import PieceCallback
-from hf_compress.training.checks import check_own_gradients, check_whole
+from hf_compress.training.checks import check_own_gradients
 from hf_compress.training.pieces import Piece
+from hf_compress.training.shards import cut_like, is_sharded, over_ranks, own, whole
 from hf_compress.training.state import STATE_NAME, TrainingState
 
 logger = logging.getLogger(__name__)
@@ -116,16 +117,21 @@ class Pruning(PieceCallback):
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """Module name -> boolean (rows, columns) of blocks, True for those that stay."""
-        return {matrix.name: self._kept("mask", i) for i, matrix in enumerate(self._matrices)}
+        """Module name -> boolean (rows, columns) of blocks, True for those that stay.
+
+        Under FSDP2 all ranks have to ask, for this as for `current_sparsity`.
+        """
+        return {matrix.name: whole(self._kept("mask", i)) for i, matrix in enumerate(self._matrices)}
 
     @property
     def current_sparsity(self) -> float:
         """The share of the matrices' weights that is masked now."""
-        sizes = [matrix.shape[0] * matrix.shape[1] for matrix in self._matrices]
-        masks = [self._kept("mask", i) for i in range(len(self._matrices))]
-        gone = sum(size * int((~mask).sum()) for size, mask in zip(sizes, masks, strict=True))
-        return gone / max(sum(size * mask.numel() for size, mask in zip(sizes, masks, strict=True)), 1)
+        gone = total = 0
+        for i, matrix in enumerate(self._matrices):
+            mask, size = self._kept("mask", i), matrix.shape[0] * matrix.shape[1]
+            gone += size * int(over_ranks((~own(mask)).sum(), mask))
+            total += size * mask.numel()
+        return gone / max(total, 1)
 
     def _kept(self, kind: str, number: int) -> Tensor | None:
         return getattr(self._state, f"{self.name}_{kind}_{number}", None)
@@ -135,7 +141,6 @@ class Pruning(PieceCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module = None, **kwargs
     ) -> None:
-        check_whole(model, "Pruning")
         check_own_gradients(args, "Pruning")
         super().on_train_begin(args, state, control, model=model)
         self._state = getattr(model, STATE_NAME, None)
@@ -143,6 +148,7 @@ class Pruning(PieceCallback):
             self._state = self._state_of_stock_trainer(model, state)
         elif f"{self.name}_mask_0" not in dict(self._state.named_buffers()):
             raise ValueError(f"This trainer does not know of {type(self).__name__}: pass it as callbacks=[...].")
+        self._cut_state()
         self._schedule = make_schedule(
             self.schedule, self.sparsity, begin=self.begin, end=self.end, num_updates=self.num_updates,
             max_steps=state.max_steps, first_step=int(self.score.is_gathered), num_elements=self.num_elements,
@@ -175,6 +181,7 @@ class Pruning(PieceCallback):
                 self._update(step, optimizer)
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
+        super().on_train_end(args, state, control, **kwargs)
         self._find_masked()  # the best checkpoint may have been loaded, and its masks with it
         self.close()
         if not self.is_done(state.global_step):
@@ -192,7 +199,9 @@ class Pruning(PieceCallback):
             masks = keep_above(scores, [level * self._quantile(i) for i in numbers])
         else:
             if self.scope == "class-distribution":
-                scores = [score / self._matrices[i].weight.float().std() for i, score in enumerate(scores)]
+                scores = [
+                    score / float(whole(self._matrices[i].weight).float().std()) for i, score in enumerate(scores)
+                ]
             slopes = [matrix.gradient for matrix in self._matrices]
             is_growing = self.grow and step < self._schedule.end and all(slope is not None for slope in slopes)
             share, of = (
@@ -215,12 +224,13 @@ class Pruning(PieceCallback):
         """q of `TwoSlopes`, measured when first asked for."""
         kept = self._kept("quantile", number)
         if kept.isnan():
-            magnitudes = self._matrices[number].weight.abs().float().flatten()
+            magnitudes = whole(self._matrices[number].weight).abs().float().flatten()
             kept.copy_(magnitudes.kthvalue(max(int(self.sparsity * magnitudes.numel()), 1)).values)
         return kept
 
     def _find_masked(self) -> None:
-        self._masked = [i for i in range(len(self._matrices)) if not bool(self._kept("mask", i).all())]
+        """Matrices of which this rank has something masked."""
+        self._masked = [i for i in range(len(self._matrices)) if not bool(own(self._kept("mask", i)).all())]
 
     def _apply(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         for i in self._masked:
@@ -229,11 +239,19 @@ class Pruning(PieceCallback):
             else:  # with zeros on both sides nothing could grow again
                 self._matrices[i].scale_(self._kept("mask", i), optimizer)
 
+    def _cut_state(self) -> None:
+        """Masks and scores of single weights lie beside them: under FSDP2 each rank has those of its weights."""
+        for i, matrix in enumerate(self._matrices):
+            for kind in ("mask", "score"):
+                kept = self._kept(kind, i)
+                if kept is not None and kept.shape == matrix.weight.shape and not is_sharded(kept):
+                    setattr(self._state, f"{self.name}_{kind}_{i}", cut_like(kept, matrix.weight))
+
     def _state_of_stock_trainer(self, model: nn.Module, state: TrainerState) -> TrainingState:
-        own = TrainingState()
+        made = TrainingState()
         for name, value in self.training_state_entries(model).items():
-            own.add(name, value)
-        own.to(self._matrices[0].weight.device)
+            made.add(name, value)
+        made.to(self._matrices[0].weight.device)
         if state.global_step > 0:
             if self.score.is_gathered or self.schedule in THRESHOLDS:
                 raise ValueError(
@@ -241,8 +259,8 @@ class Pruning(PieceCallback):
                     "checkpoints: it cannot be resumed. Train with one of the trainers of hf_compress, or start anew."
                 )
             for i, matrix in enumerate(self._matrices):
-                getattr(own, f"{self.name}_mask_{i}").copy_(matrix.is_alive())
-        return own
+                getattr(made, f"{self.name}_mask_{i}").copy_(whole(matrix.is_alive()))
+        return made
 
     def close(self) -> None:
         for handle in self._handles:

@@ -18,6 +18,7 @@ from hf_compress.model.attention import Projection
 from hf_compress.model.record import read_part
 from hf_compress.model.weights import as_matrix, check_writable
 from hf_compress.training.optimizers import versions
+from hf_compress.training.shards import is_sharded, over_ranks, own, part
 
 
 class Source(NamedTuple):
@@ -30,7 +31,11 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True)
 class Blocks:
-    """The weight (N, K) of one linear map, cut into blocks (r, c)."""
+    """The weight (N, K) of one linear map, cut into blocks (r, c).
+
+    Under FSDP2 each rank has a part of it, and of what is told of single weights. What is told of larger blocks is
+    the same on all ranks, which ask for it together.
+    """
 
     name: str
     module: Projection
@@ -58,10 +63,30 @@ class Blocks:
 
     def largest(self, matrix: Tensor) -> Tensor:
         """The largest element of each block, (N / r, K / c)."""
-        return matrix if self.shape == (1, 1) else self.cut(matrix).amax(dim=(1, 3))
+        return self._reduced(matrix, "amax")
 
     def sum(self, matrix: Tensor) -> Tensor:
-        return matrix if self.shape == (1, 1) else self.cut(matrix).sum(dim=(1, 3))
+        return self._reduced(matrix, "sum")
+
+    def _reduced(self, matrix: Tensor, how: str) -> Tensor:
+        """By a sum, or by the largest of what is not negative."""
+        if self.shape == (1, 1):
+            return matrix
+        if not is_sharded(matrix):
+            return getattr(self.cut(matrix), how)(dim=(1, 3))
+        rows, columns = self._places(matrix)
+        mine, (N, K) = own(matrix), self.grid
+        across = mine.new_zeros(len(mine), K).scatter_reduce(1, columns.expand_as(mine), mine, how)
+        blocks = mine.new_zeros(N, K).scatter_reduce(0, rows[:, None].expand_as(across), across, how)
+        return over_ranks(blocks, matrix, how)
+
+    def _places(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """The block that each row is in which this rank has, and each column."""
+        sizes = zip(matrix.shape, self.shape, strict=True)
+        return tuple(
+            (torch.arange(size, device=own(matrix).device) // unit)[part(matrix, dim)]
+            for dim, (size, unit) in enumerate(sizes)
+        )
 
     @torch.no_grad()
     def scale_(self, factors: Tensor, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -72,7 +97,11 @@ class Blocks:
         for version in versions(self.module.weight, optimizer):
             weight = as_matrix(self.module, version)
             if self.shape == (1, 1):  # the product with bytes is twice as fast as that with booleans
-                weight.mul_(factors.view(torch.uint8) if factors.dtype == torch.bool else factors)
+                mine = own(factors)
+                own(weight).mul_(mine.view(torch.uint8) if mine.dtype == torch.bool else mine)
+            elif is_sharded(weight):
+                rows, columns = self._places(weight)
+                own(weight).mul_(factors[rows][:, columns])
             else:
                 self.cut(weight).mul_(factors[:, None, :, None])
 
@@ -85,11 +114,12 @@ class Blocks:
         self.scale_(mask, optimizer)
         for module, rows, size in self.sources:
             keep = mask[0].repeat_interleave(size)
-            silent = torch.as_tensor(rows, device=keep.device)[keep == 0]
-            for weight in versions(module.weight, optimizer):
-                as_matrix(module, weight)[silent] = 0
-            for bias in [] if module.bias is None else versions(module.bias, optimizer):
-                bias[silent] = 0
+            silent = torch.zeros(out_features(module), dtype=torch.bool, device=keep.device)
+            silent[torch.as_tensor(rows, device=keep.device)[keep == 0]] = True
+            biases = [] if module.bias is None else versions(module.bias, optimizer)
+            for version in (*versions(module.weight, optimizer), *biases):
+                made = as_matrix(module, version)  # (N, K) or (N,)
+                own(made)[silent[part(made, 0)]] = 0
 
     def is_alive(self) -> Tensor:
         """True for blocks that are not all zeros."""

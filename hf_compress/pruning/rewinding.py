@@ -5,16 +5,13 @@ https://arxiv.org/abs/1903.01611 (to an early step, which large models need). Wh
 ticket": with as many steps left as a training has, it shows what its structure alone is worth.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from hf_compress.pruning.callback import Pruning
 from hf_compress.training.callback import PieceCallback
-from hf_compress.training.checks import check_whole
-from hf_compress.training.pieces import Piece
+from hf_compress.training.shards import cut_like, is_sharded, own
 from hf_compress.training.state import STATE_NAME
 
 
@@ -45,11 +42,7 @@ class Rewinding(PieceCallback):
         self._saved_at = self._end = 0
 
     def training_state_entries(self, model: nn.Module) -> dict[str, Tensor]:
-        self._parameters = list(model.parameters())
-        return {f"{self.name}_{i}": p.detach().clone() for i, p in enumerate(self._parameters)}
-
-    def check(self, model: nn.Module, pieces: Sequence[Piece]) -> None:
-        check_whole(model, "Rewinding")
+        return {f"{self.name}_{i}": p.detach().clone() for i, p in enumerate(model.parameters())}
 
     def is_done(self, step: int) -> bool:
         return step >= self._end > 0
@@ -66,6 +59,11 @@ class Rewinding(PieceCallback):
             raise ValueError(
                 "Rewinding comes after its pruning in the list of callbacks, and both are in the same list."
             )
+        self._parameters = [p for name, p in model.named_parameters() if not name.startswith(f"{STATE_NAME}.")]
+        for i, parameter in enumerate(self._parameters):
+            kept = getattr(self._state, f"{self.name}_{i}")
+            if not is_sharded(kept):  # FSDP2 has cut the weights since the trainer was made
+                setattr(self._state, f"{self.name}_{i}", cut_like(kept, parameter))
         self._saved_at, self._end = round(self.to * state.max_steps), self.pruning._schedule.end
         if state.global_step == 0 == self._saved_at:
             self._save()
@@ -80,11 +78,12 @@ class Rewinding(PieceCallback):
     @torch.no_grad()
     def _save(self) -> None:
         for i, parameter in enumerate(self._parameters):
-            getattr(self._state, f"{self.name}_{i}").copy_(parameter)
+            own(getattr(self._state, f"{self.name}_{i}")).copy_(own(parameter))
 
     @torch.no_grad()
     def _rewind(self, optimizer: torch.optim.Optimizer | None) -> None:
         for i, parameter in enumerate(self._parameters):
-            parameter.copy_(getattr(self._state, f"{self.name}_{i}").masked_fill(parameter == 0, 0))
+            mine = own(parameter)
+            mine.copy_(own(getattr(self._state, f"{self.name}_{i}")).masked_fill(mine == 0, 0))
         if optimizer is not None:
             optimizer.state.clear()

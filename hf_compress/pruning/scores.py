@@ -15,7 +15,8 @@ from hf_compress.model.anatomy import anatomy, in_features
 from hf_compress.model.calibration import text_mask, token_rows
 from hf_compress.model.calibration_data import IGNORED
 from hf_compress.pruning.masks import Blocks
-from hf_compress.training.hooks import WhileTraining
+from hf_compress.training.callback import WhileTraining
+from hf_compress.training.shards import as_part, own, part
 
 
 class Score:
@@ -188,7 +189,8 @@ class Wanda(_FromInputs):
         self.add(number, (token_rows(x.detach(), mask).float() ** 2).sum(dim=0))
 
     def scores(self, number, matrix, buffer):
-        return matrix.sum(matrix.weight.abs().float() * buffer.sqrt())
+        weight = matrix.weight
+        return matrix.sum(as_part(own(weight).abs().float() * buffer.sqrt()[part(weight, 1)], weight))
 
 
 class Given(Score):

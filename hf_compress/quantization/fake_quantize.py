@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -20,6 +21,7 @@ from hf_compress.quantization.grids import (
     smallest_scale,
 )
 from hf_compress.quantization.modules import packed
+from hf_compress.training.shards import whole, write_
 
 RANGE_MOMENTUM = 0.95  # running activation ranges keep this share of what they were
 
@@ -120,7 +122,7 @@ class WeightQuantizer(nn.Module):
         Rows of a bundle get a scale each, the bundle's. Raises ValueError for a part of a group of columns.
         """
         cut = copy.deepcopy(self)
-        grid = [getattr(self, name).detach() for name in self.GRID]  # (N / rows, G, ...)
+        grid = [whole(getattr(self, name).detach()) for name in self.GRID]  # (N / rows, G, ...)
         if rows is not None:
             grid = [tensor.repeat_interleave(self.rows, 0)[list(rows)] for tensor in grid]
             cut.rows, cut.shape = 1, (len(rows), cut.shape[1])
@@ -128,8 +130,8 @@ class WeightQuantizer(nn.Module):
             cut.columns, cut.shape = len(columns), (cut.shape[0], len(columns))
         elif columns is not None:
             groups = list(dict.fromkeys(column // self.columns for column in columns))
-            whole = [group * self.columns + i for group in groups for i in range(self.columns)]
-            if list(columns) != whole:
+            complete = [group * self.columns + i for group in groups for i in range(self.columns)]
+            if list(columns) != complete:
                 raise ValueError(f"Groups of {self.columns} columns cannot be cut in the middle.")
             grid, cut.shape = [tensor[:, groups] for tensor in grid], (cut.shape[0], len(columns))
         scale, other = (tensor.clone() for tensor in grid)
@@ -146,14 +148,14 @@ class WeightQuantizer(nn.Module):
             self.scale_dtype = "float32"
         scale, zero_point = find_grid(blocks, self.bits, symmetric=self.symmetric, range_method=self.range_method,
                                       scale_dtype=SCALE_DTYPES[self.scale_dtype])  # fmt: skip
-        self.scale.copy_(scale)
+        write_(self.scale, scale)
         self.zero_point.copy_(zero_point)
 
     def stored_scale(self) -> Tensor:
         """The scale as it will be stored; its gradient is that of the scale."""
-        dtype = SCALE_DTYPES[self.scale_dtype]
-        rounded = self.scale.detach().clamp(min=smallest_scale(dtype)).to(dtype).float()
-        return self.scale + (rounded - self.scale).detach() if self.learned and self.training else rounded
+        dtype, scale = SCALE_DTYPES[self.scale_dtype], whole(self.scale)
+        rounded = scale.detach().clamp(min=smallest_scale(dtype)).to(dtype).float()
+        return scale + (rounded - scale).detach() if self.learned and self.training else rounded
 
     def forward(self, weight: Tensor) -> Tensor:
         blocks = self.blocks(weight.float())
@@ -190,11 +192,16 @@ class WeightQuantizer(nn.Module):
 
     def stored(self, module: nn.Module, **activation) -> nn.Module:
         """The packed layer that takes the place of `module`, whose weight this is."""
-        return packed(module, self.quantize(matrix(module)), self.scheme(**activation))
+        return packed(module, self.quantize(whole(matrix(module))), self.scheme(**activation))
 
 
 class ActivationQuantizer(nn.Module):
-    """8-bit inputs of a layer: a running range of what it saw in training, or (`dynamic`) each token's own."""
+    """8-bit inputs of a layer: a running range of what it saw in training, or (`dynamic`) each token's own.
+
+    While `is_shared` the range is that of what all ranks see, which have to compute the layer together.
+    """
+
+    is_shared = False
 
     def __init__(self, *, dynamic: bool = False, name: str = "a layer"):
         super().__init__()
@@ -205,7 +212,7 @@ class ActivationQuantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.dynamic:
             return round_per_token(x)
-        if self.training and x.numel():
+        if self.training and (x.numel() or self.is_shared):
             self.observe(x.detach())
         low, high = self.range()
         return x if high - low < SMALLEST_RANGE else round_to_range(x, low, high)  # as it is: nothing seen yet
@@ -213,7 +220,12 @@ class ActivationQuantizer(nn.Module):
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
         """Raises ValueError, naming the layer, for inputs that no range can hold; what was seen before stays."""
-        low, high = x.min().float().clamp(max=0), x.max().float().clamp(min=0)
+        ends = (x.min(), x.max()) if x.numel() else (x.new_zeros(()),) * 2
+        low, high = ends[0].float().clamp(max=0), ends[1].float().clamp(min=0)
+        if self.is_shared:
+            reach = torch.stack([-low, high]).nan_to_num(nan=torch.inf)  # so that all ranks raise
+            dist.all_reduce(reach, dist.ReduceOp.MAX)
+            low, high = -reach[0], reach[1]
         if not max(-float(low), float(high)) <= LARGEST_INPUT:  # NaN is not
             raise ValueError(
                 f"The inputs of {self.name} reach from {float(low):g} to {float(high):g}: 8 bits hold no more than "

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -23,9 +24,9 @@ from hf_compress.quantization.modules import choose_modules
 from hf_compress.quantization.ternary import TernaryQuantizer, check_options
 from hf_compress.surgery.transaction import Transaction
 from hf_compress.training.callback import PieceCallback
-from hf_compress.training.checks import check_whole
 from hf_compress.training.finish import finish
 from hf_compress.training.pieces import Piece
+from hf_compress.training.shards import is_sharded, whole
 from hf_compress.training.state import STATE_NAME
 
 logger = logging.getLogger(__name__)
@@ -109,8 +110,11 @@ class FakeQuantConv1D(FakeQuantized, Conv1D):
 class FakeQuantEmbedding(FakeQuantized, nn.Embedding):
     @property
     def weight(self) -> Tensor:
-        """The table on its grid, for those that read it whole, as DeBERTa its relative positions."""
-        return self.fake_weight()
+        """The table on its grid, for those that read it whole, as DeBERTa its relative positions.
+
+        Between passes FSDP2, which has cut it, asks for the parameter itself under this name.
+        """
+        return matrix(self) if is_sharded(matrix(self)) else self.fake_weight()
 
     def forward(self, input: Tensor) -> Tensor:
         return self._quantizer().look_up(input, matrix(self), self.padding_idx)
@@ -271,15 +275,16 @@ class QuantizationAware(PieceCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         super().on_train_begin(args, state, control, model=model)
         found, self._max_steps = dict(fake_modules(model)), state.max_steps
-        check_whole(model, "Quantization")
         if any(m.weight_quantizer.learned for m in found.values()) and not hasattr(model, STATE_NAME):
             raise ValueError("Learned step sizes need a trainer with TrainingState: use one of hf_compress.")
         self.targets = self.targets or {name: module.weight_quantizer.bits for name, module in found.items()}
         for name, module in found.items():
             width = self._width(self.targets[name], max(0, state.global_step - 1), state.max_steps)
             if width != module.weight_quantizer.bits and state.global_step == 0:
-                module.weight_quantizer.refresh(matrix(module), width)
+                module.weight_quantizer.refresh(whole(matrix(module)), width)
             module.weight_quantizer.bits = width  # resumed: the grid of the step before came with the checkpoint
+            if module.input_quantizer is not None:
+                module.input_quantizer.is_shared = dist.is_initialized()
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         super().on_step_begin(args, state, control)  # what more bits reached is no measure for fewer
@@ -288,9 +293,13 @@ class QuantizationAware(PieceCallback):
             width = self._width(self.targets[name], state.global_step, state.max_steps)
             is_due = state.global_step % self.refresh_steps == 0 and not quantizer.learned
             if is_due or width != quantizer.bits:
-                quantizer.refresh(matrix(module), width)
+                quantizer.refresh(whole(matrix(module)), width)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
+        super().on_train_end(args, state, control, model=model)
+        for _, module in fake_modules(model):
+            if module.input_quantizer is not None:
+                module.input_quantizer.is_shared = False
         for name, module in fake_modules(model):
             if (bits := module.weight_quantizer.bits) != self.targets[name]:
                 logger.warning(f"The training ended early: {name} has {bits} bits instead of {self.targets[name]}.")
@@ -299,7 +308,7 @@ class QuantizationAware(PieceCallback):
             return  # the grids came with the best checkpoint
         for _, module in fake_modules(model):
             if not module.weight_quantizer.learned:
-                module.weight_quantizer.refresh(matrix(module))
+                module.weight_quantizer.refresh(whole(matrix(module)))
 
     def _width(self, target: int, step: int, max_steps: int) -> int:
         steps = [width for width in WIDTHS if target <= width <= (self.start_bits or target)]

@@ -17,6 +17,7 @@ from hf_compress.layers.scheme import WeightScheme
 from hf_compress.model.anatomy import matrix
 from hf_compress.quantization.fake_quantize import WeightQuantizer
 from hf_compress.quantization.grids import fits_float16
+from hf_compress.training.shards import whole, write_
 
 THRESHOLD = 0.05  # t, the paper's
 
@@ -63,10 +64,12 @@ class TernaryQuantizer(WeightQuantizer):
         blocks = self.blocks(weight.float())
         self.scale_dtype = "float16" if fits_float16(blocks, self.bits, symmetric=True) else "float32"
         self._follow(blocks)
-        for number, values in enumerate((blocks, -blocks)):
+        found = []
+        for values in (blocks, -blocks):
             chosen = values > self.threshold
             mean = (values * chosen).sum(-1) / chosen.sum(-1).clamp(min=1)
-            self.scale[..., number] = torch.where(chosen.any(-1), mean, blocks.abs().mean(-1))
+            found.append(torch.where(chosen.any(-1), mean, blocks.abs().mean(-1)))
+        write_(self.scale, torch.stack(found, -1))
 
     @torch.no_grad()
     def _follow(self, blocks: Tensor) -> None:
@@ -87,7 +90,7 @@ class TernaryQuantizer(WeightQuantizer):
     def stored(self, module: nn.Module, **activation) -> CodebookLinear:
         """Indices into -W_n, 0 and W_p."""
         self.eval()
-        blocks = self.blocks(matrix(module).float())
+        blocks = self.blocks(whole(matrix(module)).float())
         index = 1 + (blocks > self.threshold).int() - (blocks < -self.threshold).int()
         positive, negative = self.stored_scale().split(1, -1)
         levels = torch.cat([-negative, torch.zeros_like(positive), positive], -1)  # (N, G, 3)

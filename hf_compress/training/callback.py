@@ -1,4 +1,7 @@
-"""The base of callbacks that leave something to finish."""
+"""The base of callbacks that leave something to finish, and of hooks that only watch."""
+
+from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
@@ -6,6 +9,7 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 
 from hf_compress.training.finish import finish
 from hf_compress.training.pieces import Piece, join
+from hf_compress.training.shards import check_shards, put_away
 
 
 class PieceCallback(Piece, TrainerCallback):
@@ -18,12 +22,44 @@ class PieceCallback(Piece, TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module = None, **kwargs
     ) -> None:
+        put_away(model)
+        check_shards(model, type(self).__name__)
         join(model, self)
 
     def on_step_begin(self, args, state: TrainerState, control, **kwargs) -> None:
         if not self.is_done(state.global_step):
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module = None, **kwargs
+    ) -> None:
+        if model is not None:
+            put_away(model)
+
     def finish(self, model: nn.Module) -> nn.Module:
         """`hfc.finish(model)`, which ends this and everything else that training left open."""
         return finish(model)
+
+
+class WhileTraining:
+    """A hook that only looks on, and pickles, and is copied, as one that does nothing.
+
+    `torch.save(model)` and `copy.deepcopy(model)` work in a callback, and nobody watches what they give. A hook that
+    has a say in what the model computes is a method of its piece instead, and goes with the copy.
+    """
+
+    def __init__(self, hook: Callable):
+        self.hook = hook
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.hook(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        return _nothing_done, ()
+
+
+def _nothing_done() -> Callable:
+    return _nothing
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None: ...

@@ -43,19 +43,10 @@ def _source_of_forward(kind: type) -> str:
     return found
 
 
-def check_whole(model: nn.Module, what: str) -> None:
-    """Raise ValueError if the weights are sharded over ranks: blocks, groups and ranges would lie across the pieces."""
-    if any(hasattr(p, "device_mesh") or hasattr(p, "ds_id") for p in model.parameters()):
-        raise ValueError(
-            f"{what} while training needs whole weights on each rank, but these are sharded (FSDP or ZeRO-3). Train "
-            "with DDP or on one device, or do it before or after training."
-        )
-
-
 def check_own_gradients(args: TrainingArguments, what: str) -> None:
     """Raise ValueError under DeepSpeed, which keeps gradients and the weights it updates in buffers of its own."""
     if getattr(args, "deepspeed", None) or getattr(args, "deepspeed_plugin", None):
         raise ValueError(
             f"{what} while training reads and changes gradients and weights, but DeepSpeed works on copies of its own. "
-            "Train with DDP or on one device, or do it before or after training."
+            "Train with DDP, FSDP2 or on one device, or do it before or after training."
         )

@@ -22,6 +22,7 @@ from hf_compress.surgery.neurons import cut_neurons
 from hf_compress.surgery.silent import silent_parts
 from hf_compress.surgery.transaction import Transaction
 from hf_compress.training.pieces import Form, Piece
+from hf_compress.training.shards import make_whole, put_away
 from hf_compress.training.stored import store
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,9 @@ def finish(model: ModelT) -> ModelT:
     which order these came to the model, or which `Trainer` trained it. Optimizers of the model are void afterwards. A
     model that has nothing to finish is returned unchanged.
 
+    A model that FSDP2 has cut over the ranks is whole on each of them afterwards, so all have to call this. Weights
+    that are packed are gathered one by one; where heads, neurons, layers or blocks go, each rank gathers all first.
+
     Raises ValueError, and leaves the model in its training form, where a part cannot be stored: an activation range
     that has seen no batch yet, say.
     """
@@ -45,8 +49,11 @@ def finish(model: ModelT) -> ModelT:
     names = {module: name for name, module in model.named_modules()}
     for module, form in forms.items():
         form.check(names[module])
+    put_away(model)
     for piece in pieces:
         piece.settle()
+    are_cut = any(piece.cuts_silent or piece.block_size or piece.removed_layers(model) for piece in pieces)
+    make_whole(model, later=() if are_cut else forms)
     for module, form in forms.items():
         form.take_off(module)
     try:

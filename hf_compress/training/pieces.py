@@ -37,7 +37,10 @@ class Form(Protocol):
         """Changes `module`: undoes `take_off`."""
 
     def stored(self, module: nn.Module) -> nn.Module:
-        """What takes the place of `module`, which is plain, perhaps cut, and computes the same."""
+        """What takes the place of `module`, which is plain, perhaps cut, and computes the same.
+
+        The weight is the module's own, or what `shards.whole` gathers, on all ranks.
+        """
 
 
 class Piece:

@@ -21,6 +21,7 @@ from hf_compress.training.finite import find_not_finite, has_no_label, is_finite
 from hf_compress.training.optimizers import add_missing
 from hf_compress.training.pieces import Piece, check_pieces
 from hf_compress.training.resume import begin_checkpoint, end_checkpoint, find_fault, last_complete_checkpoint
+from hf_compress.training.shards import check_loading, whole, write_
 from hf_compress.training.step_counts import StepCountsMixin
 from hf_compress.training.stream import StreamMixin
 
@@ -89,6 +90,7 @@ class TrainingStateMixin(StreamMixin, StepCountsMixin):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         check_devices(self.args, type(self).__name__)
+        check_loading(getattr(self.accelerator.state, "fsdp_plugin", None), type(self).__name__)
 
     @property
     def training_state(self) -> TrainingState:
@@ -264,8 +266,7 @@ class TrainingStateMixin(StreamMixin, StepCountsMixin):
 
 def _whole(tensor: Tensor) -> Tensor:
     """The tensor as one process would hold it: FSDP's shards gathered, on CPU, its own memory."""
-    tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return tensor.detach().to("cpu", copy=True).contiguous()
+    return whole(tensor).detach().to("cpu", copy=True).contiguous()
 
 
 @torch.no_grad()
@@ -276,9 +277,4 @@ def _load_whole(state: TrainingState, tensors: dict[str, Tensor]) -> None:
     ):
         raise ValueError(f"{STATE_FILE} belongs to another setting: expected {shapes}, found {found}.")
     for name, tensor in tensors.items():
-        target = own[name]
-        if hasattr(target, "device_mesh"):
-            from torch.distributed.tensor import distribute_tensor  # only under FSDP
-
-            tensor = distribute_tensor(tensor.to(target.device), target.device_mesh, target.placements)
-        target.copy_(tensor)
+        write_(own[name], tensor)

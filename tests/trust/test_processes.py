@@ -1,22 +1,20 @@
 """Two processes follow the trajectory of one with the same global batch, for every trainer, and agree to the bit."""
 
-import os
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType
 from distillation.data import rows
 from helpers import tiny_model
-from machine import long_but, needs_fork, ranks
+from machine import long_but, needs_fork, ranks, share_weights
 from transformers import TrainerCallback
 from trust.trainers import CAUSAL, TRAINERS, build, data_of, run
 
 import hf_compress as hfc
 from hf_compress.quantization import gptq_model
 from hf_compress.quantization.gptq import quantize_weight
+from hf_compress.training.shards import whole
 
 pytestmark = needs_fork
 # one process's batch is 8, two have 4 each: their losses are sums over the same 8 examples, in another order
@@ -31,13 +29,8 @@ DRAWING = (
     "RankGatesTrainer",
     "TheseusTrainer",
 )  # each rank has generators of its own
-WHOLE_WEIGHTS = ("BlockPruningTrainer", "HeadGatesTrainer", "HeadPruningTrainer", "NeuronPruningTrainer",
-                 "QBertTrainer", "RankGatesTrainer", "WeightPruningTrainer")  # fmt: skip
 # MiniLM's student begins as a copy whose relations are the teacher's but for rounding, which Adam makes steps of
-SHARED = [n for n in ALIKE if n not in (*WHOLE_WEIGHTS, "MiniLMTrainer")] + ["relations-from-scratch"]
-FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-         "FSDP_TRANSFORMER_CLS_TO_WRAP": "BertLayer", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-         "FSDP_CPU_RAM_EFFICIENT_LOADING": "false", "FSDP_RESHARD_AFTER_FORWARD": "true"}  # fmt: skip
+SHARED = [n for n in ALIKE if n != "MiniLMTrainer"] + ["relations-from-scratch"]
 
 
 class Masks(TrainerCallback):
@@ -51,19 +44,20 @@ class Masks(TrainerCallback):
         self.is_sharded = all(hasattr(p, "device_mesh") for p in model.parameters())
         for name, buffer in getattr(model, "hfc_training_state", torch.nn.Module()).named_buffers():
             if buffer.dtype == torch.bool:
-                self.seen[f"{state.global_step}.{name}"] = buffer.clone()
+                self.seen[f"{state.global_step}.{name}"] = whole(buffer).clone()
 
 
-def job_of(name, folder, number, resume=None, environment=None, **options):
-    """A run on one of `number` ranks, kept in `folder` beside the masks of all steps."""
+def job_of(name, folder, number, resume=None, layer=None, **options):
+    """A run on one of `number` ranks, kept in `folder` beside the masks of all steps; under FSDP2 by `layer`."""
 
     def train(rank):
-        os.environ.update(environment or {})
+        if layer is not None:
+            share_weights(layer)
         masks = Masks()
         result = run(name, folder, resume, dropout=0.0, per_device_train_batch_size=8 // number,
                      extra={"callbacks": [masks]},
                      **{"save_strategy": "steps", "save_steps": 3, **OPTIONS.get(name, {}), **options})  # fmt: skip
-        assert masks.is_sharded == (environment is not None)
+        assert masks.is_sharded == (layer is not None)
         torch.save((*result, masks.seen), folder / f"rank-{rank}.pt")
 
     folder.mkdir(exist_ok=True)
@@ -92,7 +86,7 @@ def test_two_processes_follow_one_and_each_takes_up_the_others_checkpoint(name, 
         ranks(job_of(name, folder, number), number)
     one, first, second = of_rank(folders[1], 0), of_rank(folders[2], 0), of_rank(folders[2], 1)
     for key, tensor in first[0].items():
-        if key.startswith((".model", ".state", "end")) and "input_range" not in key:  # a range is each rank's own
+        if key.startswith((".model", ".state", "end")):
             assert torch.equal(tensor, second[0][key]), key
     assert first[2].keys() == second[2].keys()
     assert all(torch.equal(mask, second[2][key]) for key, mask in first[2].items())
@@ -121,45 +115,42 @@ def test_two_processes_follow_one_for_fifty_steps(name, tmp_path):
     assert all(torch.equal(mask, two[2][key]) for key, mask in one[2].items())
 
 
-@pytest.fixture
-def fsdp2_on_cpu(monkeypatch):
-    """Accelerate shards models on accelerators only: in this process and its forks it takes the CPU for one."""
-    make = AcceleratorState.__init__
-
-    def make_for_accelerator(self, *args, **kwargs):
-        if PartialState._shared_state.get("distributed_type") == DistributedType.MULTI_CPU:
-            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-        make(self, *args, **kwargs)
-
-    monkeypatch.setattr(AcceleratorState, "__init__", make_for_accelerator)
-
-
 @pytest.mark.parametrize("name", long_but(SHARED, "WordLevelTrainer"))
-def test_two_processes_that_share_the_weights_follow_one(name, tmp_path, fsdp2_on_cpu):
+def test_two_processes_that_share_the_weights_follow_one(name, tmp_path):
     """FSDP2: each holds half of the student, of what trains with it and of the teacher."""
     layer = "LlamaDecoderLayer" if name in CAUSAL else "BertLayer"
     # the head of a language model is read by the loss, in training and in evaluation
     options = dict(hints="1:2", eval_strategy="steps", eval_steps=3) if name in CAUSAL else {}
     ranks(job_of(name, tmp_path / "1", 1, **options), 1)
-    environment = {**FSDP2, "FSDP_TRANSFORMER_CLS_TO_WRAP": layer}
-    ranks(job_of(name, tmp_path / "2", 2, environment=environment, **options), 2)
+    ranks(job_of(name, tmp_path / "2", 2, layer=layer, **options), 2)
     one, two = of_rank(tmp_path / "1", 0), of_rank(tmp_path / "2", 0)
     assert_close(losses_of(two[1]), losses_of(one[1]))
+    assert one[2].keys() == two[2].keys()
+    assert all(torch.equal(mask, two[2][key]) for key, mask in one[2].items())
     for key, tensor in one[0].items():
-        if key.startswith(".model") and "input_range" not in key:
+        if key.startswith(".model"):
             torch.testing.assert_close(two[0][key], tensor, rtol=1e-3, atol=1e-5, msg=key)
 
 
 @pytest.mark.long
-def test_sharded_weights_and_what_trains_with_them_are_resumed(tmp_path, fsdp2_on_cpu):
-    """The exits of self-distillation are a training state with weights of its own."""
-    folders, name = [tmp_path / n for n in ("whole", "resumed")], "SelfDistillationTrainer"
-    ranks(job_of(name, folders[0], 2, environment=FSDP2), 2)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("SelfDistillationTrainer", {}),
+        ("WeightPruningTrainer", {}),
+        ("QBertTrainer", {"learned_steps": True}),
+        ("HeadGatesTrainer", {}),
+    ],
+)
+def test_sharded_weights_and_what_trains_with_them_are_resumed(name, options, tmp_path):
+    """The exits of self-distillation are weights of their own; masks, scores and learned scales lie beside others."""
+    folders = [tmp_path / n for n in ("whole", "resumed")]
+    ranks(job_of(name, folders[0], 2, layer="BertLayer", **options), 2)
     checkpoint = folders[0] / "checkpoint-3"
-    ranks(job_of(name, folders[1], 2, resume=str(checkpoint), environment=FSDP2), 2)
-    whole, resumed = of_rank(folders[0], 0), of_rank(folders[1], 1)
-    assert resumed[1] == whole[1]
-    kept = {key: tensor for key, tensor in whole[0].items() if key.startswith((".model", ".state", ".optimizer"))}
+    ranks(job_of(name, folders[1], 2, resume=str(checkpoint), layer="BertLayer", **options), 2)
+    straight, resumed = of_rank(folders[0], 0), of_rank(folders[1], 1)
+    assert resumed[1] == straight[1]
+    kept = {key: tensor for key, tensor in straight[0].items() if key.startswith((".model", ".state", ".optimizer"))}
     assert any(key.startswith(".state") for key in kept)
     assert all(torch.equal(tensor, resumed[0][key]) for key, tensor in kept.items())
 
@@ -185,16 +176,6 @@ def test_two_processes_are_given_one_stream_and_go_on_in_its_middle(tmp_path):
     assert_close(losses_of(two[1])[:2], losses_of(one[1])[:2])  # the third batch is filled up from the first
     assert resumed[1] == two[1]
     assert all(torch.equal(tensor, resumed[0][key]) for key, tensor in two[0].items())
-
-
-@pytest.mark.parametrize("name", long_but(WHOLE_WEIGHTS, "HeadPruningTrainer"))
-def test_what_needs_whole_weights_is_refused_before_training(name, tmp_path, fsdp2_on_cpu):
-    def refused(rank):
-        os.environ.update(FSDP2)
-        with pytest.raises(ValueError, match=r"whole (weights|head) (on|in) each"):
-            build(name, tmp_path).train()
-
-    ranks(refused, 2)
 
 
 @pytest.mark.parametrize("name", ["HeadPruningTrainer", "HeadGatesTrainer"])

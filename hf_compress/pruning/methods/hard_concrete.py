@@ -19,7 +19,8 @@ from transformers import TrainingArguments
 from transformers.trainer_callback import TrainerState
 
 from hf_compress.training.callback import PieceCallback
-from hf_compress.training.checks import check_own_gradients, check_whole
+from hf_compress.training.checks import check_own_gradients
+from hf_compress.training.shards import cut_like, whole
 from hf_compress.training.state import STATE_NAME
 
 logger = logging.getLogger(__name__)
@@ -99,8 +100,11 @@ class LearnedGates(PieceCallback):
         return {f"{self.name}_{i}": nn.Parameter(value) for i, value in enumerate(start)}
 
     def log_alpha(self, number: int) -> Tensor:
-        """Of one place. The parameter is smaller by `gate_rate`, so steps in it count for more."""
-        return getattr(self._state, f"{self.name}_{number}") * self.gate_rate
+        """Of one place. The parameter is smaller by `gate_rate`, so steps in it count for more.
+
+        Under FSDP2, outside a forward pass, all ranks have to ask, for this as for `gates`.
+        """
+        return whole(getattr(self._state, f"{self.name}_{number}")) * self.gate_rate
 
     def gates(self) -> list[Tensor]:
         """The gates of each place without noise; 0 or 1 once they are settled."""
@@ -119,7 +123,6 @@ class LearnedGates(PieceCallback):
         return step >= self._end > 0
 
     def on_train_begin(self, args: TrainingArguments, state, control, model: nn.Module = None, **kwargs) -> None:
-        check_whole(model, "Pruning")
         check_own_gradients(args, "Pruning")
         super().on_train_begin(args, state, control, model=model)
         self._state = getattr(model, STATE_NAME, None)
@@ -140,7 +143,7 @@ class LearnedGates(PieceCallback):
             if not slopes:
                 parameter.grad = None  # not even momentum moves it
                 continue
-            slope = slopes[i] * self.gate_rate  # d penalty / d parameter
+            slope = cut_like(slopes[i] * self.gate_rate, parameter)  # d penalty / d parameter
             parameter.grad = slope if parameter.grad is None else parameter.grad + slope
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs) -> None:
@@ -148,6 +151,7 @@ class LearnedGates(PieceCallback):
             self._silence(optimizer)
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
+        super().on_train_end(args, state, control, **kwargs)
         if not self.is_done(state.global_step):
             logger.warning("%s: the training ended early, with gates half open that are now 0 or 1.", self.name)
         self.settle()

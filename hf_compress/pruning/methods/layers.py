@@ -25,8 +25,9 @@ from hf_compress.surgery.position_bias import first_may_go
 from hf_compress.surgery.settle import build_twin
 from hf_compress.training.arguments import CompressionArguments
 from hf_compress.training.callback import PieceCallback
-from hf_compress.training.checks import check_own_gradients, check_whole
+from hf_compress.training.checks import check_own_gradients
 from hf_compress.training.pieces import Piece
+from hf_compress.training.shards import whole
 from hf_compress.training.state import STATE_NAME
 
 
@@ -83,8 +84,8 @@ class LayerPruning(PieceCallback):
 
     @property
     def rate_logits(self) -> Tensor:
-        """log p / (1 - p) of each layer's learned drop rate p, (L,)."""
-        return rate_logits(getattr(self._state, f"{self.name}_rates") * self.gate_rate, self.drop_rate)
+        """log p / (1 - p) of each layer's learned drop rate p, (L,). Under FSDP2 all ranks have to ask."""
+        return rate_logits(whole(getattr(self._state, f"{self.name}_rates")) * self.gate_rate, self.drop_rate)
 
     def kept_layers(self, model: nn.Module) -> list[int]:
         """The layers that will stay: `keep`, or those that `share` leaves of each encoder and decoder."""
@@ -123,7 +124,6 @@ class LayerPruning(PieceCallback):
             self._handles.append(model.register_forward_pre_hook(self._draw))
 
     def _find_state(self, args: TrainingArguments, model: nn.Module) -> None:
-        check_whole(model, "Pruning")
         check_own_gradients(args, "Pruning")
         self._state = getattr(model, STATE_NAME, None)
         if not hasattr(self._state, f"{self.name}_rates"):

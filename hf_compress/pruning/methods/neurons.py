@@ -23,6 +23,7 @@ from hf_compress.pruning.scores import Given
 from hf_compress.pruning.trainer import PruningConfig, PruningTrainer
 from hf_compress.surgery.neurons import neuron_obstacle
 from hf_compress.training.pieces import Piece
+from hf_compress.training.shards import whole, write_
 
 SCOPES = {"model": "class-blind", "layer": "class-uniform"}
 
@@ -88,11 +89,13 @@ class NeuronPruning(Pruning):
         shrunk = ROW_PENALTIES[self.norm]
         for matrix in self._matrices:
             if self.outgoing:
-                columns = matrix.weight.T  # (F, D), a view
-                columns.copy_(shrunk(columns.float(), learning_rate * self.outgoing))
+                columns = whole(matrix.weight).T  # (F, D)
+                write_(matrix.weight, shrunk(columns.float(), learning_rate * self.outgoing).T)
             for module, rows, _ in matrix.sources if self.incoming else ():
-                weight = as_matrix(module, module.weight.detach())  # (N, K), a view
+                held = as_matrix(module, module.weight.detach())  # (N, K), a view
+                weight = whole(held)
                 weight[rows] = shrunk(weight[rows].float(), learning_rate * self.incoming).to(weight.dtype)
+                write_(held, weight)
 
     def check(self, model: nn.Module, pieces: Sequence[Piece]) -> None:
         check_prunable(model, type(self).__name__)

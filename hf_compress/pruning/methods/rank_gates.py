@@ -29,6 +29,7 @@ from hf_compress.pruning.trainer import PruningTrainer
 from hf_compress.training.arguments import CompressionArguments
 from hf_compress.training.optimizers import versions
 from hf_compress.training.pieces import Piece
+from hf_compress.training.shards import own, part
 
 
 class RankGates(LearnedGates):
@@ -115,7 +116,7 @@ class RankGates(LearnedGates):
     def silence_(self, place: LowRankLinear, is_open: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
         for name in FACTORS:
             for factor in versions(getattr(place, name), optimizer):
-                factor[:, ~is_open] = 0
+                own(factor)[:, ~is_open[part(factor, 1)]] = 0
 
     def cut(self, model: PreTrainedModel) -> None:
         """A map that has lost all of its components keeps one, of zeros."""
