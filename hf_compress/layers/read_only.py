@@ -41,8 +41,8 @@ class ReadOnlyWeight(Tensor):
 
 
 def read_only(weight: Tensor) -> Tensor:
-    """`weight` as a `ReadOnlyWeight`; as it is where a graph is traced, which could not follow the subclass."""
-    if torch.compiler.is_compiling():
+    """`weight` as a `ReadOnlyWeight`; as it is where it cannot be one: in a traced graph, and cut over ranks by FSDP2."""
+    if torch.compiler.is_compiling() or hasattr(weight, "device_mesh"):
         return weight
     weight = weight.as_subclass(ReadOnlyWeight)
     weight._is_hf_initialized = True  # Transformers asks by this name before it fills what no file holds
