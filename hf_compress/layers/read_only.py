@@ -41,7 +41,7 @@ class ReadOnlyWeight(Tensor):
 
 
 def read_only(weight: Tensor) -> Tensor:
-    """`weight` as a `ReadOnlyWeight`; as it is where it cannot be one: in a traced graph, and cut over ranks by FSDP2."""
+    """`weight` as a `ReadOnlyWeight`; as it is in a traced graph, and where FSDP2 has cut it over ranks."""
     if torch.compiler.is_compiling() or hasattr(weight, "device_mesh"):
         return weight
     weight = weight.as_subclass(ReadOnlyWeight)

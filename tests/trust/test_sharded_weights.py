@@ -10,9 +10,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from transformers import AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
+from trust.compositions import COMPOSITIONS, Composition
 from trust.test_processes import OPTIONS, Masks, assert_close, losses_of
 from trust.trainers import build, run
 
+import hf_compress as hfc
 from hf_compress.pruning.masks import Blocks, Source
 from hf_compress.pruning.selection import grow_steepest, keep_above, keep_largest
 from hf_compress.quantization.qat import Quantizers
@@ -84,6 +86,24 @@ def test_ranks_that_share_the_weights_follow_one_by_every_option(tmp_path):
         for number, options in enumerate(several)
     }
     assert_followed(tmp_path, settings, (2,), max_steps=20, tolerance=1e-3)
+
+
+@pytest.mark.long
+def test_ranks_that_share_the_weights_follow_one_by_what_is_put_together(tmp_path, monkeypatch):
+    """Pieces beside each other and beside fake-quantized weights, trained ternary values, learned drop rates."""
+    ternary = Composition(
+        "DistillationTrainer",
+        student=lambda student: hfc.prepare_qat(student, 2, grid="ternary", activation_bits=None),
+        callbacks=lambda: [hfc.QuantizationAware()],
+    )
+    monkeypatch.setitem(COMPOSITIONS, "ternary", ternary)
+    settings = {
+        "ternary": ("ternary", {"teacher_noise": 0.0}),
+        "four": ("pruned-in-four-ways", {}),
+        "three": ("distilled-pruned-quantized", {}),
+        "drops": ("LayerPruningTrainer", {"learned": True}),
+    }
+    assert_followed(tmp_path, settings, (2,), max_steps=6)
 
 
 def test_a_finished_model_is_whole_on_each_rank_and_saved(tmp_path):
