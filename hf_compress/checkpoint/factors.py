@@ -3,7 +3,14 @@
 import torch
 from torch import nn
 
-from hf_compress.layers.low_rank import FACTORS, LowRank, LowRankEmbedding, LowRankLinear, make_low_rank
+from hf_compress.layers.low_rank import (
+    FACTORS,
+    LowRank,
+    LowRankEmbedding,
+    LowRankLinear,
+    make_low_rank,
+    share_projection,
+)
 
 
 def retie_low_rank(model: nn.Module) -> None:
@@ -43,3 +50,11 @@ def prepare_low_rank(stored: str, module: nn.Module, rank: int) -> None:
     module.is_loading = True
     # a subclass may have buffers that only its initialisation fills, e.g. Gemma's scale
     module._is_hf_initialized = type(module) in (LowRankEmbedding, LowRankLinear)
+
+
+def prepare_shared(stored: str, module: nn.Module, other: str, owner: nn.Module | None) -> None:
+    """Changes `module`: it waits for a table alone. Raises ValueError for an owner whose projection is not its own."""
+    fits = type(module) is LowRankLinear and type(owner) is LowRankLinear and module is not owner
+    if not fits or module.projection.shape != owner.projection.shape:
+        raise ValueError(f"structure: {stored!r} cannot share the projection of {other!r}: two maps of one rank can.")
+    share_projection(module, owner)

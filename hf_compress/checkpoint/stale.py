@@ -47,9 +47,10 @@ def forget_stale_structure(model: nn.Module) -> None:
     for entry, attributes in list(structure.get("attributes", {}).items()):
         if entry in modules and any(getattr(modules[entry], name, None) != value for name, value in attributes.items()):
             del structure["attributes"][entry]
-    for entry in list(structure.get("ranks", {})):
-        if entry in modules and not isinstance(modules[entry], LowRank):
-            del structure["ranks"][entry]
+    for part in ("ranks", "shared"):
+        for entry in list(structure.get(part, {})):
+            if entry in modules and not isinstance(modules[entry], LowRank):
+                del structure[part][entry]
     if "layers" in structure and not any(isinstance(module, Marked) for module in model.modules()):
         del structure["layers"]
     write_part(model.config, "structure", {key: value for key, value in structure.items() if value})

@@ -2,7 +2,7 @@
 
     {"shapes": {module: [out_features, in_features]}, "attributes": {module: {attribute: value}},
      "layers": {"config": {field: value}, "keep": {list of layers: [number, ...]}},
-     "ranks": {module: rank}}
+     "ranks": {module: rank}, "shared": {module: the module whose projection it reads}}
 
 Everything is checked before it is used: names must be linear maps of the model, shapes must lie within what the config
 builds, attributes are a closed list, and the result must be a model whose projections fit each other.
@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_compress.checkpoint.factors import prepare_low_rank, retie_low_rank
+from hf_compress.checkpoint.factors import prepare_low_rank, prepare_shared, retie_low_rank
 from hf_compress.checkpoint.fit import check_fit
 from hf_compress.layers.low_rank import LowRank
 from hf_compress.model.anatomy import in_features, is_projection, out_features
@@ -26,7 +26,7 @@ from hf_compress.surgery.marks import expect_mark, marked_norm, take_mark
 from hf_compress.surgery.position_bias import KEPT, place_kept_heads
 from hf_compress.surgery.stand_ins import COUNTS_HEADS, HeadlessAttention, config_of_heads, linear_class
 
-KEYS = ("shapes", "attributes", "layers", "ranks")
+KEYS = ("shapes", "attributes", "layers", "ranks", "shared")
 MOST_LAYERS = 1_000  # a deeper model is built, so a file must not ask for any number
 
 
@@ -41,6 +41,9 @@ def validate(part: dict[str, Any]) -> None:
     for name, rank in _entries(part, "ranks"):
         if not (_is_size(rank) and rank):
             raise ValueError(f"structure: the rank of {name!r} must be at least 1, got {rank!r}.")
+    for name, owner in _entries(part, "shared"):
+        if not isinstance(owner, str):
+            raise ValueError(f"structure: {name!r} must share with a module, by its name, got {owner!r}.")
     for name, attributes in _entries(part, "attributes"):
         if not isinstance(attributes, dict):
             raise ValueError(f"structure: the attributes of {name!r} must be a mapping, got {attributes!r}.")
@@ -89,6 +92,10 @@ def prepare(model: nn.Module, part: dict[str, Any]) -> None:
     for stored, rank in _entries(part, "ranks"):
         if (name := _find(model, stored, names)) is not None:
             prepare_low_rank(stored, model.get_submodule(name), rank)
+    for stored, other in _entries(part, "shared"):
+        if (name := _find(model, stored, names)) is not None:
+            owner = find_name(model, other, names)
+            prepare_shared(stored, model.get_submodule(name), other, owner and model.get_submodule(owner))
     if "ranks" in part:
         retie_low_rank(model)
     if "layers" in part:

@@ -39,6 +39,22 @@ class LowRankLinear(LowRank, nn.Linear):
         return F.linear(x @ self.projection, self.table, self.bias)
 
 
+class SharedLowRankLinear(LowRankLinear):
+    """A map with a table of its own and the projection of another, `owner`, that reads the same input."""
+
+    owner: tuple[LowRankLinear]  # in a tuple, so that it is no part of this module, nor stored with it
+
+    @property
+    def projection(self) -> nn.Parameter:
+        return self.owner[0].projection
+
+
+def share_projection(module: LowRankLinear, owner: LowRankLinear) -> None:
+    """Changes `module`: its projection is that of `owner` from now on, which stores it for both."""
+    del module._parameters["projection"]
+    module.__class__, module.owner = SharedLowRankLinear, (owner,)
+
+
 def factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The table (N, R) and projection (K, R) whose product is nearest to `weight` (N, K) in the Frobenius norm.
 

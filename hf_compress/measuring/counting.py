@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
+from hf_compress.layers.low_rank import LowRank
+
 aten = torch.ops.aten
 MATMULS = {aten.mm: 0, aten.bmm: 0, aten.addmm: 1, aten.baddbmm: 1, aten.mv: 0, aten.addmv: 1}  # op -> left factor
 
@@ -44,12 +46,15 @@ def _stores_weights(module: nn.Module) -> bool:
 
 
 def num_weights(module: nn.Module) -> int:
-    """Weights of one linear map or embedding, without its bias: packed ones count once each, dropped blocks do not."""
+    """Weights that one linear map or embedding works with, without its bias: packed ones count once each, dropped
+    blocks do not."""
     own = _tensors(module)
     if "weight" in own:
         return own["weight"].numel()
     if "crow_indices" in own:  # block compressed sparse row: only the stored blocks
         return own["values"].numel()
+    if isinstance(module, LowRank):  # where several share a projection, each multiplies by it
+        return module.table.numel() + module.projection.numel()
     factors = [tensor for tensor in own.values() if tensor.dim() == 2]
     if factors and "qweight" not in own:  # a product of several matrices
         return sum(factor.numel() for factor in factors)

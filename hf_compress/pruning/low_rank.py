@@ -3,6 +3,10 @@
 Prabhavalkar et al., 2016, https://arxiv.org/abs/1603.08042
 
     W (N, K) ~ U_r S_r V_r^T = table (N, r) @ projection (K, r)^T, smaller than W if r < N K / (N + K)
+
+Maps W_i that share an input may share the projection P (eq. 62 to 65 of the text survey): that of the maps one above
+the other, with the least sum of squared errors. Its columns are orthonormal, so that table_i = W_i P is what eq. 65
+asks for, the least squares argmin over Y of |Y P^T - W_i|^2.
 """
 
 import re
@@ -12,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_compress.layers.low_rank import factors, low_rank_class, make_low_rank
-from hf_compress.model.anatomy import layer_maps
+from hf_compress.layers.low_rank import factors, low_rank_class, make_low_rank, share_projection
+from hf_compress.model.anatomy import anatomy, layer_maps
 from hf_compress.model.classes import ModelT
 from hf_compress.model.record import read_part, stored_name, write_part
 from hf_compress.model.unfinished import check_finished
@@ -27,6 +31,7 @@ def factorise(
     rank: int | None = None,
     energy: float | None = None,
     budget: float | None = None,
+    shared: bool = False,
     skip_modules: Sequence[str] = (),
 ) -> ModelT:
     """Changes `model` and returns it: linear maps within the layers become products of two thin matrices.
@@ -36,6 +41,8 @@ def factorise(
         energy: the smallest rank whose singular values hold this share of the sum of their squares.
         budget: the share of the maps' weights that may stay; ranks go where they keep most of their map's energy for
             what they cost.
+        shared: maps that share an input (query, key and value; gate and up) have one projection, which is stored once;
+            rank, energy and budget are then those of such maps together.
         skip_modules: names, or regular expressions that match whole names, of maps to leave alone.
 
     Maps that would not get smaller stay as they are. The result trains (best with the model as it was for a teacher),
@@ -50,8 +57,14 @@ def factorise(
     check_finished(model, "factorise")
     check_prunable(model, "factorise")
     maps = _chosen(model, skip_modules)
-    spectra = {name: torch.linalg.svdvals(_exact(module.weight)) for name, module in maps.items()}
-    shapes = {name: tuple(module.weight.shape) for name, module in maps.items()}
+    groups = _groups(model, maps) if shared else {name: [name] for name in maps}
+
+    def stacked(first: str) -> Tensor:
+        weights = [maps[name].weight for name in groups[first]]
+        return weights[0] if len(weights) == 1 else torch.cat(weights)  # (sum of N, K)
+
+    spectra = {name: torch.linalg.svdvals(_exact(stacked(name))) for name in groups}
+    shapes = {name: tuple(stacked(name).shape) for name in groups}
     if budget is not None:
         ranks = ranks_of_budget(spectra, shapes, budget)
     else:
@@ -59,11 +72,16 @@ def factorise(
     ranks = {name: r for name, r in ranks.items() if r * sum(shapes[name]) < shapes[name][0] * shapes[name][1]}
     if not ranks:
         raise ValueError(f"With {given} no map would get smaller: a rank must be below N * K / (N + K) of its map.")
-    for name, r in ranks.items():
-        weight = maps[name].weight
-        table, projection = (nn.Parameter(f, requires_grad=weight.requires_grad) for f in factors(weight, r))
-        make_low_rank(maps[name], table, projection)
-    record_ranks(model, ranks)
+    for first, r in ranks.items():
+        modules = [maps[name] for name in groups[first]]
+        table, projection = factors(stacked(first), r)
+        projection = nn.Parameter(projection, requires_grad=modules[0].weight.requires_grad)
+        for module, part in zip(modules, table.split([len(module.weight) for module in modules]), strict=True):
+            make_low_rank(module, nn.Parameter(part.clone(), requires_grad=module.weight.requires_grad), projection)
+        for module in modules[1:]:
+            share_projection(module, modules[0])
+    known = {name: r for first, r in ranks.items() for name in groups[first]}
+    record_ranks(model, known, {name: first for first in ranks for name in groups[first][1:]})
     return model
 
 
@@ -96,11 +114,26 @@ def ranks_of_budget(
     return ranks
 
 
-def record_ranks(model: PreTrainedModel, ranks: Mapping[str, int]) -> None:
-    """Changes `model`: its config's record says which modules are products, and of which rank."""
+def record_ranks(model: PreTrainedModel, ranks: Mapping[str, int], shared: Mapping[str, str] | None = None) -> None:
+    """Changes `model`: its config's record says which modules are products, of which rank, with whose projection."""
     structure = read_part(model.config, "structure")
-    known = {**structure.get("ranks", {}), **{stored_name(model, name): rank for name, rank in ranks.items()}}
-    write_part(model.config, "structure", structure | {"ranks": known})
+    found = {
+        "ranks": {stored_name(model, name): rank for name, rank in ranks.items()},
+        "shared": {stored_name(model, name): stored_name(model, owner) for name, owner in (shared or {}).items()},
+    }
+    found = {part: {**structure.get(part, {}), **entries} for part, entries in found.items()}
+    write_part(model.config, "structure", structure | {part: entries for part, entries in found.items() if entries})
+
+
+def _groups(model: PreTrainedModel, maps: Mapping[str, nn.Linear]) -> dict[str, list[str]]:
+    """The names of maps that read the same input, by the first of them; all others alone."""
+    names, together = {module: name for name, module in maps.items()}, []
+    for layer in anatomy(model).layers:
+        for a in layer.attentions:
+            together += [(a.query,), (a.key, a.value)] if a.is_cross else [(a.query, a.key, a.value)]
+        together.append(layer.feed_forward.inputs)
+    found = [[names.pop(module) for module in modules if module in names] for modules in together]
+    return {group[0]: group for group in [*found, *([name] for name in names.values())] if group}
 
 
 def _exact(weight: Tensor) -> Tensor:

@@ -120,11 +120,12 @@ class LowRankOptions:
     rank: int | None = field(default=None, metadata={"help": "Width between the two matrices of each map."})
     energy: float | None = field(default=None, metadata={"help": "Share of each map's squared values that stays."})
     budget: float | None = field(default=None, metadata={"help": "Share of the maps' weights that may stay."})
+    shared: bool = field(default=False, metadata={"help": "One projection for maps that share an input."})
 
     needs_texts = False
 
     def apply(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: Samples):
-        return factorise(model, rank=self.rank, energy=self.energy, budget=self.budget), tokenizer
+        return factorise(model, rank=self.rank, energy=self.energy, budget=self.budget, shared=self.shared), tokenizer
 
 
 @dataclass
@@ -178,9 +179,8 @@ class SizeOptions:
     scoring_batch_size: int = field(default=32, metadata={"help": "Examples that are scored at once."})
 
     def apply(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: Samples):
-        loader = samples.loader(self.scoring_examples, self.scoring_batch_size)
-        bits = {"bits": self.bits, "embedding_bits": self.embedding_bits}
-        return prune_to_size(model, loader, self.megabytes, **bits), tokenizer
+        rows = samples.loader(self.scoring_examples, self.scoring_batch_size)
+        return prune_to_size(model, rows, self.megabytes, bits=self.bits, embedding_bits=self.embedding_bits), tokenizer
 
 
 @dataclass

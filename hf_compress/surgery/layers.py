@@ -40,8 +40,9 @@ def cut_layers(
     model, kept = transaction.model, kept_by_stack(parts, list(keep))
     changes = _config_changes(model.config, parts, kept)
     transaction.structure["layers"] = _origin(model, parts, kept, list(changes))
-    if ranks := read_part(model.config, "structure").get("ranks"):
-        transaction.structure["ranks"] = _renumbered(ranks, model, parts, kept)
+    for part in ("ranks", "shared"):
+        if entries := read_part(model.config, "structure").get(part):
+            transaction.structure[part] = _renumbered(entries, model, parts, kept)
     for field, value in (changes | cache_depth(model.config, [len(numbers) for numbers in kept])).items():
         transaction.set(model.config, field, value)
     for stack, numbers in zip(parts.stacks, kept, strict=True):
@@ -88,18 +89,19 @@ def _origin(model: nn.Module, parts: Anatomy, kept: list[list[int]], fields: lis
     return {"config": before["config"], "keep": keep}
 
 
-def _renumbered(ranks: Mapping[str, int], model: nn.Module, parts: Anatomy, kept: list[list[int]]) -> dict[str, int]:
-    """The ranks of factorised modules under the names that these have when the layers are cut."""
-    found = dict(ranks)
-    for stack, numbers in zip(parts.stacks, kept, strict=True):
-        prefix = f"{stored_name(model, stack.name)}."
-        inside = {name: rank for name, rank in found.items() if name.startswith(prefix)}
-        found = {name: rank for name, rank in found.items() if name not in inside}
-        for name, rank in inside.items():
-            number, _, rest = name.removeprefix(prefix).partition(".")
-            if int(number) in numbers:
-                found[f"{prefix}{numbers.index(int(number))}.{rest}"] = rank
-    return found
+def _renumbered(entries: Mapping[str, Any], model: nn.Module, parts: Anatomy, kept: list[list[int]]) -> dict[str, Any]:
+    """What the record says of factorised modules, under the names that these have when the layers are cut."""
+
+    def new(name: str) -> str | None:
+        for stack, numbers in zip(parts.stacks, kept, strict=True):
+            prefix = f"{stored_name(model, stack.name)}."
+            if name.startswith(prefix):
+                number, _, rest = name.removeprefix(prefix).partition(".")
+                return f"{prefix}{numbers.index(int(number))}.{rest}" if int(number) in numbers else None
+        return name
+
+    named = {new(name): new(value) if isinstance(value, str) else value for name, value in entries.items()}
+    return {name: value for name, value in named.items() if name is not None}
 
 
 def _config_changes(config, parts: Anatomy, kept: list[list[int]]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.trainer_callback import TrainerState
 
-from hf_compress.layers.low_rank import FACTORS, LowRankLinear
+from hf_compress.layers.low_rank import FACTORS, LowRankLinear, SharedLowRankLinear
 from hf_compress.model.anatomy import module_names
 from hf_compress.model.record import read_part
 from hf_compress.model.weights import check_no_adapters
@@ -74,6 +74,11 @@ class RankGates(LearnedGates):
             raise ValueError(
                 f"{type(self).__name__} needs maps that are products, and {type(model).__name__} has none in its "
                 "layers: call hfc.factorise(model, rank=...) first."
+            )
+        if any(isinstance(module, SharedLowRankLinear) for module in found):
+            raise ValueError(
+                f"{type(self).__name__} takes components out of each map, but maps of this {type(model).__name__} "
+                "share their projections: call hfc.factorise without shared=True."
             )
         return found
 
