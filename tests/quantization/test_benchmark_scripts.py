@@ -9,7 +9,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from recipe_run import tiny_folder
+from recipe_run import embedder, tiny_folder
 from test_benchmark_pruning import write_model_and_data
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -29,6 +29,19 @@ def test_qbert_benchmark_compares_four_models(tmp_path, monkeypatch):
         "teacher", "GPTQ 4 bit", "mixed by fisher", "uniform 2 bit", "sensitivity by fisher",
     ]  # fmt: skip
     assert lines[-1]["rank_correlation"] == 1.0  # here the subsample is everything
+
+
+def test_vectors_of_an_embedder_are_compared(tmp_path, monkeypatch, capsys):
+    (tmp_path / "texts.txt").write_text(
+        "\n".join(f"the film was {c} good {c}" for c in "abcdefghij" * 4), encoding="utf-8"
+    )
+    options = ["--model", embedder(tmp_path, num_hidden_layers=1), "--texts", tmp_path / "texts.txt", "--steps", 2,
+               "--calibration", 20, "--measured", 10, "--group_size", 16, "--parts", 8, "--part_bits", 2]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["vectors.py", *map(str, options)])
+    runpy.run_path(str(SCRIPTS / "benchmarks/vectors.py"), run_name="__main__")
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    distances = [float(row[1]) for row in rows]  # the last but one: a table of 8 bits, all but exact
+    assert len(rows) == 6 and min(distances[:3]) > 0 and -1e-6 <= distances[4] < distances[3] < distances[5] < 2
 
 
 def test_texts_are_prepared_and_do_not_overlap(tmp_path, monkeypatch):
