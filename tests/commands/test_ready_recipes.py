@@ -31,11 +31,13 @@ def texts(tmp_path):
     return tmp_path / "texts.txt"
 
 
-@pytest.mark.parametrize("width, group", [(64, 64), (96, 32), (40, -1)], ids="{} columns".format)
-@pytest.mark.parametrize("name, changes, most", [
-    ("llm-4bit", {}, 8.5),
-    ("llm-3bit-mixed", {"gptq.sensitivity_examples": 4}, 8.5),
-], ids=["llm-4bit", "llm-3bit-mixed"])  # fmt: skip
+EVEN, MIXED = ("llm-4bit", {}, 8.5), ("llm-3bit-mixed", {"gptq.sensitivity_examples": 4}, 8.5)
+
+
+@pytest.mark.parametrize("name, changes, most, width, group", [
+    (*EVEN, 64, 64), (*MIXED, 96, 32), (*EVEN, 40, -1),
+    *(pytest.param(*one, marks=pytest.mark.long) for one in ((*MIXED, 64, 64), (*EVEN, 96, 32), (*MIXED, 40, -1))),
+], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
 def test_a_language_model_in_few_bits(name, changes, most, width, group, texts, tmp_path, capsys):
     """Any width finds its groups, and the tables are packed too: the bits a weight are near those that are promised."""
     sizes = dict(hidden_size=width, intermediate_size=width, num_attention_heads=4, head_dim=width // 4)
