@@ -35,9 +35,9 @@ class Store:
     def _told(self, *kinds: type[Exception]) -> Iterator[None]:
         try:
             yield
-        except FileNotFoundError:
-            raise
         except (OSError, *kinds) as error:
+            if isinstance(error, FileNotFoundError) and FileNotFoundError not in kinds:
+                raise  # a file that is asked for and not there
             raise ValueError(f"{self.address} cannot be used: {error}. Look at the address and your access.") from error
 
     def sizes(self) -> dict[str, int]:
@@ -66,7 +66,7 @@ class Store:
             return None
 
     def write(self, name: str, content: bytes) -> None:
-        with self._told():
+        with self._told(FileNotFoundError):  # a bucket that is not there
             if self.folder is None:
                 return self._fs.pipe_file(f"{self._root}/{name}", content)
             self.folder.mkdir(parents=True, exist_ok=True)

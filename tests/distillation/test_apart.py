@@ -254,6 +254,13 @@ def test_what_does_not_belong_together_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"memory://bucket/cache cannot be used: Access Denied\. Look at the address"):
         cache_teacher(teacher_of(), data, "memory://bucket/cache")
 
+    def without_bucket(*args, **kwargs):
+        raise FileNotFoundError("The specified bucket does not exist")
+
+    monkeypatch.setattr(fsspec.get_filesystem_class("memory"), "pipe_file", without_bucket)
+    with pytest.raises(ValueError, match="memory://bucket/cache cannot be used: The specified bucket does not exist"):
+        cache_teacher(teacher_of(), data, "memory://bucket/cache", worker=(0, 1))
+
 
 def test_a_launcher_says_which_worker_this_is(monkeypatch):
     for names in apart.ENVIRONMENTS:
@@ -282,6 +289,14 @@ def test_workers_write_to_s3(monkeypatch):
         fsspec.filesystem("s3").mkdir("bucket")
         cache_teacher(teacher_of(), rows(11), "s3://bucket/cache", worker=(0, 1), **QUICK)
         assert_whole("s3://bucket/cache", rows(11))
+        for moment in (1, 3, 4, 5, 13):  # no lease; a lease; a shard without note; a note and a lease; the third part
+            place, options = f"s3://bucket/{moment}", {"worker": (0, 2), **QUICK}
+            with monkeypatch.context() as patched:
+                killed_at(moment, patched)
+                with pytest.raises(Killed):
+                    cache_teacher(teacher_of(), rows(11), place, **options)
+            cache_teacher(teacher_of(), rows(11), place, **{**options, "worker": (1, 2)})
+            assert_whole(place, rows(11))
         with pytest.raises(ValueError, match="s3://no-such-bucket/cache cannot be used"):
             cache_teacher(teacher_of(), rows(11), "s3://no-such-bucket/cache", worker=(0, 1), **QUICK)
     finally:
