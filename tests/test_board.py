@@ -99,6 +99,7 @@ def test_cells_are_made_once_and_remade_alike(place, capsys):
     assert "images/board-tiny.png" in (place / "docs" / "board.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.long
 def test_a_changed_recipe_is_made_again_and_what_stands_around_the_table_stays(place):
     assert run(place, "--only", "tiny/rtn-8") == 0
     file = place / "docs" / "board.md"
@@ -145,6 +146,7 @@ def test_a_recipe_that_is_not_on_equal_terms_is_named(place, capsys, text, words
     assert not (place / "board.jsonl").exists()
 
 
+@pytest.mark.long
 def test_a_cell_that_fails_is_named_and_the_others_are_made(place, capsys):
     write_recipe(place, "distillation/deep", f"stages:\n  - distil: {{num_hidden_layers: 99, {TRAIN}}}\n")
     assert run(place) == 2

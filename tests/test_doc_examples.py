@@ -133,7 +133,13 @@ def kernel_tensors():
             **{name: value.half() for name, value in half.items()}}  # fmt: skip
 
 
-LONG = ("pruning.md", "reporting.md", "runtimes.md", "teachers.md")  # pages that time models, export, or train chains
+LONG = (
+    "pruning.md",
+    "quantization.md",
+    "reporting.md",
+    "runtimes.md",
+    "teachers.md",
+)  # pages that time models, export, or train chains
 CASES = [pytest.param(page, marks=[pytest.mark.long] * (page in LONG), id=page) for page in PAGES]
 
 

@@ -47,11 +47,13 @@ def test_loads_from_a_folder(build):
     )
 
 
+@pytest.mark.long
 def test_loads_by_name_where_a_folder_stands_in(build):
     code = 'from kernels import get_kernel\nk = get_kernel("hf-compress/hf-compress-kernels", version=1)'
     run(code + USE, LOCAL_KERNELS=f"hf-compress/hf-compress-kernels={build}")
 
 
+@pytest.mark.long
 def test_two_builds_and_the_package_live_in_one_process(build):
     run(
         "from kernels import get_local_kernel\nfrom pathlib import Path\n"
@@ -74,6 +76,7 @@ def test_the_door_of_hf_compress_takes_the_build(build):
     run(code, HF_COMPRESS_KERNELS=str(build))
 
 
+@pytest.mark.long
 def test_the_door_names_a_source_that_is_nothing():
     code = (
         "from hf_compress.engines import ops\ntry:\n    ops.implementation()\n"
@@ -82,7 +85,7 @@ def test_the_door_names_a_source_that_is_nothing():
     assert "must be a folder or owner/name" in run(code, HF_COMPRESS_KERNELS="nothing")
 
 
-@pytest.mark.parametrize("layer", ["WNA16Linear", "BSRLinear"])
+@pytest.mark.parametrize("layer", ["WNA16Linear", pytest.param("BSRLinear", marks=pytest.mark.long)])
 def test_kernelize_replaces_the_forward_pass(build, layer):
     run(f"""
 import torch

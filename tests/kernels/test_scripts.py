@@ -18,7 +18,13 @@ def run(*args: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("what", "name"), [("linear", "wna16_linear"), ("bsr", "bsr_linear"), ("kl", "kl_from_logits")], ids=lambda x: x
+    ("what", "name"),
+    [
+        ("linear", "wna16_linear"),
+        pytest.param("bsr", "bsr_linear", marks=pytest.mark.long),
+        pytest.param("kl", "kl_from_logits", marks=pytest.mark.long),
+    ],
+    ids=lambda x: x,
 )
 def test_benchmark_times_us_against_the_dense_product(what, name, tmp_path):
     output = tmp_path / "rows.json"

@@ -48,6 +48,7 @@ torch.testing.assert_close(ops.wna16_linear(x, packed), x @ ((ints.float() - 8) 
 """
 
 
+@pytest.mark.long
 def test_published_kernels_load_by_name_in_a_fresh_process(hub, publish, tmp_path, capsys):
     assert publish() == 0
     assert f"{hub.url}/{NAME}/commit/" in capsys.readouterr().out

@@ -89,6 +89,11 @@ def named(triple):
     return "{}-{}-{}".format(*triple)
 
 
+def shallow(triples):
+    """Twelve layers take as long as all others: with `make test-long`."""
+    return [pytest.param(one, marks=[pytest.mark.long] * (one[1] == max(DEPTHS))) for one in triples]
+
+
 def test_no_recipe_is_left_out():
     assert {*CLASSIFIERS, *LANGUAGE} == set(ready_recipes())
     for triples, recipes, families in ((ENCODING, CLASSIFIERS, ENCODERS), (DECODING, LANGUAGE, ["llama", "qwen2"])):
@@ -97,12 +102,12 @@ def test_no_recipe_is_left_out():
             assert {(t[one], t[two]) for t in triples} == set(product(names[one], names[two]))
 
 
-@pytest.mark.parametrize("triple", ENCODING, ids=named)
+@pytest.mark.parametrize("triple", shallow(ENCODING), ids=named)
 def test_a_classifier_of_any_depth(triple, tmp_path):
     classifier(*triple, tmp_path)
 
 
-@pytest.mark.parametrize("triple", DECODING, ids=named)
+@pytest.mark.parametrize("triple", shallow(DECODING), ids=named)
 def test_a_language_model_of_any_depth(triple, tmp_path):
     language_model(*triple, tmp_path)
 

@@ -112,6 +112,7 @@ def test_the_forward_takes_what_the_models_own_takes(format, packed, folders):
     assert found.keys() == {"logits"}
 
 
+@pytest.mark.long
 def test_the_command_compares_exports_on_texts(folders, tmp_path, capsys):
     options = [f"--{name}={str(value).lower()}" for name, value in QUICK.items() if name != "isolate"]
     command = ["compare", *(str(folders / name) for name in ("packed", "onnx")), "--data",

@@ -101,10 +101,11 @@ def test_times_are_measured_once_for_a_machine(tmp_path, monkeypatch):
 
 
 BY_TASK = {case.task: case for case in reversed(CASES)}
-SHORT = ("token-classification", "regression")
 
 
-@pytest.mark.parametrize("task", [t if t in SHORT else pytest.param(t, marks=pytest.mark.long) for t in BY_TASK])
+@pytest.mark.parametrize(
+    "task", [pytest.param(t, marks=[pytest.mark.long] * (t != "token-classification")) for t in BY_TASK]
+)
 def test_every_task_has_its_dial(task, given, tmp_path):
     """From a model without head where there is one to learn: by time, and by size where texts are written."""
     case = BY_TASK[task]

@@ -80,6 +80,10 @@ COMPOSITIONS = {
         callbacks=lambda: [hfc.WeightPruning(0.6, begin=0.0, end=0.5, num_updates=2, regrow=0.8)],
     ),
     "rewound": Composition("DistillationTrainer", callbacks=rewound),
+    "ranks-by-gates": Composition(
+        "PKDTrainer", student=lambda student: hfc.factorise(student, rank=8),
+        callbacks=lambda: [hfc.RankGates(0.5, multiplier_rate=300.0)],
+    ),
     "bits-fall-to-two": Composition("QBertTrainer", {"average_bits": 2, "start_bits": 8, "lowering_ratio": 1.0}),
     "bits-by-sensitivity": Composition("QBertTrainer", {"average_bits": 3.5, "sensitivity_examples": 8}),
     "learned-steps": Composition("QBertTrainer", {"learned_steps": True}),

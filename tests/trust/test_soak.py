@@ -2,6 +2,7 @@
 
 import gc
 
+import pytest
 import torch
 from machine import needs_proc
 from trust.trainers import build
@@ -23,6 +24,7 @@ def test_a_step_of_head_pruning_frees_its_graph(tmp_path):
 
 
 @needs_proc
+@pytest.mark.long
 def test_handles_hooks_and_tensors_do_not_grow(tmp_path):
     """Distilling, pruning and quantizing at once, with a save and an evaluation after each step."""
     grown = growth(soak(20, tmp_path))

@@ -61,8 +61,8 @@ def suite(tmp_path_factory):
     return folder / "test_trainer.py"
 
 
-@pytest.mark.parametrize("name", ["WeightPruningTrainer", *(
-    pytest.param(name, marks=pytest.mark.long) for name in OURS if name != "WeightPruningTrainer")])  # fmt: skip
+@pytest.mark.long
+@pytest.mark.parametrize("name", OURS)
 def test_a_trainer_of_ours_stands_in_the_place_of_trainer(name, suite):
     found = run(suite, name, suite.parents[1], 300)
     assert found == {

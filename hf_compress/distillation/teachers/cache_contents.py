@@ -219,7 +219,9 @@ def _length(row) -> int:
     tokens = row.get("input_ids") if isinstance(row, dict) else None
     if tokens is None or not len(tokens):
         return 0
-    return max(map(len, tokens)) if isinstance(tokens[0], (list, Tensor)) else len(tokens)
+    if isinstance(tokens, Tensor):
+        return tokens.shape[-1]
+    return max(map(len, tokens)) if isinstance(tokens[0], list) else len(tokens)
 
 
 def _numbered(state: int, teacher: nn.Module) -> int:
