@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SMALLEST, LARGEST = 8, 4096  # powers of two; a single row is a piece of its own
-SIZES = frozenset({1, *(1 << n for n in range(3, 13))})
+SIZES = frozenset({1, *(SMALLEST << n for n in range((LARGEST // SMALLEST).bit_length()))})
 MOST_PADDING = 1 / 8  # of the rows of a piece, unless it is the smallest
 
 
@@ -31,11 +31,10 @@ def pieces(rows: int) -> Iterator[tuple[int, int]]:
 
 def in_pieces(x: Tensor, multiply: Callable[[Tensor], Tensor], width: int, dtype: torch.dtype) -> Tensor:
     """`multiply` (m, K) -> (m, width), in `dtype`, for each piece of the rows of x (M, K)."""
-    parts = list(pieces(len(x)))
-    if len(parts) == 1 and parts[0][1] == len(x):
+    if len(x) in SIZES:
         return multiply(x)
     y, start = x.new_empty(len(x), width, dtype=dtype), 0
-    for rows, size in parts:
+    for rows, size in pieces(len(x)):
         part = x[start : start + rows]
         if rows < size:
             part = F.pad(part, (0, 0, 0, size - rows))

@@ -17,7 +17,7 @@ from torch import Tensor
 from hf_compress.engines import processor
 from hf_compress.engines.low_bit import Int4, Int8Halves, Int8Weights
 from hf_compress.engines.packed_weight import Stored
-from hf_compress.engines.pieces import SIZES, in_pieces
+from hf_compress.engines.pieces import in_pieces
 from hf_compress.engines.rounding import round_to_bytes
 
 Run = Callable[[Tensor, Tensor | None], Tensor]
@@ -91,9 +91,10 @@ class BFloat16:
         if bias is not None and bias.dtype is not self.dtype:
             bias = bias.to(self.dtype)
         product = lambda rows: torch.ops.mkldnn._linear_pointwise(rows, self.weight, bias, "none", [], "")  # noqa: E731
-        if x.dtype is self.dtype and len(x) in SIZES:  # each operator more costs microseconds, a small layer a hundred
-            return product(x)
-        return in_pieces(x.to(self.dtype), product, self.out_features, self.dtype).to(x.dtype)
+        # an operator that changes nothing costs microseconds, and a small layer a hundred
+        rows = x if x.dtype is self.dtype else x.to(self.dtype)
+        y = in_pieces(rows, product, self.out_features, self.dtype)
+        return y if y.dtype is x.dtype else y.to(x.dtype)
 
 
 class OneDnnFloat32(BFloat16):
