@@ -11,13 +11,15 @@ A penalty on open gates enters as a gradient, so no loss has to know of it. At t
 import logging
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 from transformers.trainer_callback import TrainerState
 
+from hf_compress.training.arguments import CompressionArguments
 from hf_compress.training.callback import PieceCallback
 from hf_compress.training.checks import check_own_gradients
 from hf_compress.training.shards import cut_like, whole
@@ -172,3 +174,27 @@ class LearnedGates(PieceCallback):
         self._open = self.chosen()
         for place, is_open in zip(self._places, self._open, strict=True):
             self.silence_(place, is_open, optimizer)
+
+
+@dataclass
+class GatesConfig(CompressionArguments):
+    """What every training of gates is told; a subclass names its `gates`, which take the rest of its own fields."""
+
+    gates: ClassVar[type[LearnedGates]]
+
+    gate_rate: float = field(
+        default=1000.0, metadata={"help": "How many times as fast as the model the gates learn (with Adam)."}
+    )
+    initial: float = field(default=2.0, metadata={"help": "log_alpha in the beginning; 2.0 is a gate at 0.96."})
+    end: float = field(
+        default=0.7, metadata={"help": "Share of the training after which gates are settled at 0 or 1; above 0 to 1."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.callback()  # checks the values
+
+    def callback(self) -> LearnedGates:
+        shared = {own.name for own in fields(CompressionArguments)}
+        names = (own.name for own in fields(self) if own.name not in shared)
+        return self.gates(**{name: getattr(self, name) for name in names})

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from transformers.trainer_callback import TrainerState
 
 from hf_compress.pruning.masks import Blocks, check_prunable
-from hf_compress.pruning.methods.hard_concrete import LearnedGates, open_probability
+from hf_compress.pruning.methods.hard_concrete import GatesConfig, LearnedGates, open_probability
 from hf_compress.pruning.methods.heads import check_heads, head_matrices
 from hf_compress.pruning.trainer import PruningTrainer
-from hf_compress.training.arguments import CompressionArguments
 from hf_compress.training.pieces import Piece
 
 
@@ -69,22 +68,10 @@ class HeadGates(LearnedGates):
 
 
 @dataclass
-class HeadGatesConfig(CompressionArguments):
+class HeadGatesConfig(GatesConfig):
+    gates = HeadGates
+
     l0: float = field(default=0.02, metadata={"help": "Weight of the expected number of open gates; 0 or more."})
-    gate_rate: float = field(
-        default=1000.0, metadata={"help": "How many times as fast as the model the gates learn (with Adam)."}
-    )
-    initial: float = field(default=2.0, metadata={"help": "log_alpha in the beginning; 2.0 is a gate at 0.96."})
-    end: float = field(
-        default=0.7, metadata={"help": "Share of the training after which gates are settled at 0 or 1; above 0 to 1."}
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.callback()  # checks the values
-
-    def callback(self) -> HeadGates:
-        return HeadGates(self.l0, gate_rate=self.gate_rate, initial=self.initial, end=self.end)
 
 
 class HeadGatesTrainer(PruningTrainer):

@@ -24,9 +24,8 @@ from hf_compress.model.anatomy import module_names
 from hf_compress.model.record import read_part
 from hf_compress.model.weights import check_no_adapters
 from hf_compress.pruning.low_rank import record_ranks
-from hf_compress.pruning.methods.hard_concrete import LearnedGates, open_probability
+from hf_compress.pruning.methods.hard_concrete import GatesConfig, LearnedGates, open_probability
 from hf_compress.pruning.trainer import PruningTrainer
-from hf_compress.training.arguments import CompressionArguments
 from hf_compress.training.optimizers import versions
 from hf_compress.training.pieces import Piece
 from hf_compress.training.shards import own, part
@@ -153,25 +152,12 @@ class _GatedForward:
 
 
 @dataclass
-class RankGatesConfig(CompressionArguments):
+class RankGatesConfig(GatesConfig):
+    gates = RankGates
+
     sparsity: float = field(default=0.5, metadata={"help": "Share of the factors' weights that goes, above 0 to 1."})
     warm_up: float = field(default=0.3, metadata={"help": "Share of the training over which the target rises."})
     multiplier_rate: float = field(default=10.0, metadata={"help": "How fast the multipliers rise; above 0."})
-    gate_rate: float = field(
-        default=1000.0, metadata={"help": "How many times as fast as the model the gates learn (with Adam)."}
-    )
-    initial: float = field(default=2.0, metadata={"help": "log_alpha in the beginning; 2.0 is a gate at 0.96."})
-    end: float = field(
-        default=0.7, metadata={"help": "Share of the training after which gates are settled at 0 or 1; above 0 to 1."}
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.callback()  # checks the values
-
-    def callback(self) -> RankGates:
-        names = ("sparsity", "warm_up", "multiplier_rate", "gate_rate", "initial", "end")
-        return RankGates(**{name: getattr(self, name) for name in names})
 
 
 class RankGatesTrainer(PruningTrainer):
