@@ -57,7 +57,8 @@ def stages(
         learning = {"method": Embeddings.name, "num_hidden_layers": whole_layers(wish, target, times, parts)}
     else:
         found.append({"prune": structure(wish, target, times)})
-        learning = learned_from_teacher(task, texts, found)
+        learned = "vocabulary" if cuts_vocabulary(wish, task) else TEACHER if fine_tunes else "input"
+        learning = {"teacher": learned, **learned_from_teacher(task, texts)}
     found.append({"distil": {
         "name": STUDENT, **learning, "learning_rate": 3e-4,
         "num_train_epochs": FEW_EPOCHS if texts.labelled + texts.unlabelled > MANY_TEXTS else EPOCHS, **TRAINING,
@@ -72,14 +73,12 @@ def cuts_vocabulary(wish: Wish, task: str) -> bool:
     return wish.kind == "size_mb" or task not in (Embeddings.name, *LANGUAGE)
 
 
-def learned_from_teacher(task: str, texts: Texts, before: list[dict]) -> dict[str, Any]:
+def learned_from_teacher(task: str, texts: Texts) -> dict[str, Any]:
     """How a student with a head follows the model before its structure was cut."""
-    teacher = "vocabulary" if any(stage.get("prune", {}).get("method") == "vocabulary" for stage in before) else "input"
-    options = {"teacher": teacher, "temperature": 2.0}
     if task in LANGUAGE:
-        return {**options, "alpha": 1.0, "temperature": 1.0}  # a vocabulary's logits for each token are not kept
+        return {"alpha": 1.0, "temperature": 1.0}  # a vocabulary's logits for each token are not kept
     learns_labels = texts.unlabelled < FEW_LABELS * texts.labelled
-    return {**options, "cache_teacher": True, "alpha": 0.7 if learns_labels else 1.0}
+    return {"cache_teacher": True, "alpha": 0.7 if learns_labels else 1.0, "temperature": 2.0}
 
 
 def whole_layers(wish: Wish, target: float, times: MeasuredTimes | None, parts: LayerSizes) -> int:

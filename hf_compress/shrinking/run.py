@@ -112,9 +112,8 @@ def shrink(
     check_wish(wish, task)
     texts = RecipeData(options, task, needs_labels=True)
     fine_tunes = texts.kind.is_trained_on_labels and not texts.fits(AutoConfig.from_pretrained(model))
-    begun = load_for(texts, model, fresh_head=True)
-    parts = layer_sizes(begun, texts, model) if task == Embeddings.name else None
-    times = measured_times(begun, texts.tokenizer(model), runtime, tokens=tokens) if wish.is_of_time else None
+    parts = layer_sizes(load_for(texts, model), texts, model) if task == Embeddings.name else None
+    times = _times(texts, model, runtime, tokens) if wish.is_of_time else None
     target = first_target(wish, times)
     written = partial(stages, wish, texts=_counts(texts), times=times, task=task, fine_tunes=fine_tunes, parts=parts)
     told = _told(wish, target, times, runtime, texts, written(target=target))
@@ -141,6 +140,10 @@ def shrink(
                   "model": str(Path(served).relative_to(output))}  # fmt: skip
         place.write({**report.files(), "shrink.json": json.dumps(result, indent=1)})
     return Shrunk(wish, reached, wish.is_met(reached), Path(served), report, told)
+
+
+def _times(texts: RecipeData, model: str | Path, runtime: str, tokens: int) -> MeasuredTimes:
+    return measured_times(load_for(texts, model, fresh_head=True), texts.tokenizer(model), runtime, tokens=tokens)
 
 
 def check_wish(wish: Wish, task: str) -> None:

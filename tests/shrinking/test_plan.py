@@ -162,4 +162,6 @@ def test_a_language_model_follows_the_one_that_came_in(task):
     written = stages(Wish("latency_ms", 6.0), 6.0, MANY, MEASURED, task=task)
     assert [next(iter(stage)) for stage in written] == ["prune", "distil", "quantize"]  # its vocabulary stays whole
     assert written[1]["distil"]["teacher"] == "input" and "cache_teacher" not in written[1]["distil"]
+    begun = stages(Wish("latency_ms", 6.0), 6.0, MANY, MEASURED, task=task, fine_tunes=True)  # had another head
+    assert begun[2]["distil"]["teacher"] == "teacher" == begun[0]["fine-tune"]["name"]
     assert Recipe(written).stages
