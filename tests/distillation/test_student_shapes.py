@@ -291,3 +291,18 @@ def test_generation_settings_are_the_teachers():
     student = make_student(teacher, num_hidden_layers=1)
     assert (student.generation_config.max_new_tokens, student.generation_config.num_beams) == (7, 3)
     assert student.generation_config is not teacher.generation_config
+
+
+@pytest.mark.parametrize("family", ["t5", "mt5", "umt5"])
+def test_a_student_with_a_deeper_decoder_generates(family, tmp_path):
+    """Transformers makes a cache of as many layers as T5's encoder has, where a config does not say otherwise."""
+    config = AutoConfig.for_model(family, **{**SEQ2SEQ, "d_kv": 8, "d_ff": 48, "num_heads": 4, "num_layers": 2})
+    torch.manual_seed(0)
+    student = make_student(AutoModelForSeq2SeqLM.from_config(config).eval(), num_hidden_layers="1/2").eval()
+    assert (student.config.num_layers, student.config.num_decoder_layers) == (1, 2)
+    ids = torch.randint(5, 60, (2, 6))
+    settings = dict(input_ids=ids, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    expected = student.generate(**settings, use_cache=False)
+    student.save_pretrained(tmp_path)
+    for model in (student, AutoModelForSeq2SeqLM.from_pretrained(tmp_path)):
+        assert torch.equal(model.generate(**settings), expected)
