@@ -43,12 +43,23 @@ def read_index(stored: Levels) -> Tensor:
     return unpack_indices(stored.words, stored.bits, stored.in_features).unflatten(1, (len(stored.levels), -1))
 
 
+def are_powers_of_two(levels: Tensor) -> bool:
+    """Whether levels (..., L) are plus and minus powers of two around a pair of zeros, as that grid has them."""
+    L = levels.shape[-1]
+    mantissa, _ = torch.frexp(levels[levels != 0].float().abs())
+    is_pair = L >= 4 and not levels[..., L // 2 - 1 : L // 2 + 1].any()
+    return is_pair and bool(len(mantissa)) and bool((mantissa == 0.5).all())
+
+
 class TrainedLevels(TrainedForm):
     """The form of a codebook layer whose levels are trained.
 
     t     (N, G, L)  float32; a level is its first value plus t times `unit`
     c0    (N, G, L)  the first values
     unit  (N, G, 1)  the largest magnitude among them, so that rates are shares of it as those of scales are
+
+    A level of zero stays zero, as what pruning silenced has to, and levels that mirror each other around zero, as
+    binary and ternary ones do, go on doing so.
     """
 
     read = staticmethod(read_index)
@@ -61,7 +72,9 @@ class TrainedLevels(TrainedForm):
 
     def levels(self) -> Tensor:
         """(N, G, L) float32, with the values of the stored dtype."""
-        return self.as_stored(self.c0 + self.unit * self.t)
+        is_mirrored = (self.c0 == -self.c0.flip(-1)).all(-1, keepdim=True)
+        t = torch.where(is_mirrored, (self.t - self.t.flip(-1)) / 2, self.t) * (self.c0 != 0)
+        return self.as_stored(self.c0 + self.unit * t)
 
     def forward(self, x: Tensor, index: Tensor) -> Tensor:
         return LevelProduct.apply(x, self.levels(), index)

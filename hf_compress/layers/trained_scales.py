@@ -14,7 +14,7 @@ from hf_compress.layers.packed_blocks import PackedBlocksLinear
 from hf_compress.layers.packed_linear import PackedLinear
 from hf_compress.layers.scheme import SCALE_DTYPES
 from hf_compress.layers.trained_form import TrainedForm
-from hf_compress.layers.trained_levels import TrainedLevels
+from hf_compress.layers.trained_levels import TrainedLevels, are_powers_of_two
 
 LEAST = 2.0**-6  # a scale stays above this share of what it was, so it never turns its weights over
 
@@ -126,7 +126,7 @@ def train_scales(
 
     `scale_dtype` is what they are stored in from now on, by default what they are. Returns what is learned, by module
     name; `finish` stores it. Raises ValueError, naming the module, for zero points that are not stored, or that keep
-    empty blocks empty.
+    empty blocks empty, and for levels that are powers of two.
     """
     kinds = PackedLinear, CodebookLinear
     layers = {n: m for n, m in model.named_modules() if isinstance(m, kinds) and m not in skip}
@@ -134,6 +134,12 @@ def train_scales(
         if isinstance(layer, (PackedBlocksLinear, CodebookLinear)) or layer.scheme.symmetric:
             why = "needs them for its empty blocks" if isinstance(layer, PackedBlocksLinear) else "stores none"
             raise ValueError(f"zero_point_rate trains zero points, but {name} {why}: set it to 0.")
+    for name, layer in layers.items():
+        if isinstance(layer, CodebookLinear) and are_powers_of_two(layer.levels):
+            raise ValueError(
+                f"The levels of {name} are powers of two, and trained ones would be none any more: quantize with "
+                "another grid, such as 'kmeans', or use the model as it is."
+            )
     forms = {}
     for name, layer in layers.items():
         if scale_dtype is not None:

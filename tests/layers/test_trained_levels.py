@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from helpers import tiny_model
 from torch import nn
 
+import hf_compress as hfc
 from hf_compress.layers.codebook_linear import CodebookLinear
 from hf_compress.layers.scheme import WeightScheme
 from hf_compress.layers.trained_levels import LevelProduct, TrainedLevels
+from hf_compress.layers.trained_scales import train_scales
 
 
 @pytest.mark.parametrize("groups", [1, 3])
@@ -46,8 +49,8 @@ def test_a_level_moves_by_shares_of_the_largest_and_is_what_float16_stores():
     form.put_on(layer)
     with torch.no_grad():
         form.t.copy_(torch.tensor([[[0.1, 0.2, 0.0]], [[0.0, 1e-9, -0.5]]]))
-    expected = torch.tensor([[-0.4, 0.2, 1.0], [-2.0, 0.0, 1.0]]).half().float()
-    torch.testing.assert_close(layer.dequantize(torch.float32), expected.gather(1, index), rtol=0, atol=2e-9)
+    expected = torch.tensor([[-0.4, 0.0, 1.0], [-1.5, 0.0, 1.5]]).half().float()  # the second row mirrors itself
+    torch.testing.assert_close(layer.dequantize(torch.float32), expected.gather(1, index), rtol=0, atol=0)
     x = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
     y = layer(x)
     form.take_off(layer)
@@ -62,3 +65,43 @@ def test_levels_that_float16_cannot_hold_are_named():
         form.t[0, 0, 0] = 1e6
     with pytest.raises(ValueError, match="the.layer: its trained scales or levels are no numbers of torch.float16"):
         form.check("the.layer")
+
+
+GRIDS = {"binary": 1, "ternary": 2, "multibit": 3, "kmeans": 2}
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_levels_keep_their_form_whatever_they_learn(grid):
+    """Signs stay opposite, zeros zero; centroids are free. As they are computed with, and as they are stored."""
+    model = hfc.quantize(tiny_model("bert"), GRIDS[grid], grid=grid)
+    generator = torch.Generator().manual_seed(0)
+    forms = train_scales(model)
+    for name, form in forms.items():
+        with torch.no_grad():
+            form.t.copy_(torch.randn(form.t.shape, generator=generator))
+        layer = model.get_submodule(name)
+        before, now = layer.levels, form.kept_numbers()
+        assert torch.equal(now == 0, before == 0)
+        assert torch.equal(now, -now.flip(-1)) == (grid != "kmeans")
+        assert ((now != before) | (before == 0)).float().mean() > 0.9
+        weight = layer.dequantize(torch.float32)
+        layer.hfc_form.take_off(layer)
+        torch.testing.assert_close(form.stored(layer).dequantize(torch.float32), weight, rtol=0, atol=0)
+
+
+def test_a_zero_between_two_learned_values_stays_zero():
+    """As trained ternary quantization stores it, with other values above than below."""
+    layer, index = codebook_layer()
+    form = TrainedLevels(layer)
+    with torch.no_grad():
+        form.t[0, 0] = torch.tensor([0.25, 0.5, 0.75])
+    torch.testing.assert_close(form.levels()[0, 0], torch.tensor([-0.25, 0.0, 1.75]), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_powers_of_two_are_not_trained(bits):
+    model = hfc.quantize(tiny_model("bert"), bits, grid="power_of_two")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match="query are powers of two, and trained ones would be none any more"):
+        train_scales(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
