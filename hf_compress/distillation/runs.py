@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain, count
 
 import torch
 from torch import Tensor, nn
@@ -47,13 +48,24 @@ def accepted(model: nn.Module, inputs: dict) -> dict:
     )
 
 
-def named(outputs: object, model: nn.Module) -> Mapping:
-    """`outputs` of `model`; TypeError where they have no names."""
+def named(outputs: object, model: nn.Module, *, has_labels: bool = False) -> Mapping:
+    """`outputs` of `model` by name, read as `Trainer` reads them; TypeError where they are something else.
+
+    A model of one's own may give a tuple, whose first part is the loss where there were labels and then come logits; or
+    a dict whose one entry beside the loss is its logits, whatever it is called; or logits alone.
+    """
+    if isinstance(outputs, (Tensor, tuple, list)):
+        parts = [outputs] if isinstance(outputs, Tensor) else outputs
+        others = (f"output_{number}" for number in count(1))
+        outputs = dict(zip(chain(["loss"] * has_labels, ["logits"], others), parts, strict=False))
     if not isinstance(outputs, Mapping):
         raise TypeError(
             f"The forward of {type(plain_model(model)).__name__} returned a {type(outputs).__name__}; expected a "
-            "ModelOutput, or a dict with `logits` (and `loss` where there are labels), which losses find by name."
+            "ModelOutput, a dict with `logits` (and `loss` where there are labels), or a tuple of the loss and logits."
         )
+    others = [name for name in outputs if name != "loss"]
+    if len(others) == 1 and not others[0].endswith("logits"):
+        return {"logits" if name == others[0] else name: value for name, value in outputs.items()}
     return outputs
 
 

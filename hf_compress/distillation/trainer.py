@@ -227,7 +227,8 @@ class DistillationTrainer(RunsTeacher, PredictionLosses, Phased, ItemsMixin, Tra
 
             Inside the forward, so that DDP sees just the parameters that the loss depends on.
             """
-            outputs = without_prompt(student, self.task, named(outputs, student), signals)
+            outputs = named(outputs, student, has_labels=bool(self._label_columns & student_inputs.keys()))
+            outputs = without_prompt(student, self.task, outputs, signals)
             reads_logits = by_predictions or self.reads_logits
             logits = self.task.logits(outputs, inputs) if reads_logits else NO_LOGITS
             run = Run(outputs, logits, signals.hidden_states, signals.attention)

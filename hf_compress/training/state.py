@@ -142,13 +142,13 @@ class TrainingStateMixin(StreamMixin, StepCountsMixin):
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(
-                    f"There is no complete checkpoint in {self.args.output_dir}. Start with "
-                    "resume_from_checkpoint=False, or name a folder."
+                    f"No valid checkpoint found in output directory ({self.args.output_dir}): none is whole. Start "
+                    "with resume_from_checkpoint=False, or name a folder."
                 )
         elif resume_from_checkpoint and (fault := find_fault(Path(resume_from_checkpoint))) is not None:
             raise ValueError(
-                f"{resume_from_checkpoint} is no whole checkpoint: {fault}. Pass resume_from_checkpoint=True for the "
-                "last whole one of output_dir."
+                f"Can't find a valid checkpoint at {resume_from_checkpoint}: {fault}. Pass resume_from_checkpoint=True "
+                "for the last whole one of output_dir."
             )
         if self.is_finished:  # what was made for the model as it was
             self.model_wrapped, self.optimizer, self.lr_scheduler = self.model, None, None

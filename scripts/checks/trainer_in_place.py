@@ -6,6 +6,7 @@ model it cannot train, and says so when it is made, does not apply.
 """
 
 import copy
+import inspect
 import os
 import sys
 from dataclasses import fields
@@ -35,6 +36,11 @@ def combined(config: type, kind: type) -> type:
     return globals().setdefault(name, type(name, (config, kind), {"__module__": __name__}))
 
 
+def first_model(make) -> nn.Module | None:
+    """What a `model_init` makes; some take the trial of a search, which has not begun."""
+    return None if make is None else make(*[None] * len(inspect.signature(make).parameters))
+
+
 def in_place(name: str) -> type:
     """A subclass that is made as `Trainer` is."""
     kind, config = getattr(hfc, name), getattr(hfc, name.replace("Trainer", "Config"))
@@ -53,7 +59,7 @@ def in_place(name: str) -> type:
     def made(self, model=None, args=None, *positional, **kwargs):
         extra = {}
         if issubclass(kind, hfc.DistillationTrainer) and "teacher_model" not in kwargs:
-            taught = model if model is not None else kwargs["model_init"]() if "model_init" in kwargs else None
+            taught = model if model is not None else first_model(kwargs.get("model_init"))
             if not isinstance(taught, nn.Module):
                 raise NotApplicable("there is no model that a teacher could be a copy of")
             extra["teacher_model"] = copy.deepcopy(taught)

@@ -233,19 +233,68 @@ def test_models_whose_config_asks_for_tuples_are_read_by_name(tmp_path):
     assert trained(tmp_path, student, teacher, rows(8), hints="1:2").state.log_history[0]["loss"] == expected
 
 
-class Tuples(nn.Module):
-    def __init__(self):
+class Own(nn.Module):
+    """A model of the user's own: what it gives has the shape that `Trainer` reads, and not the names."""
+
+    def __init__(self, form, model):
         super().__init__()
-        self.model = tiny_model("bert")
+        self.form, self.model = form, model
 
     def forward(self, input_ids=None, attention_mask=None, labels=None):
-        return tuple(self.model(input_ids=input_ids, attention_mask=attention_mask, labels=labels).values())
+        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+        if self.form == "dict":
+            return {"scores": outputs.logits, **({} if labels is None else {"loss": outputs.loss})}
+        return tuple(outputs.values()) if labels is not None or self.form == "tuple" else outputs.logits
 
 
-def test_a_model_of_the_users_own_that_returns_a_tuple_is_told_what_is_expected(tmp_path):
-    for student, teacher in ((Tuples(), tiny_model("bert", seed=3)), (tiny_model("bert"), Tuples())):
-        with pytest.raises(TypeError, match="The forward of Tuples returned a tuple; expected a ModelOutput"):
-            trained(tmp_path, student, teacher, rows(8))
+@pytest.mark.parametrize("form", ["tuple", "dict", "bare"])
+def test_models_of_ones_own_are_read_as_trainer_reads_them(form, tmp_path):
+    """What they predict and how they move is that of the model within, as student, as teacher and as both."""
+    student, teacher = pair()
+    expected = trained(tmp_path, copy.deepcopy(student), teacher, rows(8))
+    for mine, theirs in ((Own(form, student), teacher), (student, Own(form, teacher)),
+                         (Own(form, student), Own(form, teacher))):  # fmt: skip
+        found = trained(tmp_path, copy.deepcopy(mine), theirs, rows(8))
+        assert torch.equal(moved(found.model, mine), moved(expected.model, student))
+        assert found.evaluate(rows(8))["eval_loss"] == expected.evaluate(rows(8))["eval_loss"]
+        np.testing.assert_array_equal(found.predict(rows(8)).predictions, expected.predict(rows(8)).predictions)
+
+
+class Line(nn.Module):
+    """One number for each example, (B,)."""
+
+    def __init__(self, a):
+        super().__init__()
+        self.a = nn.Parameter(torch.tensor(float(a)))
+
+    def forward(self, input_x, labels=None):
+        y = self.a * input_x
+        return (y,) if labels is None else (((y - labels) ** 2).mean(), y, y + 1)
+
+
+@pytest.mark.parametrize("teachers", [[3.0], [1.0, 5.0]])
+def test_one_number_for_each_example_is_compared_as_a_number(teachers, tmp_path):
+    """By hand: x is 1 and 2, the labels 0 and 2, a student a = 0 and a teacher (or the mean of two) a = 3."""
+    data = [{"input_x": torch.tensor(1.0), "labels": 0.0}, {"input_x": torch.tensor(2.0), "labels": 2.0}]
+    models = [Line(a) for a in teachers]
+    trainer = trained(tmp_path, Line(0.0), models if len(models) > 1 else models[0], data, alpha=0.25,
+                      per_device_train_batch_size=2)  # fmt: skip
+    task, soft = (0 + 4) / 2, (9 + 36) / 2
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(0.75 * task + 0.25 * soft)
+    # d/da of the task: mean of 2 (a x - y) x = -4; of the teacher: mean of 2 (a - 3) x^2 = -15
+    assert float(trainer.model.a.detach()) == pytest.approx(0.75 * 4 + 0.25 * 15)
+    first, second = trainer.predict(data).predictions
+    np.testing.assert_allclose(second, first + 1)
+
+
+class Words(nn.Module):
+    def forward(self, input_ids=None, labels=None):
+        return "positive"
+
+
+def test_an_output_that_nobody_can_read_is_told_what_is_expected(tmp_path):
+    with pytest.raises(TypeError, match="The forward of Words returned a str; expected a ModelOutput"):
+        trained(tmp_path, tiny_model("bert"), Words(), rows(8))
 
 
 # Encoder-decoders that classify

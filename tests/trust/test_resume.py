@@ -122,9 +122,9 @@ def test_a_torn_checkpoint_that_is_named_is_refused(tmp_path):
     trainer.train()
     file = tmp_path / "checkpoint-2" / "optimizer.pt"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="checkpoint-2 is no whole checkpoint: optimizer.pt is cut short"):
+    with pytest.raises(ValueError, match="valid checkpoint at .*checkpoint-2: optimizer.pt is cut short"):
         build("HeadPruningTrainer", tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    with pytest.raises(ValueError, match="There is no complete checkpoint"):
+    with pytest.raises(ValueError, match="No valid checkpoint found in output directory"):
         build("HeadPruningTrainer", tmp_path).train(resume_from_checkpoint=True)
 
 

@@ -44,7 +44,7 @@ class RunsTeacher(Trainer):
         if isinstance(outputs, list):
             pairs = zip(self.teacher.all, outputs, strict=True)
             logits = [self._logits_of(one, theirs, student_logits, inputs) for one, theirs in pairs]
-            kind = self.prediction_kind
+            kind = self.kind_of(student_logits)
             return mean_logits(logits, self.teacher.weights, temperature=self.args.temperature, kind=kind)
         return self._logits_of(self.teacher, outputs, student_logits, inputs)
 
