@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import NoReturn
 
-from hf_compress.training.ranks import is_main
+from hf_compress.training.ranks import is_main, may_tell
 from hf_compress.version import __version__
 
 INTERRUPTED = 130  # as shells count it: 128 and the number of the signal
@@ -118,8 +118,10 @@ def _sentence(error: Exception) -> str:
 
 
 def _fail(text: str, code: int) -> int:
-    if is_main():
-        sys.stderr.write(f"hf-compress: {text}\n")
+    """Of several processes one says what ended it; what the others meet then is that it is gone."""
+    if code == INTERRUPTED and is_main() or code != INTERRUPTED and may_tell():
+        where = f" (process {os.environ['RANK']})" if not is_main() else ""
+        sys.stderr.write(f"hf-compress{where}: {text}\n")
     return code
 
 

@@ -32,6 +32,7 @@ from hf_compress.distillation.teachers.teacher import (
     check_match,
     frozen,
     open_teacher,
+    teacher_facts,
 )
 from hf_compress.distillation.terms import Term, bind_all, joint_signals
 from hf_compress.model.capture import capture, require_gradients
@@ -93,6 +94,7 @@ class DistillationTrainer(RunsTeacher, PredictionLosses, Phased, ItemsMixin, Tra
                 f"{type(student).__name__} does not predict here. Set it to 0."
             )
         check_data(self.train_dataset, student)
+        self._teacher_facts = teacher_facts(teacher_model, learns=not self.takes_terms) if args.world_size > 1 else {}
         self.teacher = self.prepare_teacher(teacher_model)
         self.check_layers()
         self._check_signals()
@@ -117,6 +119,9 @@ class DistillationTrainer(RunsTeacher, PredictionLosses, Phased, ItemsMixin, Tra
         if trial is not None:
             self.check_layers()
             self._check_signals()
+
+    def facts(self) -> dict[str, str]:
+        return {**super().facts(), **self._teacher_facts}
 
     # What the methods override
 

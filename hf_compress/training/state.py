@@ -16,10 +16,12 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from hf_compress.model.unfinished import forms_of, pieces_of
 from hf_compress.training.arguments import check_devices
+from hf_compress.training.checks import data_fact, settings_facts, weights_fact
 from hf_compress.training.finish import finish
 from hf_compress.training.finite import find_not_finite, has_no_label, is_finite
 from hf_compress.training.optimizers import add_missing
 from hf_compress.training.pieces import Piece, check_pieces
+from hf_compress.training.ranks import check_same
 from hf_compress.training.resume import begin_checkpoint, end_checkpoint, find_fault, last_complete_checkpoint
 from hf_compress.training.shards import check_loading, whole, write_
 from hf_compress.training.step_counts import StepCountsMixin
@@ -137,9 +139,19 @@ class TrainingStateMixin(StreamMixin, StepCountsMixin):
         self._training_state, self.is_finished = None, False
         return model
 
+    def facts(self) -> dict[str, str]:
+        """What all ranks have to have alike, name -> value; DDP makes the weights of the model those of rank 0."""
+        model = weights_fact(self.model, values=self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        data = {name: data_fact(getattr(self, name)) for name in ("train_dataset", "eval_dataset")}
+        return {**settings_facts(self.args), "the model": model, **data}
+
     def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, **kwargs):
-        if resume_from_checkpoint is True:
+        asked = resume_from_checkpoint
+        if asked is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+        if self.args.world_size > 1:
+            check_same({**self.facts(), "the checkpoint to go on from": str(resume_from_checkpoint)}, "A training")
+        if asked is True:
             if resume_from_checkpoint is None:
                 raise ValueError(
                     f"No valid checkpoint found in output directory ({self.args.output_dir}): none is whole. Start "

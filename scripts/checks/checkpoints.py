@@ -98,9 +98,10 @@ def llama():
     return LlamaForCausalLM(config).eval()
 
 
-def t5():
+def t5(num_layers: int = 1):
     torch.manual_seed(0)
-    config = T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, vocab_size=64, decoder_start_token_id=0)
+    config = T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=num_layers, num_heads=4, vocab_size=64,
+                      decoder_start_token_id=0)  # fmt: skip
     return T5ForConditionalGeneration(config).eval()
 
 
@@ -122,6 +123,15 @@ CHECKPOINTS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: hfc.quantize(llama(), 4, group_size=32, embedding_bits=8),
     "heads and bits": lambda: hfc.quantize(hfc.prune_heads(bert(), {0: [0]}), 4, group_size=8, symmetric=True),
     "t5": lambda: hfc.quantize(t5(), 8, group_size=-1),
+    "one bit": lambda: hfc.quantize(bert(), 1, grid="binary", group_size=16),
+    "ternary": lambda: hfc.quantize(gpt2(), 2, grid="ternary", group_size=-1, scale_dtype="float32"),
+    "parts": lambda: hfc.quantize(bert(), 3, embedding_bits=2, embedding_parts=4, embedding_stages=2),
+    "tied parts": lambda: hfc.quantize(llama(), 4, embedding_bits=3, embedding_parts=1, embedding_stages=3),
+    "factors": lambda: hfc.factorise(modernbert(), rank=6),
+    "shared factors": lambda: hfc.factorise(llama(), rank=4, shared=True),
+    "layers and factors": lambda: hfc.prune_layers(hfc.factorise(modernbert(), rank=6), keep=[1, 2]),
+    "packed blocks": lambda: hfc.quantize(blocks(), 4, group_size=16),
+    "deeper decoder": lambda: hfc.quantize(hfc.prune_layers(t5(2), keep=[1, 2, 3]), 8, group_size=-1),
 }  # fmt: skip
 
 

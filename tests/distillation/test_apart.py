@@ -99,7 +99,7 @@ def test_a_worker_that_dies_at_any_moment_costs_one_shard(place, tmp_path, monke
         with monkeypatch.context() as patched:
             killed_at(moment, patched)
             try:
-                cache_teacher(teacher, data, here, worker=(0, 2), **QUICK)
+                cache_teacher(teacher, data, here, worker=(0, 2), **{**QUICK, "lease_seconds": 60})  # none is renewed
                 break
             except Killed:
                 moments += 1
@@ -260,6 +260,28 @@ def test_what_does_not_belong_together_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(fsspec.get_filesystem_class("memory"), "pipe_file", without_bucket)
     with pytest.raises(ValueError, match="memory://bucket/cache cannot be used: The specified bucket does not exist"):
         cache_teacher(teacher_of(), data, "memory://bucket/cache", worker=(0, 1))
+
+
+def test_workers_that_begin_at_the_same_instant_write_one_cache(place, monkeypatch):
+    """Both have found none. The manifest is the second one's, and what the first has written meanwhile is known."""
+    data, write = rows(11), apart.write_manifest
+
+    def written_over(address, manifest):
+        write(address, manifest)
+        write(address, {**manifest, "teacher": {**manifest["teacher"], "fingerprint": "0" * 64}})
+
+    with monkeypatch.context() as patched:
+        patched.setattr(apart, "write_manifest", written_over)
+        with pytest.raises(ValueError, match="belongs to another teacher"):
+            cache_teacher(teacher_of(), data, place, worker=(0, 1), **QUICK)
+    store = Store(place)
+    store.remove(MANIFEST)
+    cache_teacher(teacher_of(), data, place, worker=(0, 1), **QUICK)
+    manifest, note = (json.loads(store.read(name)) for name in (MANIFEST, "part-000001.json"))
+    store.write(MANIFEST, json.dumps({**manifest, "is_complete": False}).encode())
+    store.write("part-000001.json", json.dumps({**note, "of": "0" * 16}).encode())
+    with pytest.raises(ValueError, match="Part 1 of the cache in .* was written by a worker with another teacher"):
+        cache_teacher(teacher_of(), data, place, worker=(0, 1), **QUICK)
 
 
 def test_a_launcher_says_which_worker_this_is(monkeypatch):

@@ -6,6 +6,7 @@ part becomes a shard, and then a note that names the shard. There is one note a 
 where two workers made the same part. Whoever finds a note of every part writes the manifest, in the order of the text.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -19,11 +20,12 @@ from torch import Tensor
 from hf_compress.distillation.teachers.cache_contents import Outputs, Rows, together
 from hf_compress.distillation.teachers.cache_files import (
     MANIFEST,
-    check_same,
+    check_same_cache,
     check_settings,
     find_faults,
     packed_shard,
     read_manifest,
+    settings_of,
     write_manifest,
 )
 from hf_compress.distillation.teachers.manifest import is_shard
@@ -49,6 +51,11 @@ def worker_here() -> tuple[int, int]:
     return 0, 1
 
 
+def sum_of(keys: Tensor) -> str:
+    """What tells some examples from others, in 64 bits."""
+    return f"{keys.sum().item() & (2**64 - 1):016x}"
+
+
 class Parts:
     """The text of `rows` in parts of `size` rows. `keys`, of its first examples, tell it from another text."""
 
@@ -58,7 +65,7 @@ class Parts:
         self.description = {
             "rows": None if rows.is_stream else len(rows),
             "size": size,
-            "first": f"{keys.sum().item() & (2**64 - 1):016x}",
+            "first": sum_of(keys),
         }
 
     def read(self, begin: int) -> Iterator[tuple[int, Callable[[], list]]]:
@@ -126,7 +133,8 @@ def write_parts(
                 continue
             try:
                 if store.read(_note(number)) is None:  # nobody has finished it since
-                    _write_part(leases, number, outputs.batches(parts.rows, read(), set(), batch_size))
+                    batches = outputs.batches(parts.rows, read(), set(), batch_size)
+                    _write_part(leases, number, batches, _mark(manifest))
             finally:
                 leases.give_back(number)
         if not parts.count:
@@ -143,9 +151,8 @@ def _is_there(store: Store, manifest: dict) -> bool:
     """Whether the cache is complete and whole. Begins one that is not there; what is damaged will be written anew."""
     if store.read(MANIFEST) is None:
         write_manifest(store.address, {**manifest, "is_complete": False, "shards": {}})
-        return False
-    found = read_manifest(store.address)
-    check_same(store.address, found, manifest)
+    found = read_manifest(store.address)  # another worker's, perhaps, which began at the same instant
+    check_same_cache(store.address, found, manifest)
     if "text" not in found:
         raise ValueError(
             f"The cache in {store} was not written by workers started apart. Choose another folder, or leave `worker` "
@@ -154,14 +161,19 @@ def _is_there(store: Store, manifest: dict) -> bool:
     check_settings(store.address, found, manifest, ["text"])
     faults = find_faults(store.address, found["shards"])
     for number in _notes(store.sizes()) if faults else ():
-        name, _ = _read_note(store, number)
+        name, _, _ = _read_note(store, number)
         if name in faults:
             logger.warning("Writing part %d of %s again: %s %s.", number, store, name, faults[name])
             store.remove(_note(number))
     return found["is_complete"] and not faults
 
 
-def _write_part(leases: Leases, number: int, batches: Iterable[dict[str, Tensor]]) -> None:
+def _mark(manifest: dict) -> str:
+    """What tells the parts of a cache from those of a worker that was given something else."""
+    return hashlib.sha256(json.dumps([settings_of(manifest), manifest["text"]]).encode()).hexdigest()[:16]
+
+
+def _write_part(leases: Leases, number: int, batches: Iterable[dict[str, Tensor]], mark: str) -> None:
     held = []
     for tensors in batches:
         held.append(tensors)
@@ -170,7 +182,7 @@ def _write_part(leases: Leases, number: int, batches: Iterable[dict[str, Tensor]
     if leases.store.read(_note(number)) is not None:
         return  # another took it over, and was faster
     leases.store.write(name, data)
-    leases.store.write(_note(number), json.dumps({"name": name, **entry}).encode())
+    leases.store.write(_note(number), json.dumps({"name": name, "of": mark, **entry}).encode())
 
 
 def _finish(store: Store, manifest: dict, count: int) -> bool:
@@ -178,10 +190,15 @@ def _finish(store: Store, manifest: dict, count: int) -> bool:
     sizes = store.sizes()
     shards = {}
     for number in range(count):
-        name, entry = _read_note(store, number) if _note(number) in sizes else (None, {})
+        name, mark, entry = _read_note(store, number) if _note(number) in sizes else (None, "", {})
         if name is None or sizes.get(name) != entry["size_bytes"]:
             store.remove(_note(number))  # of a shard that is gone
             return False
+        if mark != _mark(manifest):
+            raise ValueError(
+                f"Part {number} of the cache in {store} was written by a worker with another teacher, other data or "
+                "other settings, which began at the same time. Choose another folder, and give all workers the same."
+            )
         shards[name] = entry
     write_manifest(store.address, {**manifest, "is_complete": True, "shards": shards})
     for name in sizes:  # what workers left that are gone
@@ -202,11 +219,11 @@ def _notes(names: Iterable[str]) -> list[int]:
     return [int(found[1]) for name in names if (found := re.fullmatch(r"part-(\d+)\.json", name))]
 
 
-def _read_note(store: Store, number: int) -> tuple[str | None, dict]:
-    """The shard of a part, and its entry in the manifest; None for a note that is none."""
+def _read_note(store: Store, number: int) -> tuple[str | None, str, dict]:
+    """The shard of a part, the mark of its cache, and its entry in the manifest; None for a note that is none."""
     try:
         entry = json.loads(store.read(_note(number)) or b"")
-        name = entry.pop("name")
+        name, mark = entry.pop("name"), entry.pop("of")
     except (ValueError, AttributeError, KeyError):
-        return None, {}
-    return (name, entry) if is_shard(name, entry) else (None, {})
+        return None, "", {}
+    return (name, mark, entry) if is_shard(name, entry) else (None, "", {})

@@ -17,10 +17,10 @@ from torch.utils.data import IterableDataset
 from transformers import PretrainedConfig, default_data_collator
 
 from hf_compress.distillation.layer_map import num_hidden_states
-from hf_compress.distillation.teachers.apart import Leases, Parts, worker_here, write_parts
+from hf_compress.distillation.teachers.apart import Leases, Parts, sum_of, worker_here, write_parts
 from hf_compress.distillation.teachers.cache_contents import Outputs, Rows, together
 from hf_compress.distillation.teachers.cache_files import (
-    check_same,
+    check_same_cache,
     find_faults,
     is_cache,
     only_writer,
@@ -28,6 +28,7 @@ from hf_compress.distillation.teachers.cache_files import (
     read_manifest,
     read_notes,
     remove_notes,
+    settings_of,
     teacher_fingerprint,
     tokenizer_fingerprint,
     write_manifest,
@@ -40,6 +41,7 @@ from hf_compress.files.whole import remove_leftovers
 from hf_compress.model.reading import PaddingCollator
 from hf_compress.model.tasks import plain_model
 from hf_compress.training.progress import progress_bar
+from hf_compress.training.ranks import check_same, failing_together
 
 logger = logging.getLogger(__name__)
 
@@ -120,12 +122,15 @@ def cache_teacher(
             "classes": outputs.classes,
             "stored": outputs.stored,
         }
+        keys = example_keys(rows.batch(first), outputs.columns)
         if is_apart:
             worker = worker_here() if worker in (None, "env") else worker
             leases = Leases(Store(path), lease_seconds)
-            parts = Parts(rows, shard_size, keys=example_keys(rows.batch(first), outputs.columns))
+            parts = Parts(rows, shard_size, keys=keys)
             write_parts(leases, manifest, outputs, parts, worker=worker, batch_size=batch_size)
         else:
+            text = f"{len(rows)} examples, of which the first add up to {sum_of(keys)}"
+            check_same({**settings_of(manifest), "shard_size": str(shard_size), "dataset": text}, "A teacher cache")
             _write_together(Path(path), manifest, outputs, rows, batch_size, shard_size, state)
     return CachedTeacher(path)
 
@@ -139,12 +144,13 @@ def _write_together(
         known = set()
         for name in shards:
             known.update(load_file(path / name)["keys"].tolist())
-        for tensors in _missing(outputs, rows, known, batch_size, shard_size, state):
-            write_shard(path, tensors)
-        state.wait_for_everyone()
-        if state.is_main_process:
-            write_manifest(path, {**manifest, "is_complete": True, "shards": {**shards, **read_notes(path)}})
-            remove_notes(path)
+        with failing_together():
+            for tensors in _missing(outputs, rows, known, batch_size, shard_size, state):
+                write_shard(path, tensors)
+        with failing_together():
+            if state.is_main_process:
+                write_manifest(path, {**manifest, "is_complete": True, "shards": {**shards, **read_notes(path)}})
+                remove_notes(path)
     state.wait_for_everyone()
 
 
@@ -159,32 +165,33 @@ def _own_device(*, cpu: bool) -> torch.device:
 
 def _open(path: Path, manifest: dict, state: PartialState) -> dict[str, dict]:
     """Begin a cache, or go on with the one that is there: its whole shards."""
-    shards, faults = {}, {}
-    is_there = is_cache(path)
-    state.wait_for_everyone()  # all ranks have looked before one writes
-    if is_there:
-        found = read_manifest(path)
-        check_same(path, found, manifest)
-        if "text" in found and not found["is_complete"]:
-            raise ValueError(
-                f"Workers that were started apart write the cache in {path}. Finish it with worker='env' or (0, 1) and "
-                "the same dataset and shard_size, or choose another folder."
-            )
-        shards = {**found["shards"], **read_notes(path)}
-        faults = find_faults(path, shards)
-        for name, fault in faults.items():
-            logger.warning("Writing %s again: it %s.", path / name, fault)
-        shards = {name: entry for name, entry in shards.items() if name not in faults}
-    state.wait_for_everyone()
-    if state.is_main_process:
-        path.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path)
-        for name in faults:
-            (path / name).unlink(missing_ok=True)
-        write_manifest(path, {**manifest, "is_complete": False, "shards": shards})
-        remove_notes(path)
-    state.wait_for_everyone()
+    with failing_together():  # all ranks have looked before one writes
+        shards, faults = _whole_shards(path, manifest) if is_cache(path) else ({}, {})
+    with failing_together():
+        if state.is_main_process:
+            path.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(path)
+            for name in faults:
+                (path / name).unlink(missing_ok=True)
+            write_manifest(path, {**manifest, "is_complete": False, "shards": shards})
+            remove_notes(path)
     return shards
+
+
+def _whole_shards(path: Path, manifest: dict) -> tuple[dict[str, dict], dict[str, str]]:
+    """The shards of the cache that is there and can be gone on with, and what is wrong with others, by name."""
+    found = read_manifest(path)
+    check_same_cache(path, found, manifest)
+    if "text" in found and not found["is_complete"]:
+        raise ValueError(
+            f"Workers that were started apart write the cache in {path}. Finish it with worker='env' or (0, 1) and "
+            "the same dataset and shard_size, or choose another folder."
+        )
+    shards = {**found["shards"], **read_notes(path)}
+    faults = find_faults(path, shards)
+    for name, fault in faults.items():
+        logger.warning("Writing %s again: it %s.", path / name, fault)
+    return {name: entry for name, entry in shards.items() if name not in faults}, faults
 
 
 def _missing(

@@ -24,6 +24,7 @@ from transformers import PretrainedConfig
 from hf_compress.distillation.teachers.manifest import check_manifest, is_shard
 from hf_compress.files.store import Store, is_remote
 from hf_compress.files.whole import file_digest, write_whole
+from hf_compress.training.ranks import failing_together
 
 logger = logging.getLogger(__name__)
 
@@ -44,16 +45,16 @@ def is_cache(path) -> bool:
 def only_writer(path: Path, state: PartialState) -> Iterator[None]:
     """Wait until no other job writes to `path`. A lock of the system: a killed process leaves none behind."""
     with ExitStack() as held:
-        if state.is_main_process:
-            path.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(path / ".lock")
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                logger.warning("Another process writes the cache in %s: waiting for it to finish.", path)
-                lock.acquire()
-            held.callback(lock.release)
-        state.wait_for_everyone()
+        with failing_together():
+            if state.is_main_process:
+                path.mkdir(parents=True, exist_ok=True)
+                lock = FileLock(path / ".lock")
+                try:
+                    lock.acquire(timeout=0)
+                except Timeout:
+                    logger.warning("Another process writes the cache in %s: waiting for it to finish.", path)
+                    lock.acquire()
+                held.callback(lock.release)
         yield
 
 
@@ -177,10 +178,15 @@ def tokenizer_fingerprint(tokenizer) -> str | None:
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
-def check_same(folder: Path | str, found: dict, manifest: dict) -> None:
+def settings_of(manifest: dict) -> dict[str, str]:
+    """What all that write one cache have to have alike: name -> value."""
+    plain = {**manifest, "teacher": manifest["teacher"]["fingerprint"][:16]}
+    return {name: str(plain[name]) for name in SETTINGS}
+
+
+def check_same_cache(folder: Path | str, found: dict, manifest: dict) -> None:
     """Raise ValueError where the cache in `folder` is of another teacher or was written with other settings."""
-    theirs, mine = ({**m, "teacher": m["teacher"]["fingerprint"][:16]} for m in (found, manifest))
-    check_settings(folder, theirs, mine, SETTINGS)
+    check_settings(folder, settings_of(found), settings_of(manifest), SETTINGS)
 
 
 def check_settings(folder: Path, found: dict, expected: dict, names: Iterable[str]) -> None:

@@ -116,6 +116,11 @@ class CachedTeacher(nn.Module):
         return [*self.manifest["inputs"], *MASKS]
 
     @property
+    def whose(self) -> str:
+        """What tells this cache from another."""
+        return f"{len(self)} examples by the teacher {self.manifest['teacher']['fingerprint'][:16]}"
+
+    @property
     def bytes_per_token(self) -> float:
         """Bytes on disk for a real token of the text (for an example, where the text has no tokens)."""
         ends = next((self._ends[side] for side in ("decoder", "input") if side in self._ends), None)

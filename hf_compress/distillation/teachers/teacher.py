@@ -14,6 +14,7 @@ from hf_compress.distillation.teachers.cached_teacher import CachedTeacher
 from hf_compress.distillation.teachers.several_teachers import SeveralTeachers, teachers_of
 from hf_compress.distillation.teachers.sharded_teacher import shard
 from hf_compress.model.tasks import LANGUAGE_MODELS, auto_class_name, plain_model
+from hf_compress.training.checks import weights_fact
 
 HEADS = ["classifier", "score", "qa_outputs", "lm_head", "cls", "pooler", "pre_classifier"]  # stay in full precision
 VOCABULARY_PADDING = 256  # a vocabulary grown to a multiple of at most this is padding, not other words
@@ -185,6 +186,19 @@ def frozen(teacher: nn.Module, device: torch.device, *, is_sharded: bool = False
         else:
             one.to(device)
     return teacher
+
+
+def teacher_facts(teacher: nn.Module, *, learns: bool) -> dict[str, str]:
+    """What tells a teacher, or each of several, from another, before ranks share out its weights: name -> value.
+
+    One that `learns` with the student, or is part of it, is as DDP makes it.
+    """
+    found = {}
+    for number, one in enumerate(teachers_of(teacher), 1):
+        values = not learns and not isinstance(one, AdapterTeacher)
+        fact = f"a cache of {one.whose}" if isinstance(one, CachedTeacher) else weights_fact(one, values=values)
+        found["teacher_model" if number == 1 else f"teacher {number}"] = fact
+    return found
 
 
 def check_data(dataset, student: nn.Module) -> None:
