@@ -60,6 +60,7 @@ def prepare(model: PreTrainedModel, bits: dict) -> None:
         # Initialising reads `weight` of every module and would dequantize the whole model. A subclass of nn.Embedding
         # may have buffers that only its initialisation fills, so those go through it.
         is_table = isinstance(packed, PackedEmbedding)
+        packed.is_loading = True
         packed._is_hf_initialized = not is_table or type(packed) in (PackedEmbedding, ProductEmbedding)
         model.set_submodule(name, packed)
     untie_packed(model)
@@ -76,6 +77,7 @@ def finish(model: PreTrainedModel, bits: dict) -> None:
     """Raise ValueError, naming the module, for loaded tensors that no quantizer wrote; then lay out the others."""
     for name, module in packed_modules(model):
         module.check(name)
+        module.is_loading = False
         module.prepare(decodes=model.can_generate())
 
 

@@ -50,7 +50,7 @@ class PackedBlocksLinear(PackedLinear):
     def loading(cls, layer: PackedLinear, block_size: int, num_blocks: int) -> "PackedBlocksLinear":
         """An empty layer in the place of the empty `layer`, which waits for the tensors of a file."""
         made = cls._empty(layer, layer.scheme, block_size, device=layer.scales.device)
-        made.bias, made.qweight = layer.bias, None
+        made.bias, made.qweight, made.is_loading = layer.bias, None, True
         words = words_per_row(num_blocks * block_size**2, layer.scheme.bits)
         sizes = dict(zip(STORED, (words, -(-layer.out_features // block_size) + 1, num_blocks), strict=True))
         for name, size in sizes.items():
@@ -63,14 +63,6 @@ class PackedBlocksLinear(PackedLinear):
                    is_conv1d=layer.is_conv1d)  # fmt: skip
         made.block_size = block_size
         return made
-
-    @property
-    def weight(self) -> Tensor:
-        if self.qweight is not None:
-            return super().weight
-        empty = torch.empty(self.out_features, self.in_features, device="meta")
-        empty._is_hf_initialized = True  # Transformers initialises what no file holds, and asks for it by this name
-        return empty
 
     @property
     def num_blocks(self) -> int:

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from hf_compress.engines.ops import pack_rows, unpack_rows, words_per_row
 from hf_compress.engines.packed_weight import Stored
 from hf_compress.layers.packed_module import Multiplies
-from hf_compress.layers.read_only import read_only
 from hf_compress.layers.scheme import SCALE_DTYPES, WeightScheme
 from hf_compress.model.classes import made_class
 
@@ -170,7 +169,7 @@ class TiedEmbedding(nn.Embedding):
 
     @property
     def weight(self) -> Tensor:
-        return read_only(self.table.dequantize())
+        return self.table.weight
 
     def unpacked(self, weight: nn.Parameter) -> nn.Embedding:
         """The ordinary module with the dequantized table of the other."""
@@ -193,7 +192,7 @@ class TiedHead(nn.Linear):
 
     @property
     def weight(self) -> Tensor:
-        return read_only(self.table.dequantize())
+        return self.table.weight
 
     def forward(self, x: Tensor) -> Tensor:
         return self.table.multiply(x, self.bias)

@@ -9,6 +9,7 @@ from hf_compress.engines.packed_weight import PackedWeight, Stored
 from hf_compress.engines.routes import FewAndMany, choose
 from hf_compress.layers.read_only import read_only
 from hf_compress.layers.scheme import WeightScheme
+from hf_compress.layers.sentinel import awaited
 
 DTYPES = torch.float32, torch.bfloat16, torch.float16  # of the inputs that a run takes
 
@@ -18,12 +19,13 @@ class PackedModule:
 
     KEPT = "scales"  # the buffer that keeps its dtype
 
+    is_loading = False  # True from the time the empty module is made until its tensors are there, and checked
     scheme: WeightScheme
     compute_dtype: torch.dtype  # of `weight`; follows `model.to(dtype)`
 
     @property
     def weight(self) -> Tensor:
-        return read_only(self.dequantize())
+        return awaited(self) if self.is_loading else read_only(self.dequantize())
 
     def _apply(self, fn, recurse: bool = True):
         before = getattr(self, self.KEPT)

@@ -8,6 +8,18 @@ from torch import Tensor, nn
 from hf_compress.layers.read_only import read_only
 
 
+def awaited(module: nn.Module) -> Tensor:
+    """What stands for the weight of a module whose tensors have not come yet: a shape, which nothing initialises.
+
+    What they hold is believed after it was checked, and some families initialise a layer from the module around it.
+    """
+    is_linear = isinstance(module, nn.Linear)
+    shape = (module.out_features, module.in_features) if is_linear else (module.num_embeddings, module.embedding_dim)
+    empty = torch.empty(shape, device="meta")
+    empty._is_hf_initialized = True  # Transformers initialises what no file holds, and asks for it by this name
+    return empty
+
+
 class Sentinel:
     """Mixin for linear maps and embeddings without a tensor called `weight`.
 
@@ -20,13 +32,7 @@ class Sentinel:
     @property
     def weight(self) -> Tensor:
         """The weight that the stored tensors stand for: a copy, which cannot be written to."""
-        if not self.is_loading:
-            return read_only(self.dense_weight())
-        is_linear = isinstance(self, nn.Linear)
-        shape = (self.out_features, self.in_features) if is_linear else (self.num_embeddings, self.embedding_dim)
-        empty = torch.empty(shape, device="meta")
-        empty._is_hf_initialized = True  # Transformers initialises what no file holds, and asks for it by this name
-        return empty
+        return awaited(self) if self.is_loading else read_only(self.dense_weight())
 
     def dense_weight(self) -> Tensor:
         """The weight (N, K), computed from the stored tensors."""

@@ -20,7 +20,7 @@ from hf_compress.recipe.stages import read_stages
 from hf_compress.recipe.store import Store
 from hf_compress.recipe.tasks.table import TASKS, task_of
 from hf_compress.training.progress import our_bars_alone
-from hf_compress.training.ranks import is_main
+from hf_compress.training.ranks import are_several, check_same, failing_together, is_main
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,13 @@ class Recipe:
         An interrupted run goes on where it stopped: finished stages are kept, a training resumes from its last
         checkpoint. Raises RecipeError for what its writer can mend.
         """
-        data, past = self._open()
+        with failing_together():
+            data, past = self._open()
+        if are_several():
+            texts = data.fingerprint if any(stage.reads for stage in self.stages) else ""
+            facts = {"the model": past.last.fingerprint, "the data": texts, "the code": code_fingerprint(),
+                     "the recipe": digest([[stage.settings() for stage in self.stages], self.seed])}  # fmt: skip
+            check_same(facts, "A recipe")
         command = command or f"hf-compress run {self.name}"
         with Store(output_dir) as store, our_bars_alone():
             left = [name for stage in self.stages for name in stage.leaves]

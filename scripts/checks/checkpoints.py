@@ -25,6 +25,8 @@ from transformers import (
 
 import hf_compress as hfc
 from hf_compress.checkpoint.bits import settle_bits
+from hf_compress.engines.ops import pack_gptq
+from hf_compress.layers.packed_blocks import PackedBlocksLinear, packed_blocks
 from hf_compress.layers.packed_linear import PackedLinear
 
 LAYER = "bert.encoder.layer.0"
@@ -135,6 +137,13 @@ CHECKPOINTS: dict[str, Callable[[], PreTrainedModel]] = {
 }  # fmt: skip
 
 
+def words(packed: Tensor, bits: int, number: int) -> Tensor:
+    """Integers of a row of 32-bit words, lowest bits first: (N, W) -> (N, number)."""
+    stream = [(packed.long() >> shift) & 1 for shift in range(32)]
+    stream = torch.stack(stream, -1).flatten(1)[:, : number * bits].unflatten(1, (number, bits))
+    return (stream << torch.arange(bits)).sum(-1)
+
+
 class Checkpoint:
     """An undamaged checkpoint in memory: the model that was saved, and what became of it on the disk."""
 
@@ -174,6 +183,9 @@ class Checkpoint:
             key = name if name in stored else name.removeprefix(f"{model.base_model_prefix}.")
             if key in stored and tensor.shape == stored[key].shape:  # a sentinel has none of its own
                 tensor.copy_(stored[key])
+        for name, module in packed_blocks(model).items():
+            parts = {part: stored[f"{name}.{part}"] for part in ("qblocks", "crow_indices", "col_indices")}
+            place_blocks(module, *parts.values())
         for module in model.modules():
             for renew in ("prepare", "build_index"):
                 if callable(getattr(module, renew, None)):
@@ -190,6 +202,18 @@ class Checkpoint:
             assert is_same, f"{name} is not what was saved"
         assert schemes(model) == schemes(expected), "weights are said to be stored otherwise than they were saved"
         close(model, expected)
+
+
+def place_blocks(layer: PackedBlocksLinear, qblocks: Tensor, crow: Tensor, col: Tensor) -> None:
+    """Changes `layer`: its integers are zero points, but where a block of `qblocks` lies."""
+    _, zero_points, groups = layer.integers()
+    q, side, bits = zero_points[groups].t().clone(), layer.block_size, layer.scheme.bits
+    found = words(qblocks[None], bits, len(col) * side**2).view(-1, side, side)
+    for row in range(len(crow) - 1):
+        for i in range(int(crow[row]), int(crow[row + 1])):
+            rows, columns = (slice(n * side, (n + 1) * side) for n in (row, int(col[i])))
+            q[rows, columns] = found[i].to(q.dtype)
+    layer.qweight = pack_gptq(q.to(torch.uint8), bits)
 
 
 def close(model: PreTrainedModel, expected: nn.Module) -> None:

@@ -3,18 +3,10 @@
 import copy
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 import hf_compress as hfc
-from scripts.checks.checkpoints import Checkpoint, bert, close, llama
-
-
-def words(packed: Tensor, bits: int, number: int) -> Tensor:
-    """Integers of a row of 32-bit words, lowest bits first: (N, W) -> (N, number)."""
-    stream = [(packed.long() >> shift) & 1 for shift in range(32)]
-    stream = torch.stack(stream, -1).flatten(1)[:, : number * bits].unflatten(1, (number, bits))
-    return (stream << torch.arange(bits)).sum(-1)
+from scripts.checks.checkpoints import Checkpoint, bert, close, llama, words
 
 
 class Gptq(Checkpoint):

@@ -25,6 +25,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -85,12 +86,14 @@ def attempt(checkpoint: Checkpoint, seed: int, number: int, folder: Path) -> tup
     return f"{' and '.join(done) or 'nothing'}: {end}", complaint
 
 
-def fuzz(numbers: range, seed: int, folder: Path, foreign: bool = False) -> tuple[Counter, dict[int, str]]:
-    """How often each end was met, and the complaints by number."""
+def fuzz(
+    numbers: range, seed: int, folder: Path, foreign: bool = False, kinds: Sequence[str] = ()
+) -> tuple[Counter, dict[int, str]]:
+    """How often each end was met, and the complaints by number. `kinds` are some of the checkpoints, all by default."""
     transformers.logging.set_verbosity(logging.CRITICAL)
     transformers.logging.disable_progress_bar()
-    kinds = FOREIGN if foreign else dict.fromkeys(CHECKPOINTS, Checkpoint)
-    checkpoints = [kind(name, folder / name) for name, kind in kinds.items()]
+    known = FOREIGN if foreign else dict.fromkeys(CHECKPOINTS, Checkpoint)
+    checkpoints = [known[name](name, folder / name) for name in kinds or known]
     ends, complaints = Counter(), {}
     for number in numbers:
         (folder / "number").write_text(str(number), encoding="utf-8")
@@ -101,7 +104,9 @@ def fuzz(numbers: range, seed: int, folder: Path, foreign: bool = False) -> tupl
     return ends, complaints
 
 
-def fuzz_apart(numbers: range, seed: int, foreign: bool = False) -> tuple[Counter, dict[int, str]]:
+def fuzz_apart(
+    numbers: range, seed: int, foreign: bool = False, kinds: Sequence[str] = ()
+) -> tuple[Counter, dict[int, str]]:
     """`fuzz` in a process of its own, whose death is a complaint."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -114,7 +119,7 @@ def fuzz_apart(numbers: range, seed: int, foreign: bool = False) -> tuple[Counte
                     + MOST_ADDRESSES
                 )
                 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-                ends, complaints = fuzz(numbers, seed, folder, foreign)
+                ends, complaints = fuzz(numbers, seed, folder, foreign, kinds)
                 (folder / "result").write_text(json.dumps([ends, complaints]), encoding="utf-8")
                 status = 0
             finally:
@@ -134,15 +139,20 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--foreign", action="store_true", help="GPTQ and compressed-tensors in place of our own")
     parser.add_argument("--only", type=int, help="one number, in this process")
+    parser.add_argument("--kinds", nargs="+", default=(), help="some of the checkpoints, by name, all by default")
     run = parser.parse_args()
+    if unknown := sorted({*run.kinds} - {*(FOREIGN if run.foreign else CHECKPOINTS)}):
+        parser.error(f"there are no checkpoints {unknown}, but {', '.join(FOREIGN if run.foreign else CHECKPOINTS)}.")
     torch.set_num_threads(1)
     start, ends, complaints = time.time(), Counter(), {}
     if run.only is not None:
         with tempfile.TemporaryDirectory() as folder:
-            ends, complaints = fuzz(range(run.only, run.only + 1), run.seed, Path(folder), run.foreign)
+            ends, complaints = fuzz(range(run.only, run.only + 1), run.seed, Path(folder), run.foreign, run.kinds)
     else:
         for first in range(0, run.count, PER_PROCESS):
-            more, wrong = fuzz_apart(range(first, min(first + PER_PROCESS, run.count)), run.seed, run.foreign)
+            more, wrong = fuzz_apart(
+                range(first, min(first + PER_PROCESS, run.count)), run.seed, run.foreign, run.kinds
+            )
             ends += more
             complaints |= wrong
     for end, count in sorted(ends.items()):

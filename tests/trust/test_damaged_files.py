@@ -12,7 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import BertForMaskedLM, core_model_loading
 
 import hf_compress as hfc
+from hf_compress.layers.low_rank import LowRank
 from hf_compress.layers.packed_linear import PackedLinear
+from hf_compress.layers.packed_module import Multiplies
+from hf_compress.layers.product_embedding import ProductEmbedding
 from hf_compress.layers.scheme import WeightScheme
 
 pytest.importorskip("resource", reason="scripts/checks/fuzz.py bounds what it runs: not on Windows")
@@ -272,3 +275,23 @@ def test_ten_thousand_damaged_checkpoints_load_right_or_not_at_all(part):
         ends, complaints = fuzz_apart(range(first, first + 250), seed=0)
         assert not complaints, "\n".join(f"{number}: {text}" for number, text in complaints.items())
         assert sum(ends.values()) == 250
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "ternary", "t5", "tied parts", "packed blocks", "low rank"])
+def test_what_was_not_checked_is_not_read(kind, tmp_path, monkeypatch):
+    """Some families initialise a layer from the module around it, which asks for the weight of each layer."""
+    model = CHECKPOINTS[kind]()
+    model.save_pretrained(tmp_path)
+
+    def read(self, *args, **kwargs):
+        raise AssertionError("read before it was checked")
+
+    with monkeypatch.context() as patched:
+        for layer, name in ((Multiplies, "dequantize"), (ProductEmbedding, "dequantize"), (LowRank, "dense_weight")):
+            patched.setattr(layer, name, read)
+        loaded = type(model).from_pretrained(tmp_path)
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
+    if kind == "ternary":  # whose levels are three, of the four that two bits can say
+        rewrite(tmp_path, instead("transformer.h.0.mlp.c_proj.qweight", lambda words: torch.full_like(words, -1)))
+        with pytest.raises(ValueError, match="c_proj.qweight must hold indices below 3, got 3"):
+            type(model).from_pretrained(tmp_path)

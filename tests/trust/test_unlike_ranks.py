@@ -10,6 +10,7 @@ from accelerate import PartialState
 from distillation.data import rows
 from helpers import tiny_model
 from machine import needs_fork, ranks, share_weights
+from recipe_run import reviews, tiny_folder
 from torch.utils.data import Dataset
 
 import hf_compress as hfc
@@ -126,6 +127,26 @@ def test_a_cache_that_ranks_write_together_is_of_one_teacher_and_one_text(tmp_pa
         assert len(hfc.cache_teacher(bert(0), rows(8), place)) == 8
 
     ranks(job, 2)
+
+
+@needs_fork
+def test_a_recipe_is_one_on_all_ranks(tmp_path):
+    model, data = tiny_folder(tmp_path / "start"), reviews(tmp_path / "reviews.csv")
+
+    def job(rank):
+        PartialState(cpu=True)
+
+        def running(data=data, **given):
+            stages = [{"quantize": {"bits": 4 + 4 * rank if given.pop("bits", False) else 8}}]
+            return partial(hfc.Recipe(stages, model=str(model), data=str(data), **given).run, tmp_path / "out")
+
+        assert_refused(running(bits=True), "A recipe has to be begun alike", "the recipe of process 1")
+        assert_refused(running(seed=rank), "the recipe of process 1")
+        mine = raised(running(data=tmp_path / "none.csv" if rank else data))
+        assert all("none.csv" in text for text in of_both(mine))
+
+    ranks(job, 2)
+    assert not (tmp_path / "out").exists()
 
 
 @needs_fork
