@@ -8,9 +8,10 @@ import io
 import logging
 from collections.abc import Iterator
 from copy import copy, deepcopy
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from pickle import UnpicklingError
+from traceback import extract_tb
 from typing import Any, NamedTuple
 
 import torch
@@ -56,10 +57,9 @@ class Stream(IterableDataset):
         if hasattr(self.source, "set_epoch"):
             self.source.set_epoch(place.number)  # another order in each pass
         goes_on = self.is_stateful and place.state is not None
-        if goes_on:
-            self.source.load_state_dict(deepcopy(place.state))
+        rest = self._after(place.state) if goes_on else islice(self.source, place.examples, None)
         number = 0
-        for number, example in enumerate(islice(self.source, 0 if goes_on else place.examples, None), 1):
+        for number, example in enumerate(rest, 1):
             batches, rest = divmod(number, self.batch_size)
             if not rest:
                 state = deepcopy(self.source.state_dict()) if self.is_stateful else None
@@ -72,6 +72,23 @@ class Stream(IterableDataset):
             )
         last = place.batches + -(-number // self.batch_size)
         self._places[last] = self._next  # what comes after the last batch is the next pass
+
+    def _after(self, state: Any) -> Iterator:
+        """The examples after `state`. Raises ValueError, naming what it lacks, for the state of another stream."""
+        try:
+            self.source.load_state_dict(deepcopy(state))
+            examples = iter(self.source)
+            first = list(islice(examples, 1))  # `datasets` reads a state when the first example is asked for
+        except Exception as error:
+            frames = extract_tb(error.__traceback__)
+            is_of_state = any(frame.name.endswith("load_state_dict") for frame in frames)
+            if not is_of_state and not frames[-1].filename.endswith("iterable_dataset.py"):  # of `datasets`
+                raise
+            raise ValueError(
+                f"The place in {STREAM_FILE} of the checkpoint is one in another stream ({type(error).__name__}: "
+                f"{error}). Give the stream that was trained on, or set ignore_data_skip=True to begin this one."
+            ) from error
+        return chain(first, examples)
 
     def _keep(self, place: Place) -> None:
         self._places = {n: kept for n, kept in self._places.items() if n >= self.taken_batches}

@@ -90,6 +90,25 @@ def test_a_training_that_stopped_in_the_middle_goes_on_there(kind, name, tmp_pat
     assert ("are read again and passed over" in caplog.text) == (kind in ("without-state", "shuffled"))
 
 
+@pytest.mark.parametrize(("mine", "other"), [("of-torch", "of-datasets"), ("of-datasets", "of-torch"),
+                                             ("interleaved", "of-datasets")])  # fmt: skip
+def test_a_place_in_another_stream_is_told(mine, other):
+    stream = Stream(STREAMS[mine](rows(8)), 2)
+    assert len([*itertools.islice(stream, 3)]) == 3
+    there = Stream(STREAMS[other](rows(8)), 2, stream._places[1])
+    with pytest.raises(ValueError, match="one in another stream .* Give the stream that was trained on"):
+        next(iter(there))
+
+
+def test_an_error_of_the_stream_itself_stays_its_own():
+    class Broken(Stateful):
+        def __iter__(self):
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        next(iter(Stream(Broken(rows(8)), 2, Place(state={"place": 1}))))
+
+
 def test_only_the_rest_is_read(tmp_path):
     data = Stateful(data_of("DistillationTrainer", 24))
     options = dict(max_steps=5, save_strategy="steps", save_steps=3)
