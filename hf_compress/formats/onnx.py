@@ -1,9 +1,10 @@
 """ONNX Runtime: the integers of a packed model in an ONNX graph, made by transformers' exporter.
 
     8-bit rows with a trained range     QuantizeLinear, DequantizeLinear around int8 weights: ONNX Runtime fuses them
-    other 8-bit rows                    each token its own scale, as our layers round: MatMulInteger
-    groups and 2, 3, 4 bit              MatMulNBits, which rounds inputs to 8 bit in blocks; 2 and 3 bit travel in 4
-    groups that MatMulNBits has not     DequantizeLinear in blocks, and a float product
+    other 8-bit rows                    each token its own scale: MatMulInteger; of embedders, whose vectors that would
+                                        change, float products
+    groups and 2, 3, 4 bit              float products of weights that are unpacked when the file is opened; of decoders
+                                        MatMulNBits, which rounds inputs to 8 bit in blocks; 2 and 3 bit travel in 4
     embedding                           Gather of the integers, then scaled; GatherBlockQuantized below 8 bit
 
 Tested with onnxruntime 1.31.1, onnx 1.23.2, onnxscript 0.7.2, transformers 5.23.0, torch 2.13.0.
@@ -21,8 +22,11 @@ from transformers.exporters import ExportFormat, ExportQuantizer, OnnxConfig, On
 from hf_compress.formats.named_weight import NamedWeight, named_weights
 from hf_compress.formats.runtimes.agreement import Session
 from hf_compress.formats.runtimes.folder import write_folder
-from hf_compress.formats.runtimes.onnx_nodes import MICROSOFT, Nodes, product, rounded_inputs, table_rows
+from hf_compress.formats.runtimes.onnx_nodes import MICROSOFT, Nodes
+from hf_compress.formats.runtimes.onnx_products import product, rounded_inputs, way_of
+from hf_compress.formats.runtimes.onnx_rows import for_several, table_rows
 from hf_compress.formats.runtimes.onnx_session import session
+from hf_compress.formats.runtimes.readme import is_embedder
 from hf_compress.formats.runtimes.traced import Traced, sample_inputs, traced
 
 OPSET = 21  # the first with 4-bit integers
@@ -39,9 +43,10 @@ class PackedWeights(ExportQuantizer):
     supported_formats = (ExportFormat.ONNX,)
     required_packages = ("onnx_ir",)
 
-    def __init__(self, weights: dict[str, NamedWeight], traced: Traced):
+    def __init__(self, weights: dict[str, NamedWeight], traced: Traced, *, keeps_inputs: bool, decodes: bool):
         super().__init__()
         self.weights, self.traced = weights, traced
+        self.ways = {name: way_of(w, keeps_inputs=keeps_inputs, decodes=decodes) for name, w in weights.items()}
         self.products: dict[str, ir.Value] = {}  # module -> what multiplying by it gives
         self.found: set[str] = set()
         self.rounded: dict[tuple, list[ir.Value]] = {}
@@ -52,7 +57,10 @@ class PackedWeights(ExportQuantizer):
             array = None if value.const_value is None else value.const_value.numpy()
             found = None if array is None else self.traced.find(array)
             if found is not None:
-                for node, port in list(value.uses()):
+                uses = list(value.uses())
+                if len(uses) > 1:  # ALBERT's layers
+                    self.weights[found[0]] = for_several(self.weights[found[0]])
+                for node, port in uses:
                     self.replace(node, port, *found)
         keep_layer_norms(model)
         RemoveUnusedNodesPass()(model)
@@ -79,10 +87,11 @@ class PackedWeights(ExportQuantizer):
         self.nodes.put_in_place(node, new)
 
     def multiply(self, x: ir.Value, weight: NamedWeight) -> ir.Value:
-        place = x, weight.scheme.activation_range, weight.scheme.bits == 8 and weight.num_groups == 1
+        way, scheme = self.ways[weight.name], weight.scheme
+        place = x, way, scheme.activation_bits, scheme.activation_range
         if place not in self.rounded:
-            self.rounded[place] = rounded_inputs(self.nodes, x, weight)
-        return product(self.nodes, self.rounded[place], weight)
+            self.rounded[place] = rounded_inputs(self.nodes, x, weight, way)
+        return product(self.nodes, self.rounded[place], weight, way)
 
 
 def keep_layer_norms(model: ir.Model) -> None:
@@ -105,7 +114,8 @@ class OnnxExport:
     def __init__(self, model: PreTrainedModel, inputs: list[str] | None):
         weights = {weight.name: weight for weight in named_weights(model)}
         trace = traced(model)
-        quantizer = PackedWeights(weights, trace) if weights else None
+        decodes = model.can_generate() and not model.config.is_encoder_decoder
+        quantizer = PackedWeights(weights, trace, keeps_inputs=is_embedder(model), decodes=decodes) if weights else None
         config = OnnxConfig(dynamic=True, opset_version=OPSET, quantizer=quantizer)
         self.exported = OnnxExporter().export(trace.model, sample_inputs(trace.model, inputs), config)
         self.products = quantizer.products if quantizer else {}

@@ -5,6 +5,7 @@
                 2 and 3 bit travel in 4
     embedding   Gather of the same nodes, which the plugin gathers as integers
     inputs      trained range: FakeQuantize of 256 levels, one for all readers of a tensor, and products of u8 x i8;
+                each token's own range, where the model rounds so: a few nodes;
                 else rounded as they come, `DYNAMIC_QUANTIZATION_GROUP_SIZE` columns together
 
 Tested with openvino 2026.4.1, transformers 5.23.0, torch 2.13.0.
@@ -20,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.exporters import ExportFormat, ExportQuantizer, OpenVINOConfig, OpenVINOExporter
 
 from hf_compress.engines.processor import has_int8
-from hf_compress.engines.rounding import LEVELS, grid_of_range
+from hf_compress.engines.rounding import LARGEST_INT8, LEVELS, grid_of_range
 from hf_compress.formats.named_weight import NamedWeight, named_weights
 from hf_compress.formats.runtimes.agreement import Session
 from hf_compress.formats.runtimes.folder import write_folder
@@ -73,11 +74,12 @@ class PackedWeights(ExportQuantizer):
         reader.replace_source_output(stored.output(0))
 
     def inputs(self, source: ov.Output, weight: NamedWeight) -> ov.Output:
-        """The inputs of a product: on the grid of the trained range, in the order of the columns."""
-        place = source.get_node().get_friendly_name(), source.get_index(), weight.scheme.activation_range
-        if weight.scheme.activation_range is not None:
+        """The inputs of a product: rounded where the model rounds them, in the order of the columns."""
+        range_ = weight.scheme.activation_range
+        place = source.get_node().get_friendly_name(), source.get_index(), range_
+        if weight.scheme.activation_bits is not None:
             if place not in self.rounded:
-                self.rounded[place] = fake_quantize(source, *weight.scheme.activation_range)
+                self.rounded[place] = round_tokens(source) if range_ is None else fake_quantize(source, *range_)
             source = self.rounded[place].output(0)
         if weight.order is not None:
             source = op.gather(source, constant(weight.order), constant(np.array(-1))).output(0)
@@ -94,15 +96,20 @@ def weight_nodes(weight: NamedWeight) -> ov.Node:
     """Nodes that give W (N, K), float32, from the stored integers."""
     (N, K), G, is_wide = weight.q.shape, weight.num_groups, weight.scheme.bits == 8
     shape, of_groups = ((N, G, K // G), (N, G, 1)) if G > 1 else ((N, K), (N, 1))
+    scales = weight.scales.reshape(of_groups)
+    if G == 1 and not weight.is_table:  # a scale a row takes little room, and products of integers want float32
+        scales = scales.astype(np.float32)
+    number = "f16" if scales.dtype == np.float16 else "f32"  # the plugin computes in float32, whichever is written
     if weight.scheme.symmetric:  # signed and without zero points: what products of integers need
         values = weight.signed().astype(np.int8).reshape(shape)
-        centred = op.convert(constant(values, ov.Type.i8 if is_wide else ov.Type.i4), "f32")
+        centred = op.convert(constant(values, ov.Type.i8 if is_wide else ov.Type.i4), number)
     else:
         kind = ov.Type.u8 if is_wide else ov.Type.u4
-        zeros = op.convert(constant(weight.zeros.reshape(of_groups), kind), "f32")
-        centred = op.subtract(op.convert(constant(weight.q.reshape(shape), kind), "f32"), zeros)
-    product = op.multiply(centred, constant(weight.scales.astype(np.float32).reshape(of_groups)))
+        zeros = op.convert(constant(weight.zeros.reshape(of_groups), kind), number)
+        centred = op.subtract(op.convert(constant(weight.q.reshape(shape), kind), number), zeros)
+    product = op.multiply(centred, constant(scales))
     product = op.reshape(product, constant(np.array([N, K])), special_zero=False) if G > 1 else product
+    product = op.convert(product, "f32") if number == "f16" else product
     product.set_friendly_name(f"{weight.name}.weight")
     return product
 
@@ -112,6 +119,13 @@ def fake_quantize(source: ov.Output, low: float, high: float) -> ov.Node:
     scale, zero_point = grid_of_range(low, high)
     low, high = (constant(np.float32(end * scale)) for end in (-zero_point, LEVELS - zero_point))
     return op.fake_quantize(source, low, high, low, high, LEVELS + 1)
+
+
+def round_tokens(source: ov.Output) -> ov.Node:
+    """Each token on the grid of its own largest value, as `round_per_token` has it."""
+    largest = op.reduce_max(op.abs(source), constant(np.array([-1])), keep_dims=True)
+    scale = op.maximum(op.divide(largest, constant(np.float32(LARGEST_INT8))), constant(np.float32(1e-30)))
+    return op.multiply(op.round(op.divide(source, scale), "half_to_even"), scale)
 
 
 def dynamic_group(weights: dict[str, NamedWeight]) -> int:

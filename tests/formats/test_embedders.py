@@ -43,7 +43,8 @@ def test_vectors_are_those_of_the_packed_model(format, packed, expected, tmp_pat
     vectors = torch.from_numpy(run_readme(tmp_path / "model", monkeypatch)["vectors"]).float()
     torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(2))
     cosine = torch.cosine_similarity(vectors, Pooling()(*expected), dim=-1)
-    assert (cosine >= 0.999).all()  # 8 bit, inputs rounded by the runtime
+    least = {"onnx": 0.99999, "openvino": 0.999}  # inputs as they are; rounded in groups where that is faster
+    assert (cosine >= least[format]).all()
     assert read_pooling(tmp_path / "model") == Pooling()  # for sentence-transformers
 
 

@@ -17,12 +17,14 @@ ir = pytest.importorskip("onnx_ir")
 
 from hf_compress.formats.onnx import OPSET  # noqa: E402
 from hf_compress.formats.runtimes.agreement import feed  # noqa: E402
-from hf_compress.formats.runtimes.onnx_nodes import MICROSOFT, Nodes, product, rounded_inputs, table_rows  # noqa: E402
+from hf_compress.formats.runtimes.onnx_nodes import MICROSOFT, Nodes  # noqa: E402
+from hf_compress.formats.runtimes.onnx_products import Way, product, rounded_inputs, way_of  # noqa: E402
+from hf_compress.formats.runtimes.onnx_rows import for_several, table_rows  # noqa: E402
 from hf_compress.formats.runtimes.onnx_session import WITHOUT_OVERFLOW, open_folder  # noqa: E402
 from hf_compress.layers.activations import round_per_token, round_to_range  # noqa: E402
 
 
-def run(weight, x: np.ndarray, *, lookup: bool = False) -> tuple[np.ndarray, list[str]]:
+def run(weight, x: np.ndarray, *, lookup: bool = False, way: Way | None = None) -> tuple[np.ndarray, list[str]]:
     """x W^T, or the rows x of a table, in ONNX Runtime; and the kinds of nodes that did it."""
     kind = ir.DataType.INT64 if lookup else ir.DataType.FLOAT
     source = ir.Value(name="x", shape=ir.Shape(x.shape), type=ir.TensorType(kind))
@@ -30,18 +32,15 @@ def run(weight, x: np.ndarray, *, lookup: bool = False) -> tuple[np.ndarray, lis
     graph = ir.Graph([source], [], nodes=[end], opset_imports={"": OPSET, MICROSOFT: 1})
     nodes = Nodes(graph)
     with nodes.before(end):
+        way = way or way_of(weight, keeps_inputs=False, decodes=True)
         y = (
             table_rows(nodes, weight, source)
             if lookup
-            else product(nodes, rounded_inputs(nodes, source, weight), weight)
+            else product(nodes, rounded_inputs(nodes, source, weight, way), weight, way)
         )
     y.dtype, y.shape = ir.DataType.FLOAT, ir.Shape([None] * (x.ndim + lookup))
     graph.outputs.append(y)
-    options = ort.SessionOptions()
-    options.add_session_config_entry(*WITHOUT_OVERFLOW)
-    model = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
-    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    return session.run(None, {"x": x})[0], [node.op_type for node in graph]
+    return opened(graph).run(None, {"x": x})[0], [node.op_type for node in graph]
 
 
 def packed(K: int = 64, **options):
@@ -64,8 +63,8 @@ PRODUCTS = {  # scheme -> the node that multiplies
     "4-bit-rows-of-72": (dict(bits=4, group_size=-1, K=72), "MatMulNBits"),
     "3-bit": (dict(bits=3, group_size=16), "MatMulNBits"),
     "2-bit-symmetric": (dict(bits=2, group_size=16, symmetric=True), "MatMulNBits"),
-    "4-bit-groups-of-8": (dict(bits=4, group_size=8), "DequantizeLinear"),
-    "8-bit-groups-of-4": (dict(bits=8, group_size=4, symmetric=True), "DequantizeLinear"),
+    "4-bit-groups-of-8": (dict(bits=4, group_size=8), "MatMul"),
+    "8-bit-groups-of-4": (dict(bits=8, group_size=4, symmetric=True), "MatMul"),
 }
 
 
@@ -78,11 +77,112 @@ def test_a_product_is_that_of_the_packed_weight(case):
     assert kind in kinds
     if kind == "MatMulInteger":  # the same integers, so only sums in another order
         expected, bound = round_per_token(x) @ dense.T, 1e-5
-    elif kind == "DequantizeLinear":
+    elif kind == "MatMul":
         expected, bound = x @ dense.T, 1e-5
     else:  # inputs rounded to 8 bit in blocks: half a step of 1 / 127 each, over sums of random signs
         expected, bound = x @ dense.T, 1e-2
     assert np.abs(found - expected.numpy()).max() <= bound * expected.abs().max().item()
+
+
+@pytest.mark.parametrize("case", PRODUCTS)
+def test_a_float_product_keeps_its_inputs(case):
+    """What one input of 50 beside others of 1 loses by rounding would be seen here."""
+    weight, dense = packed(**PRODUCTS[case][0])
+    x = torch.cat([INPUTS, INPUTS[..., :8]], -1)[..., : weight.q.shape[1]].clone()
+    x[..., 3] = 50
+    found, kinds = run(weight, x.numpy(), way=Way.FLOAT)
+    expected = (x.double() @ dense.double().T).numpy()
+    assert kinds.count("MatMul") == 1 and "QuantizeLinear" not in kinds
+    assert np.abs(found - expected).max() <= 1e-6 * 50 * np.abs(dense.numpy()).max() * x.shape[-1] ** 0.5
+
+
+def test_weights_are_multiplied_by_as_the_model_rounds_its_inputs():
+    def way(keeps_inputs=False, decodes=False, activation_range=None, **options):
+        weight, _ = packed(**options)
+        scheme = weight.scheme.__class__(**{**vars(weight.scheme), "activation_range": activation_range})
+        return way_of(
+            weight.__class__(**{**vars(weight), "scheme": scheme}), keeps_inputs=keeps_inputs, decodes=decodes
+        )
+
+    rounded, groups = dict(activation_bits=8), dict(bits=4, group_size=32)
+    assert way(**ROWS) is Way.TOKENS and way(keeps_inputs=True, **ROWS) is Way.FLOAT
+    for keeps_inputs in (True, False):  # rounding of each token, or by a range, is part of such a model
+        assert way(keeps_inputs, **ROWS, **rounded) is Way.TOKENS
+        assert way(keeps_inputs, activation_range=(-1.0, 1.0), **ROWS, **rounded) is Way.RANGE
+        assert way(keeps_inputs, decodes=True, **groups, **rounded) is Way.FLOAT
+    assert way(**groups) is Way.FLOAT and way(decodes=True, **groups) is Way.BLOCKS
+    assert way(keeps_inputs=True, decodes=True, **groups) is Way.FLOAT
+
+
+@pytest.mark.parametrize("options", [dict(bits=4, group_size=32), dict(bits=8, group_size=16), dict(bits=3)])
+def test_each_token_is_rounded_where_the_model_rounds_it(options):
+    """Groups as well as rows, which alone have products of integers."""
+    weight, dense = packed(activation_bits=8, **options)
+    x = INPUTS.clone()
+    x[..., 3] = 50  # a step of 0.4 for all others
+    found, kinds = run(weight, x.numpy())
+    expected = (round_per_token(x) @ dense.T).numpy()
+    assert "Round" in kinds or "MatMulInteger" in kinds
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+    assert np.abs((x @ dense.T).numpy() - expected).max() > 1e-3 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("options", [dict(bits=8, embedding_bits=8, symmetric=True), dict(bits=4, embedding_bits=4)])
+def test_what_is_used_twice_is_stored_once(options):
+    """A layer that is run twice, and a head that is tied to the table of tokens."""
+    model = hfc.quantize(tiny_model("bert", hidden_size=64, **SMALL), group_size=-1, **options)
+    table = next(weight for weight in named_weights(model) if weight.is_table and len(weight.q) == 64)
+    source = ir.Value(name="x", shape=ir.Shape((2, 3, 64)), type=ir.TensorType(ir.DataType.FLOAT))
+    ids = ir.Value(name="ids", shape=ir.Shape((2, 3)), type=ir.TensorType(ir.DataType.INT64))
+    end = ir.node("Identity", [source])
+    nodes = Nodes(ir.Graph([source, ids], [], nodes=[end], opset_imports={"": OPSET, MICROSOFT: 1}))
+    with nodes.before(end):
+        table_rows(nodes, table, ids)
+        for way in (Way.TOKENS, Way.FLOAT, Way.FLOAT) if table.scheme.bits == 8 else (Way.BLOCKS, Way.FLOAT, Way.FLOAT):
+            product(nodes, rounded_inputs(nodes, source, table, way), table, way)
+    sizes = [value.const_value.nbytes for value in nodes.graph.initializers.values()]
+    assert sum(size >= table.q.size // 2 for size in sizes) == 1
+
+
+@pytest.mark.parametrize("way", [Way.RANGE, Way.TOKENS, Way.FLOAT])
+def test_a_weight_of_several_products_is_one_constant(way):
+    """ALBERT's layers: ONNX Runtime fails at int8 that two products share, so such a weight is uint8."""
+    weight, dense = packed(**ROWS)
+    weight = for_several(weight.__class__(**{**vars(weight), "q": np.tile(weight.q, (3, 1))[:64],
+                                             "scales": np.tile(weight.scales, (3, 1))[:64],
+                                             "zeros": np.tile(weight.zeros, (3, 1))[:64]}))  # fmt: skip
+    if way is Way.RANGE:
+        scheme = weight.scheme.__class__(**{**vars(weight.scheme), "activation_bits": 8, "activation_range": (-3, 3)})
+        weight = weight.__class__(**{**vars(weight), "scheme": scheme})
+    expected, dense = INPUTS.clamp(-2, 2), torch.cat([dense] * 3)[:64]
+    for _ in range(2):
+        x = expected
+        expected = {Way.RANGE: lambda x: round_to_range(x, -3, 3), Way.TOKENS: round_per_token}.get(way, lambda x: x)(x)
+        expected = (expected @ dense.T).clamp(-2, 2)
+    found, graph = run_twice(weight, INPUTS.clamp(-2, 2).numpy(), way)
+    assert sum(value.const_value.nbytes >= weight.q.size for value in graph.initializers.values()) == 1
+    assert np.abs(found - expected.numpy()).mean() <= 2e-2 * expected.abs().mean().item()  # ties fall either way
+
+
+def run_twice(weight, x: np.ndarray, way: Way) -> tuple[np.ndarray, object]:
+    source = ir.Value(name="x", shape=ir.Shape(x.shape), type=ir.TensorType(ir.DataType.FLOAT))
+    end = ir.node("Identity", [source])
+    graph = ir.Graph([source], [], nodes=[end], opset_imports={"": OPSET, MICROSOFT: 1})
+    nodes, y = Nodes(graph), source
+    with nodes.before(end):
+        for _ in range(2):
+            y = product(nodes, rounded_inputs(nodes, y, weight, way), weight, way)
+            y = nodes.add("Clip", y, nodes.constant(np.float32(-2)), nodes.constant(np.float32(2)))
+    y.dtype, y.shape = ir.DataType.FLOAT, ir.Shape([None] * x.ndim)
+    graph.outputs.append(y)
+    return opened(graph).run(None, {"x": x})[0], graph
+
+
+def opened(graph) -> "ort.InferenceSession":
+    options = ort.SessionOptions()
+    options.add_session_config_entry(*WITHOUT_OVERFLOW)
+    model = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 @pytest.mark.parametrize("range_", [(-2.0, 1.5), (0.0, 2.0)], ids=["both-sides", "positive"])
@@ -107,7 +207,9 @@ def test_act_order_takes_the_inputs_in_its_order():
 
 
 @pytest.mark.parametrize("options", [dict(embedding_bits=8), dict(embedding_bits=8, symmetric=True),
-                                     dict(embedding_bits=4), dict(embedding_bits=3)])  # fmt: skip
+                                     dict(embedding_bits=4), dict(embedding_bits=3),
+                                     dict(embedding_bits=4, group_size=8), dict(embedding_bits=2, group_size=8),
+                                     dict(embedding_bits=8, group_size=8)])  # fmt: skip
 def test_rows_of_a_table_are_ours(options):
     model = hfc.quantize(tiny_model("bert", **SMALL), bits=8, **options)
     ids = np.array([[3, 0, 63], [7, 7, 1]])

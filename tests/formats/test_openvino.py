@@ -24,11 +24,11 @@ from hf_compress.engines.processor import has_int8
 ov = pytest.importorskip("openvino")
 
 from hf_compress.formats.named_weight import named_weights  # noqa: E402
-from hf_compress.formats.openvino import dynamic_group, fake_quantize  # noqa: E402
+from hf_compress.formats.openvino import dynamic_group, fake_quantize, round_tokens  # noqa: E402
 from hf_compress.formats.runtimes import openvino_session  # noqa: E402
 from hf_compress.formats.runtimes.agreement import feed  # noqa: E402
 from hf_compress.formats.runtimes.openvino_session import WITHOUT_OVERFLOW, open_folder  # noqa: E402
-from hf_compress.layers.activations import round_to_range  # noqa: E402
+from hf_compress.layers.activations import round_per_token, round_to_range  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +181,14 @@ def test_the_grid_of_a_range_is_ours():
         step = (high - low) / 255
         differs = np.abs(run(x)[0] - expected) > step / 2  # a tie may fall to the other side, by one step
         assert differs.mean() < 0.01 and np.abs(run(x)[0] - expected).max() < 1.01 * step
+
+
+def test_each_token_is_rounded_where_the_model_rounds_it():
+    x = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
+    x[:, 3], x[7] = 50, 0  # a step of 0.4 for all others; a token of zeros
+    source = ov.opset13.parameter([-1, 8], np.float32)
+    run = ov.Core().compile_model(ov.Model([round_tokens(source.output(0))], [source]), "CPU", WITHOUT_OVERFLOW)
+    np.testing.assert_allclose(run(x.numpy())[0], round_per_token(x).numpy(), rtol=1e-6)
 
 
 def test_the_group_of_inputs_fits_every_weight():
