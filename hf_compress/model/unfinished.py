@@ -1,11 +1,15 @@
 """What training left open in a model, told by two attributes, so that all who would lose it can ask."""
 
+import logging
 from typing import Any
 
 from torch import nn
 
 PIECES = "hfc_pieces"  # the attribute of a model that lists its pieces, see `training.pieces`
 FORM = "hfc_form"  # the attribute of a module that holds its form
+REMINDER = "hfc_reminder"  # the attribute of a model that holds the handle of its reminder
+
+logger = logging.getLogger(__name__)
 
 
 def pieces_of(model: nn.Module) -> list[Any]:
@@ -26,3 +30,28 @@ def check_finished(model: nn.Module, what: str) -> None:
             f"This model has been trained with {', '.join(names)}, and {what} would lose that: call "
             "hf_compress.finish(model) first."
         )
+
+
+def remind(model: nn.Module) -> None:
+    """Changes `model`, whose training is over: to save it before `finish` is no error, but is told, once.
+
+    Zeros are in the weights and are saved with them. How weights are rounded and which layers go is in no file.
+    """
+    forget_reminder(model)
+    vars(model)[REMINDER] = model.register_state_dict_pre_hook(_tell)
+
+
+def forget_reminder(model: nn.Module) -> None:
+    if (handle := vars(model).pop(REMINDER, None)) is not None:
+        handle.remove()
+
+
+def _tell(model: nn.Module, prefix: str, keep_vars: bool) -> None:
+    forget_reminder(model)
+    names = [type(piece).__name__ for piece in pieces_of(model) if piece.removed_layers(model)]
+    names += [type(form).__name__ for form in list(forms_of(model).values())[:1]]
+    if names:
+        logger.warning(
+            "The weights alone are saved now: this model has been trained with %s, and what opens the file will answer "
+            "otherwise. Call hf_compress.finish(model) before you save it.", ", ".join(names),
+        )  # fmt: skip

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
+from hf_compress.model.unfinished import forget_reminder, remind
 from hf_compress.training.finish import finish
 from hf_compress.training.pieces import Piece, join
 from hf_compress.training.shards import check_shards, put_away
@@ -23,6 +24,7 @@ class PieceCallback(Piece, TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module = None, **kwargs
     ) -> None:
         put_away(model)
+        forget_reminder(model)  # a checkpoint holds the weights alone, as it should
         check_shards(model, type(self).__name__)
         join(model, self)
 
@@ -35,6 +37,7 @@ class PieceCallback(Piece, TrainerCallback):
     ) -> None:
         if model is not None:
             put_away(model)
+            remind(model)
 
     def finish(self, model: nn.Module) -> nn.Module:
         """`hfc.finish(model)`, which ends this and everything else that training left open."""

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from hf_compress.model.anatomy import Anatomy, anatomy
 from hf_compress.model.classes import ModelT
-from hf_compress.model.unfinished import PIECES, forms_of, pieces_of
+from hf_compress.model.unfinished import PIECES, forget_reminder, forms_of, pieces_of
 from hf_compress.surgery.cache import assign_slots
 from hf_compress.surgery.heads import cut_heads
 from hf_compress.surgery.layers import cut_layers
@@ -69,6 +69,7 @@ def finish(model: ModelT) -> ModelT:
         piece.close()
     if pieces:
         delattr(model, PIECES)
+    forget_reminder(model)
     return model
 
 

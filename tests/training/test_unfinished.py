@@ -1,5 +1,7 @@
 """What cannot be finished is refused before the first step, and what is best is done with what was asked for."""
 
+import copy
+
 import pytest
 import torch
 from distillation.data import rows
@@ -141,6 +143,31 @@ def test_a_range_that_saw_nothing_leaves_the_model_in_training_form(tmp_path):
     assert torch.equal(logits(model), expected)
     fake.input_quantizer.high.copy_(high)
     hfc.finish(model)
+
+
+SAVED = {  # what took part -> whether a file of the model as it is would answer otherwise
+    ("layers",): "LayerPruning",
+    ("heads", "static"): "Quantizers",
+    ("neurons", "blocks"): None,
+}
+
+
+@pytest.mark.parametrize("kind", [OurTrainer, Trainer], ids=["ours", "stock"])
+@pytest.mark.parametrize("pieces", SAVED, ids="+".join)
+def test_a_model_that_is_saved_unfinished_says_so_once(pieces, kind, tmp_path, caplog):
+    """Not in a checkpoint, which is the plain model, not for zeros, which are in the weights, and not once finished."""
+    model = train("bert", pieces, tmp_path, kind=kind, save_strategy="steps", save_steps=1).model
+    assert not caplog.records
+    twin, expected = copy.deepcopy(model), logits(model)
+    for number in range(2):
+        model.save_pretrained(tmp_path / str(number))
+    opened = type(model).from_pretrained(tmp_path / "0").eval()
+    found = [record.getMessage() for record in caplog.records if "The weights alone are saved" in record.getMessage()]
+    assert len(found) == (SAVED[pieces] is not None) and all(SAVED[pieces] in message for message in found)
+    assert torch.allclose(logits(opened), expected, atol=1e-5) == (SAVED[pieces] is None)
+    caplog.clear()
+    hfc.finish(twin).save_pretrained(tmp_path / "finished")
+    assert "The weights alone" not in caplog.text and not twin._state_dict_pre_hooks
 
 
 def test_a_part_that_surgery_cannot_cut_stays(tmp_path):

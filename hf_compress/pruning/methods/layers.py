@@ -149,6 +149,7 @@ class LayerPruning(PieceCallback):
         return (states, *output[1:]) if isinstance(output, tuple) else states
 
     def on_train_end(self, args, state, control, model: nn.Module = None, **kwargs) -> None:
+        super().on_train_end(args, state, control, model=model)
         if self.drop_rate:
             self._handles.pop().remove()
             self._dropped, self._drawn = [False] * len(self._dropped), None
