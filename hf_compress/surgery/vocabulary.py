@@ -67,7 +67,7 @@ def _cut_tables(transaction: Transaction, model: PreTrainedModel, size: int, kep
         if other is None:
             continue
         for key, tensor in {**module._parameters, **module._buffers}.items():
-            wanted = None if tensor is None else getattr(other, key)
+            wanted = None if tensor is None else getattr(other, key, None)  # factors of a map are no table over tokens
             if wanted is None or _is_same_apart_from_layers(tensor, wanted, size):
                 continue
             if id(tensor) not in done:

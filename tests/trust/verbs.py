@@ -17,7 +17,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import hf_compress as hfc
 from hf_compress.checkpoint.bits import packed_modules
+from hf_compress.layers.codebook_linear import CodebookLinear
+from hf_compress.layers.low_rank import LowRankLinear
 from hf_compress.model.anatomy import Attention, anatomy, matrix
+from hf_compress.quantization.codebooks import CODEBOOKS
 from hf_compress.surgery.tokenizer import needed_tokens
 
 
@@ -135,6 +138,23 @@ def factorise(walk: Walk, draw: Random) -> Tensor:
     return expected
 
 
+def low_rank(walk: Walk, draw: Random) -> Tensor:
+    """Maps one above the other, each alone or those that share an input, on their largest right singular vectors."""
+    twin = copy.deepcopy(walk.model)
+    hfc.factorise(walk.model, rank=draw.randint(1, 16), shared=draw.random() < 0.5)
+    groups: dict[int, list[str]] = {}
+    for name, module in walk.model.named_modules():
+        if isinstance(module, LowRankLinear) and isinstance(twin.get_submodule(name).weight, nn.Parameter):
+            groups.setdefault(id(module.projection), []).append(name)
+    for names in groups.values():
+        maps = [twin.get_submodule(name) for name in names]
+        V = torch.linalg.svd(torch.cat([m.weight.detach() for m in maps]), full_matrices=False)[2]
+        V = V[: walk.model.get_submodule(names[0]).rank]
+        for module in maps:
+            module.weight.data = module.weight.data @ V.T @ V
+    return walk.logits(twin)
+
+
 def quantize(walk: Walk, draw: Random) -> Tensor:
     """Each weight is the one that its layer stands for, and lies within half a step of what it was."""
     twin, bits, group_size = copy.deepcopy(walk.model), draw.choice([2, 3, 4, 8]), draw.choice([-1, 8, "auto"])
@@ -142,15 +162,35 @@ def quantize(walk: Walk, draw: Random) -> Tensor:
     asked["embedding_bits"] = draw.choice([None, 8])
     hfc.quantize(walk.model, bits, range_method="minmax", **asked)
     for name, module in packed_modules(walk.model):
-        weight, ordinary = module.dequantize(torch.float64), twin.get_submodule(name)
-        before = matrix(ordinary).detach()
+        before = matrix(twin.get_submodule(name)).detach()
         step = 2 * before.abs().amax(dim=1, keepdim=True) / (2**module.scheme.bits - 1)  # no range of a part is wider
-        assert ((weight - before).abs() <= 0.51 * step).all(), name
+        assert ((module.dequantize(torch.float64) - before).abs() <= 0.51 * step).all(), name
+    return walk.logits(_as_packed(twin, walk.model))
+
+
+def codebooks(walk: Walk, draw: Random) -> Tensor:
+    """Each row of weights has few values, and tables, in parts or not, are what they stand for."""
+    twin, grid = copy.deepcopy(walk.model), draw.choice(sorted(CODEBOOKS))
+    tables = draw.choice(
+        [{}, {"embedding_bits": 8}, {"embedding_bits": 2, "embedding_parts": 8, "embedding_stages": 2}]
+    )
+    bits = {"binary": 1, "ternary": 2}.get(grid) or draw.choice([2, 3, 4])
+    hfc.quantize(walk.model, bits, grid=grid, group_size=-1, **tables)
+    for name, module in packed_modules(walk.model):
+        if isinstance(module, CodebookLinear):
+            assert all(len(row.unique()) <= 2**bits for row in module.dequantize(torch.float64)), name
+    return walk.logits(_as_packed(twin, walk.model))
+
+
+def _as_packed(twin: nn.Module, model: nn.Module) -> nn.Module:
+    """Changes `twin`: it has the weights that the packed layers of `model` stand for."""
+    for name, module in packed_modules(model):
+        weight, ordinary = module.dequantize(torch.float64), twin.get_submodule(name)
         if isinstance(ordinary, nn.Embedding):
             ordinary.weight.data = weight  # what is tied to a table has the same parameter
         else:
             twin.set_submodule(name, as_linear(ordinary, weight))
-    return walk.logits(twin)
+    return twin
 
 
 def dequantize(walk: Walk, draw: Random) -> Tensor:
@@ -215,9 +255,12 @@ def finish(walk: Walk, draw: Random) -> Tensor:
 
 def train_with_grids(walk: Walk, draw: Random) -> Tensor:
     """One pass for the ranges, then packed."""
-    dynamic, learned = draw.random() < 0.5, draw.random() < 0.5
-    hfc.prepare_qat(walk.model, draw.choice([2, 4, 8]), embedding_bits=None, dynamic_activations=dynamic,
-                    learned_steps=learned, range_method="minmax")  # fmt: skip
+    if draw.random() < 0.3:
+        hfc.prepare_qat(walk.model, 2, grid="ternary", activation_bits=None, embedding_bits=None)
+    else:
+        dynamic, learned = draw.random() < 0.5, draw.random() < 0.5
+        hfc.prepare_qat(walk.model, draw.choice([2, 4, 8]), embedding_bits=None, dynamic_activations=dynamic,
+                        learned_steps=learned, range_method="minmax")  # fmt: skip
     batch = walk.tokenizer(TEXTS, padding=True, return_tensors="pt")
     with torch.no_grad():
         walk.model.train()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
@@ -229,6 +272,6 @@ def train_with_grids(walk: Walk, draw: Random) -> Tensor:
 
 VERBS = {
     verb.__name__: verb
-    for verb in (heads, neurons, layers, vocabulary, factorise, quantize, dequantize, block_sparse, save_and_load,
-                 export_plain, student, measure, finish, train_with_grids)
+    for verb in (heads, neurons, layers, vocabulary, factorise, low_rank, quantize, codebooks, dequantize, block_sparse,
+                 save_and_load, export_plain, student, measure, finish, train_with_grids)
 }  # fmt: skip
