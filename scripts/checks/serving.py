@@ -4,11 +4,11 @@
     python scripts/checks/serving.py --model folder/ --requests 500 --lengths 128
 
 The model is quantized to 8 bit with one scale a row and inputs rounded per token, its tables too, as a recipe for the
-CPU does; without `--model` it is a BERT of one layer of width 128 with random weights, since these lengths take hours
-in a large one. Memory is looked at when each thread has answered the shortest and the longest request, and after each
-tenth of the requests; what is kept of the answers lies there from the beginning. Only then one thread answers every
-length alone, so that nothing of that is there before. Answers may differ by the rounding of float32, whose sums MKL
-splits by the threads that are free.
+CPU does; without `--model` it is a random Llama of one layer, of width 128 with one head of 8, since these lengths
+take hours in a large one. Memory is looked at when each thread has answered the shortest and the longest request, and
+after each tenth of the requests; what is kept of the answers lies there from the beginning. Only then one thread
+answers every length alone, so that nothing of that is there before. Answers may differ by the rounding of float32,
+whose sums MKL splits by the threads that are free.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, BertConfig, BertModel
+from transformers import AutoModel, LlamaConfig, LlamaModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -78,8 +78,9 @@ def resident() -> float:
 def load(folder: Path | None, longest: int) -> nn.Module:
     if folder is None:
         torch.manual_seed(0)
-        model = BertModel(BertConfig(hidden_size=128, num_hidden_layers=1, num_attention_heads=2, vocab_size=1000,
-                                     intermediate_size=256, max_position_embeddings=longest)).eval()  # fmt: skip
+        model = LlamaModel(LlamaConfig(hidden_size=128, num_hidden_layers=1, num_attention_heads=1, head_dim=8,
+                                       num_key_value_heads=1, intermediate_size=256, vocab_size=1000, use_cache=False,
+                                       max_position_embeddings=longest)).eval()  # fmt: skip
     else:
         model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
     return hfc.quantize(model, 8, group_size=-1, symmetric=True, activation_bits=8, embedding_bits=8)
