@@ -12,7 +12,7 @@ from hf_compress.distillation.layer_map import number_of, uniform
 from hf_compress.distillation.slices import Axes, hidden_norms, largest, layer_slices
 from hf_compress.distillation.student_config import check_shape, student_config
 from hf_compress.model.anatomy import Anatomy, anatomy
-from hf_compress.model.unfinished import check_finished
+from hf_compress.model.unfinished import check_finished, check_loaded
 from hf_compress.model.weights import as_matrix, float_weights, without_foreign_quantization
 from hf_compress.surgery.position_bias import KEPT
 
@@ -53,6 +53,7 @@ def make_student(
             f"A student is made of a Transformers model, got {type(teacher).__name__} with adapters or parts of its "
             "own. Merge adapters first: model.merge_and_unload()."
         )
+    check_loaded(teacher, "make_student")
     check_finished(teacher, "make_student")
     source = anatomy(teacher)
     if cut := [a.name for layer in source.layers for a in layer.attentions if hasattr(a.module, KEPT)]:

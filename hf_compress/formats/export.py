@@ -15,7 +15,7 @@ from hf_compress.files.whole import check_free, whole_folder
 from hf_compress.formats.compressed_tensors_write import compressed_tensors
 from hf_compress.formats.gemma import gemma_tensors
 from hf_compress.formats.gptq import gptq_tensors
-from hf_compress.model.unfinished import check_finished
+from hf_compress.model.unfinished import check_finished, check_loaded
 
 RUNTIMES = ("gguf", "onnx", "openvino")
 FORMATS = ("compressed-tensors", "gemma", "gptq", "plain", *RUNTIMES)
@@ -48,6 +48,7 @@ def export(model: PreTrainedModel, folder: str | Path, *, format: str,
         raise ValueError(f"format must be one of {FORMATS}, got {format!r}.")
     if format not in RUNTIMES and calibration is not None:
         raise ValueError(f"calibration is for {RUNTIMES}, not for {format!r}.")
+    check_loaded(model, "export")
     check_finished(model, "export")
     folder = Path(folder)
     check_free(folder)

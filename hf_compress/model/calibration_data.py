@@ -70,11 +70,22 @@ def first_batches(dataloader: Iterable[Mapping[str, Tensor]]) -> Iterator[Mappin
     """All batches; of a stream, or a data loader over one, those that have the first 256 examples."""
     rows, most = 0, MOST_ROWS if is_stream(getattr(dataloader, "dataset", dataloader)) else None
     for batch in dataloader:
+        _check_batch(batch)
         yield batch
         rows += len(next(iter(batch.values())))
         if most is not None and rows >= most:
             logger.warning("Of the stream the first %d examples are read; pass batches of others in a list.", rows)
             return
+
+
+def _check_batch(batch: object) -> None:
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    tensors = [value for value in batch.values() if isinstance(value, Tensor)] if isinstance(batch, Mapping) else []
+    if not tensors or (ids is not None and getattr(ids, "ndim", 1) < 2):
+        raise ValueError(
+            f"The data gave a {type(batch).__name__} that is no batch of tensors, as a single row is none. Pass a "
+            "loader: DataLoader(rows, batch_size=8, collate_fn=DataCollatorWithPadding(tokenizer))."
+        )
 
 
 def _wanted(model: PreTrainedModel) -> set[str]:

@@ -4,6 +4,9 @@ import logging
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
+
+from hf_compress.model.tasks import plain_model
 
 PIECES = "hfc_pieces"  # the attribute of a model that lists its pieces, see `training.pieces`
 FORM = "hfc_form"  # the attribute of a module that holds its form
@@ -21,8 +24,28 @@ def forms_of(model: nn.Module) -> dict[nn.Module, Any]:
     return {module: vars(module)[FORM] for module in model.modules() if FORM in vars(module)}
 
 
+def check_model(model: object, what: str) -> None:
+    """Raise TypeError for what is no model of Transformers, alone or under adapters."""
+    if not isinstance(plain_model(model), PreTrainedModel):
+        hint = "Pass the one inside it." if isinstance(model, nn.Module) else "Load it with from_pretrained first."
+        raise TypeError(f"{what} takes a model of Transformers, got {type(model).__name__}. {hint}")
+
+
+def check_loaded(model: object, what: str) -> None:
+    """`check_model`; and raise ValueError where weights are nowhere, neither in memory nor offloaded by accelerate."""
+    check_model(model, what)
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        return
+    if missing := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+        raise ValueError(
+            f"{what} reads weights, and {missing[0]} is not loaded: it is on the meta device. Load the model with "
+            "from_pretrained."
+        )
+
+
 def check_finished(model: nn.Module, what: str) -> None:
-    """Raise ValueError if training has left something open in `model`, which `what` would lose."""
+    """`check_model`; and raise ValueError if training has left something open in `model`, which `what` would lose."""
+    check_model(model, what)
     names = [type(piece).__name__ for piece in pieces_of(model)]
     names += [type(form).__name__ for form in list(forms_of(model).values())[:1]]
     if names:

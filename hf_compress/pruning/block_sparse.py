@@ -3,7 +3,8 @@
 from hf_compress.model.anatomy import anatomy
 from hf_compress.model.classes import ModelT
 from hf_compress.model.record import read_part
-from hf_compress.model.unfinished import check_finished
+from hf_compress.model.unfinished import check_finished, check_loaded
+from hf_compress.model.weights import check_no_adapters
 from hf_compress.surgery.heads import prune_heads
 from hf_compress.surgery.neurons import prune_neurons
 from hf_compress.surgery.silent import silent_parts
@@ -22,11 +23,13 @@ def to_block_sparse(model: ModelT, block_size: int = 32) -> ModelT:
     """
     if block_size not in BLOCK_SIZES:
         raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {block_size!r}.")
+    check_loaded(model, "to_block_sparse")
+    check_finished(model, "to_block_sparse")
+    check_no_adapters(model)
     if read_part(model.config, "bits") or read_part(model.config, "sparsity"):
         raise ValueError(
             "This model is quantized or block-sparse already. Make it block-sparse once, before quantizing."
         )
-    check_finished(model, "to_block_sparse")
     whole = {"head_unit": lambda output: block_size, "neuron_unit": lambda output: block_size}
     heads, neurons = silent_parts(model, anatomy(model), **whole)
     prune_heads(model, heads)

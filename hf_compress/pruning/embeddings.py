@@ -5,7 +5,8 @@ from torch import nn
 from hf_compress.checkpoint.factors import retie_low_rank
 from hf_compress.layers.low_rank import factors, low_rank_class, make_low_rank
 from hf_compress.model.classes import ModelT
-from hf_compress.model.unfinished import check_finished
+from hf_compress.model.unfinished import check_finished, check_loaded
+from hf_compress.model.weights import check_no_adapters
 from hf_compress.pruning.low_rank import record_ranks
 
 
@@ -17,7 +18,9 @@ def factorise_embeddings(model: ModelT, rank: int) -> ModelT:
     rank < V * D / (V + D). Raises ValueError, and changes nothing, for a rank that the table does not have, and for a
     table that is packed or factorised already.
     """
+    check_loaded(model, "factorise_embeddings")
     check_finished(model, "factorise_embeddings")
+    check_no_adapters(model)
     embeddings = model.get_input_embeddings()
     weight = getattr(embeddings, "_parameters", {}).get("weight")
     if weight is None:

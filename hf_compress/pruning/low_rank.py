@@ -20,7 +20,7 @@ from hf_compress.layers.low_rank import factors, low_rank_class, make_low_rank, 
 from hf_compress.model.anatomy import anatomy, layer_maps
 from hf_compress.model.classes import ModelT
 from hf_compress.model.record import read_part, stored_name, write_part
-from hf_compress.model.unfinished import check_finished
+from hf_compress.model.unfinished import check_finished, check_loaded
 from hf_compress.pruning.masks import check_prunable
 
 
@@ -54,6 +54,7 @@ def factorise(
         raise ValueError(f"Give one of rank, energy and budget, got {given}.")
     if (rank is not None and rank < 1) or any(x is not None and not 0 < x < 1 for x in (energy, budget)):
         raise ValueError(f"rank is 1 or more, energy and budget are shares between 0 and 1, got {given}.")
+    check_loaded(model, "factorise")
     check_finished(model, "factorise")
     check_prunable(model, "factorise")
     maps = _chosen(model, skip_modules)

@@ -19,7 +19,7 @@ from hf_compress.files.inside import check_inside
 from hf_compress.files.output import Output
 from hf_compress.measuring.identity import model_identity, read_header
 from hf_compress.model.record import QUANT_METHOD
-from hf_compress.model.unfinished import check_finished
+from hf_compress.model.unfinished import check_finished, check_loaded
 from hf_compress.publishing.remote_code import remote_code
 from hf_compress.publishing.upload import Content, upload
 from hf_compress.report.card import REPO_ID, Stage, model_card
@@ -52,6 +52,7 @@ def push_to_hub(model: PreTrainedModel | Trainer, repo_id: str, *, tokenizer: An
     if isinstance(model, Trainer):
         tokenizer = tokenizer or model.processing_class
         model = model.accelerator.unwrap_model(model.model)
+    check_loaded(model, "push_to_hub")
     check_finished(model, "push_to_hub")
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)

@@ -17,7 +17,7 @@ from hf_compress.layers.scheme import SMALLEST_RANGE
 from hf_compress.model.anatomy import anatomy, is_readable, matrix, out_features
 from hf_compress.model.classes import ModelT, made_class
 from hf_compress.model.record import read_part
-from hf_compress.model.unfinished import FORM, forms_of
+from hf_compress.model.unfinished import FORM, check_loaded, check_model, forms_of
 from hf_compress.model.weights import check_writable
 from hf_compress.quantization.fake_quantize import ActivationQuantizer, WeightQuantizer
 from hf_compress.quantization.modules import choose_modules
@@ -173,6 +173,7 @@ def prepare_qat(
         num_groups = 128 if group_size == -1 else None
     if activation_bits not in (None, 8):
         raise ValueError(f"activation_bits must be 8 or None, got {activation_bits}.")
+    check_loaded(model, "prepare_qat")
     if any(isinstance(m, FakeQuantized) for m in model.modules()):
         raise ValueError("The model is prepared already.")
     layers = ()
@@ -222,6 +223,7 @@ def fake_modules(model: nn.Module) -> Iterator[tuple[str, FakeQuantized]]:
 
 def pack_qat(model: ModelT) -> ModelT:
     """`finish` of a model made by `prepare_qat`; one that is finished is returned as it is."""
+    check_model(model, "pack_qat")
     if not (forms_of(model) or read_part(model.config, "bits")):
         raise ValueError("The model was not prepared with `prepare_qat`.")
     return finish(model)

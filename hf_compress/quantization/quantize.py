@@ -14,7 +14,7 @@ from hf_compress.layers.packed_linear import PackedLinear
 from hf_compress.layers.scheme import WeightScheme
 from hf_compress.model.calibration_data import calibration_batches
 from hf_compress.model.classes import ModelT
-from hf_compress.model.unfinished import check_finished
+from hf_compress.model.unfinished import check_finished, check_loaded
 from hf_compress.quantization.block_by_block import BlockOptions, Walk
 from hf_compress.quantization.codebooks import CODEBOOKS, input_importance, install_codebook, num_codebook_levels
 from hf_compress.quantization.gptq_model import GPTQ
@@ -82,6 +82,7 @@ def quantize(
     Raises ValueError for a model that is quantized already or holds adapters, for unknown modules and bits, and for
     groups that do not divide.
     """
+    check_loaded(model, "quantize")
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}.")
     if method in WALKS and calibration is None:

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from hf_compress.model.anatomy import layer_maps
 from hf_compress.model.calibration_data import first_batches
+from hf_compress.model.unfinished import check_loaded
 from hf_compress.model.weights import check_no_adapters
 from hf_compress.quantization.modules import check_quantizable, is_linear
 from hf_compress.training.progress import progress_bar
@@ -67,6 +68,7 @@ def hessian_sensitivity(
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}.")
+    check_loaded(model, "hessian_sensitivity")
     check_no_adapters(model)
     batches = list(first_batches(dataloader))
     if not batches:

@@ -188,7 +188,7 @@ def test_calibration_takes_the_first_rows_of_a_stream(caplog):
     batches = list(first_batches(DataLoader(stream, batch_size=30, collate_fn=default_data_collator)))
     assert len(batches) == 9 and stream.read == 270
     assert len(list(first_batches(DataLoader(data, batch_size=30, collate_fn=default_data_collator)))) == 10
-    assert len(list(first_batches([{"a": [1]}] * 300))) == 300
+    assert len(list(first_batches([{"a": torch.ones(1)}] * 300))) == 300
 
 
 def test_quantization_and_importance_of_a_stream_are_those_of_its_rows():

@@ -97,6 +97,8 @@ def cache_teacher(
     hidden states that are not there, values that `dtype` cannot hold, and a cache in `path` that belongs to another
     teacher, tokenizer or setting.
     """
+    if not isinstance(teacher, nn.Module):
+        raise TypeError(f"cache_teacher takes a model, got {type(teacher).__name__}: load it first.")
     is_apart = worker is not None or is_remote(path) or isinstance(dataset, IterableDataset)
     cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
     state = None if is_apart else PartialState(cpu=cpu)  # which brings the ranks together

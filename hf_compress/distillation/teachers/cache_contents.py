@@ -12,6 +12,7 @@ from transformers.utils import find_labels
 
 from hf_compress.distillation.layer_map import num_hidden_states
 from hf_compress.distillation.prompts import without_prompt
+from hf_compress.distillation.runs import named
 from hf_compress.distillation.teachers.cache_files import joined
 from hf_compress.distillation.teachers.draws import MOST_DRAWS, draw, starts
 from hf_compress.distillation.teachers.example_keys import MASKS, Side, example_keys, real_tokens
@@ -153,7 +154,7 @@ class Outputs:
         if getattr(getattr(plain_model(self.teacher), "config", None), "use_cache", False):
             inputs["use_cache"] = False
         with capture(self.teacher, hidden_states=self.hidden_states) as signals:
-            outputs = without_prompt(self.teacher, self.task, self.teacher(**inputs), signals)
+            outputs = without_prompt(self.teacher, self.task, named(self.teacher(**inputs), self.teacher), signals)
         return outputs, signals.hidden_states
 
     def of(self, batch: dict[str, Tensor], keys: Tensor) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from hf_compress.model.calibration_data import first_batches
 from hf_compress.model.capture import AttentionSignals, capture
 from hf_compress.model.cuttable import cuttable
 from hf_compress.model.inputs import forward_arguments
+from hf_compress.model.unfinished import check_loaded
 from hf_compress.pruning.importance.gates import mean_absolute_gradients, padded_rows
 from hf_compress.pruning.importance.tokens import decoder_layers, real_tokens
 
@@ -34,6 +35,7 @@ def head_importance(
 
     The model runs in eval mode and is left as it was. Raises ValueError for data without examples or labels.
     """
+    check_loaded(model, "head_importance")
     with evaluating([model]):
         if method == "gradient":
             attentions = cuttable(model).attentions

@@ -13,6 +13,7 @@ from hf_compress.measuring.measure import evaluating
 from hf_compress.model.anatomy import anatomy
 from hf_compress.model.calibration_data import first_batches
 from hf_compress.model.inputs import forward_arguments
+from hf_compress.model.unfinished import check_loaded
 from hf_compress.pruning.importance.tokens import decoder_layers, real_tokens
 
 logger = logging.getLogger(__name__)
@@ -24,6 +25,7 @@ def layer_importance(model: PreTrainedModel, dataloader: Iterable[Mapping[str, T
     Men et al. 2024, https://arxiv.org/abs/2403.03853. Layers are numbered as in `anatomy(model).layers`. The model runs
     in eval mode and is left as it was. Raises ValueError for data without tokens.
     """
+    check_loaded(model, "layer_importance")
     parts = anatomy(model)
     decoder = decoder_layers(parts)
     sums = torch.zeros(len(parts.layers), dtype=torch.float64)

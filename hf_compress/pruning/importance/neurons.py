@@ -13,6 +13,7 @@ from hf_compress.model.anatomy import Anatomy, FeedForward, anatomy, in_features
 from hf_compress.model.calibration_data import first_batches
 from hf_compress.model.cuttable import cuttable
 from hf_compress.model.inputs import forward_arguments
+from hf_compress.model.unfinished import check_loaded
 from hf_compress.pruning.importance.gates import mean_absolute_gradients, padded_rows
 from hf_compress.pruning.importance.tokens import decoder_layers, real_tokens
 
@@ -37,6 +38,7 @@ def neuron_importance(
     The norms need no dataloader. The model runs in eval mode and is left as it was.
     Raises ValueError for an unknown method, or for data that is missing or empty.
     """
+    check_loaded(model, "neuron_importance")
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}.")
     found = anatomy(model) if method == "entropy" else cuttable(model)
