@@ -60,8 +60,8 @@ def check_writable(parts: Anatomy, what: str) -> None:
     if fixed:
         raise ValueError(
             f"{what} writes into weights, but {', '.join(fixed[:8])}{' and others' * (len(fixed) > 8)} hold packed, "
-            "block-sparse or factorised ones, which are read-only. Do it before quantizing, or call "
-            "model.dequantize() first."
+            "block-sparse or factorised ones, which are read-only. Do it before these are made; packed ones come back "
+            "by model.dequantize()."
         )
 
 
