@@ -10,6 +10,7 @@
 Tested with onnxruntime 1.31.1, onnx 1.23.2, onnxscript 0.7.2, transformers 5.23.0, torch 2.13.0.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -29,7 +30,8 @@ from hf_compress.formats.runtimes.onnx_session import session
 from hf_compress.formats.runtimes.readme import is_embedder
 from hf_compress.formats.runtimes.traced import Traced, sample_inputs, traced
 
-OPSET = 21  # the first with 4-bit integers
+OPSET = 21
+PRODUCTS = "MatMul", "Gemm"
 
 
 def write(model: PreTrainedModel, folder: Path, *, tokenizer: PreTrainedTokenizerBase | None,
@@ -53,15 +55,17 @@ class PackedWeights(ExportQuantizer):
 
     def quantize(self, model: ir.Model, sample_inputs: dict, export_format: ExportFormat) -> ir.Model:
         self.nodes = Nodes(model.graph)
+        readers = []
         for value in list(model.graph.initializers.values()):
             array = None if value.const_value is None else value.const_value.numpy()
             found = None if array is None else self.traced.find(array)
             if found is not None:
-                uses = list(value.uses())
-                if len(uses) > 1:  # ALBERT's layers
-                    self.weights[found[0]] = for_several(self.weights[found[0]])
-                for node, port in uses:
-                    self.replace(node, port, *found)
+                readers += [(node, port, *found) for node, port in value.uses()]
+        products = Counter(name for node, _, name, _ in readers if node.op_type in PRODUCTS)
+        for name in [name for name, number in products.items() if number > 1]:  # ALBERT's layers
+            self.weights[name] = for_several(self.weights[name])
+        for reader in readers:
+            self.replace(*reader)
         keep_layer_norms(model)
         RemoveUnusedNodesPass()(model)
         for name in [n for n, v in model.graph.initializers.items() if not v.uses() and not v.is_graph_output()]:
@@ -75,7 +79,7 @@ class PackedWeights(ExportQuantizer):
         weight, kind = self.weights[name], node.op_type
         transposes = kind == "Gemm" and node.attributes.get_int("transB", 0) == 1
         with self.nodes.before(node):
-            if kind in ("MatMul", "Gemm") and port == 1 and is_transposed != transposes:  # x W^T
+            if kind in PRODUCTS and port == 1 and is_transposed != transposes:  # x W^T
                 new = self.products[name] = self.multiply(node.inputs[0], weight)
                 if kind == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
                     new = self.nodes.add("Add", new, node.inputs[2])
@@ -105,6 +109,14 @@ def keep_layer_norms(model: ir.Model) -> None:
             node.op_type = "Sum"
 
 
+def forget_source(program: ir.Model) -> None:
+    """Changes `program`: nodes forget the lines of Python they came from, most of the file, with local paths."""
+    for node in ir.traversal.RecursiveGraphIterator(program.graph):
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
+
+
 class OnnxExport:
     """`model` as an ONNX graph. `inputs` are a tokenizer's, None where there is none."""
 
@@ -118,6 +130,7 @@ class OnnxExport:
         quantizer = PackedWeights(weights, trace, keeps_inputs=is_embedder(model), decodes=decodes) if weights else None
         config = OnnxConfig(dynamic=True, opset_version=OPSET, quantizer=quantizer)
         self.exported = OnnxExporter().export(trace.model, sample_inputs(trace.model, inputs), config)
+        forget_source(self.exported.program)
         self.products = quantizer.products if quantizer else {}
         self.folded = sorted(weights.keys() - quantizer.found) if quantizer else []
 

@@ -22,6 +22,7 @@ from hf_compress.formats.runtimes.agreement import Session, check_batches, compa
 from hf_compress.formats.runtimes.folder import in_eval, quiet, write_folder
 from hf_compress.formats.runtimes.traced import traced
 from hf_compress.layers.block_sparse import BlockSparseLinear
+from hf_compress.layers.packed_blocks import PackedBlocksLinear
 
 
 def echo(*, error: float = 0.0, fast_error: float = 0.0):
@@ -114,6 +115,20 @@ def test_block_sparse_layers_leave_with_their_zeros_and_it_is_said(tmp_path, cap
     assert "output.dense'] leave with their zeros" in caplog.text
     contents = json.loads((tmp_path / "model" / "hf_compress.json").read_text(encoding="utf-8"))
     assert contents["left_dense"] == ["bert.encoder.layer.0.output.dense"]
+
+
+def test_packed_layers_without_their_empty_blocks_leave_with_them_and_it_is_said(tmp_path, caplog):
+    model, name = with_spread(tiny_model("bert", **SMALL)), "bert.encoder.layer.0.output.dense"
+    with torch.no_grad():
+        model.get_submodule(name).weight[:, 32:] = 0
+    hfc.quantize(model, **ROWS)
+    blocks = PackedBlocksLinear.of(model.get_submodule(name), 16)
+    model.set_submodule(name, blocks)
+    with caplog.at_level(logging.WARNING):
+        write_folder(model, tmp_path / "model", echo(), tiny_tokenizer(), None)
+    assert f"['{name}'] leave with their zeros" in caplog.text
+    weight = next(weight for weight in named_weights(model) if weight.name == name)
+    assert weight.q.shape == (32, 64) and (weight.signed()[:, 32:] == 0).all()
 
 
 def test_differences_by_hand():

@@ -20,6 +20,7 @@ from hf_compress.files.whole import check_free, whole_folder
 from hf_compress.formats.runtimes.agreement import BOUND, Session, check_batches, first_difference, measure_agreement
 from hf_compress.formats.runtimes.readme import is_embedder, readme, write_readme
 from hf_compress.layers.block_sparse import BlockSparseLinear
+from hf_compress.layers.packed_blocks import PackedBlocksLinear
 from hf_compress.model.pooling import pooling_of, write_pooling
 from hf_compress.model.record import read_record
 from hf_compress.version import __version__
@@ -103,7 +104,8 @@ def complete_config(config: Path, model: PreTrainedModel) -> None:
 
 def describe(model: PreTrainedModel, exported: Exported, agreement: dict) -> dict:
     """What hf_compress.json says: what is inside, with which versions it was written, and the agreement."""
-    sparse = [name for name, module in model.named_modules() if isinstance(module, BlockSparseLinear)]
+    kinds = BlockSparseLinear, PackedBlocksLinear
+    sparse = [name for name, module in model.named_modules() if isinstance(module, kinds)]
     if sparse:
         logger.warning("%s has no block-sparse product: %s leave with their zeros.", exported.format, sparse)
     if exported.folded:

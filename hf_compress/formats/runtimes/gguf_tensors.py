@@ -13,6 +13,7 @@ from hf_compress.formats.named_weight import NamedWeight, named_weights
 from hf_compress.formats.runtimes.gguf_blocks import Matrix, block_matrix, dense_matrix
 from hf_compress.layers.block_sparse import BlockSparseLinear
 from hf_compress.layers.low_rank import LowRank
+from hf_compress.layers.packed_blocks import PackedBlocksLinear
 from hf_compress.layers.packed_embedding import TiedHead
 
 logger = logging.getLogger(__name__)
@@ -56,10 +57,11 @@ def stored_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor | Named
             raise ValueError(
                 f"{name} is a product of two factors, which llama.cpp has no place for. Export as 'plain'."
             )
+        if isinstance(module, (BlockSparseLinear, PackedBlocksLinear)):
+            logger.warning("gguf has no block-sparse product: %s leaves with its zeros.", name)
         if name in packed:
             yield f"{name}.weight", packed[name]
         elif isinstance(module, BlockSparseLinear):
-            logger.warning("gguf has no block-sparse product: %s leaves with its zeros.", name)
             yield f"{name}.weight", module.dense_weight()
         for leaf, parameter in module.named_parameters(recurse=False):
             is_left = isinstance(module, BlockSparseLinear) and leaf == "values"
