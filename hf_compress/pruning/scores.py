@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hf_compress.model.anatomy import anatomy, in_features
 from hf_compress.model.calibration import text_mask, token_rows
 from hf_compress.model.calibration_data import IGNORED
+from hf_compress.pruning.importance.tokens import by_example
 from hf_compress.pruning.masks import Blocks
 from hf_compress.training.callback import WhileTraining
 from hf_compress.training.shards import as_part, own, part
@@ -100,6 +101,7 @@ class _FromInputs(Score):
     def open(self, model, matrices):
         self.seen: list[Tensor | None] = [None] * len(matrices)  # by this rank since the last optimizer step
         self.masks: tuple[Tensor | None, Tensor | None] = (None, None)  # of the running pass: encoder's, decoder's
+        self.shape: tuple[int, ...] | None = None  # of its text, (B, T)
         self.of_decoder = decoder_maps(model)
 
         def note_mask(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -107,6 +109,8 @@ class _FromInputs(Score):
             if labels is not None and labels.dim() == 2 and "decoder_attention_mask" not in kwargs:
                 kwargs = {**kwargs, "decoder_input_ids": labels, "decoder_attention_mask": labels != IGNORED}
             self.masks = text_mask(kwargs), text_mask(kwargs, is_decoder=True)
+            ids = kwargs.get("input_ids")
+            self.shape = None if ids is None else ids.flatten(0, -2).shape
 
         def note_input(number: int):
             def hook(module: nn.Module, args: tuple) -> None:
@@ -151,7 +155,7 @@ class GateGradient(_FromInputs):
     def see(self, number, matrix, x):
         if not x.requires_grad:
             return
-        values = x.detach()  # a hook that held x itself would keep it, and its graph, forever
+        values = by_example(x.detach(), self.shape)  # a hook that held x itself would keep it, and its graph, forever
 
         def note_gradient(gradient: Tensor) -> None:
             if values.dim() != 3:
@@ -159,7 +163,9 @@ class GateGradient(_FromInputs):
                     f"{matrix.name} works on {tuple(values.shape)}: importance by gradient is summed for each example "
                     "and needs (examples, tokens, width). Batches without padding have no examples to tell apart."
                 )
-            gates = (values * gradient).float().sum(dim=1).unflatten(-1, (-1, matrix.shape[1])).sum(-1)  # (B, H)
+            gates = (
+                (values * gradient.view_as(values)).float().sum(dim=1).unflatten(-1, (-1, matrix.shape[1])).sum(-1)
+            )  # (B, H)
             self.add(number, gates.abs().sum(dim=0))
 
         x.register_hook(note_gradient)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import tiny_batch, tiny_model
+from pruning.test_callbacks import OurTrainer, arguments
 from silence import logits
 from torch import nn
 
@@ -71,7 +72,8 @@ def by_finite_differences(model: nn.Module, batch: dict, modules: list, widths: 
     def loss_at(example: dict, place: tuple[int, int], value: float) -> float:
         gates = [torch.ones(1, size, dtype=torch.float64) for size in sizes]
         gates[place[0]][0, place[1]] = value
-        with torch.no_grad(), gated(modules, gates):
+        shape = example["input_ids"].shape if "input_ids" in example else None
+        with torch.no_grad(), gated(modules, gates, shape):
             return own_loss(model, example)
 
     result = {}
@@ -175,7 +177,9 @@ def test_confidence_is_the_mean_largest_weight_without_the_last_token(family):
     torch.testing.assert_close(hfc.head_importance(model, [batch], method="confidence"), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("family, task", [("bert", "classification"), ("gpt2", "clm"), ("modernbert", "mlm")])
+@pytest.mark.parametrize(
+    "family, task", [("bert", "classification"), ("gpt2", "clm"), ("modernbert", "mlm"), ("opt", "clm")]
+)
 def test_neuron_importance_is_the_mean_of_each_examples_absolute_gradient(family, task):
     model = tiny_model(family, task).double()
     batch = double(labelled(model, task))
@@ -186,6 +190,20 @@ def test_neuron_importance_is_the_mean_of_each_examples_absolute_gradient(family
     assert importance.shape == (4, modules[0].nx if family == "gpt2" else 48)
     for place, value in expected.items():
         assert float(importance[place]) == pytest.approx(value, rel=1e-4, abs=1e-8)
+
+
+def test_a_layer_that_works_on_all_tokens_in_one_row_is_scored_while_it_trains(tmp_path):
+    """Of one batch of examples with equally many labels the sum of |d loss / d gate| is the mean of their own."""
+    model, steps = tiny_model("opt", "clm", dropout=0.0), {"begin": 0.0, "end": 1.0, "num_updates": 1}
+    ids = torch.randint(3, 60, (4, 6), generator=torch.Generator().manual_seed(2))
+    expected = hfc.neuron_importance(model, [{"input_ids": ids, "labels": ids}])
+    pruning = hfc.NeuronPruning(0.5, importance="gradient", scope="layer", **steps)
+    args = arguments(tmp_path, max_steps=2, learning_rate=0.0, per_device_train_batch_size=4)
+    data = [{"input_ids": row, "labels": row} for row in ids]
+    OurTrainer(model, args, train_dataset=data, callbacks=[pruning]).train()
+    for row, matrix in zip(expected, pruning._matrices, strict=True):
+        gone = ~pruning.masks[matrix.name].flatten()
+        assert gone.any() and row[gone].max() <= row[~gone].min()
 
 
 def test_neuron_entropy_by_hand():

@@ -18,25 +18,31 @@ from hf_compress.model.anatomy import in_features
 from hf_compress.model.attention import Projection
 from hf_compress.model.calibration_data import first_batches
 from hf_compress.model.inputs import forward_names
+from hf_compress.pruning.importance.tokens import by_example
 from hf_compress.training.progress import progress_bar
 
 IGNORED_LABEL = -100
 
 
 @contextmanager
-def gated(modules: Sequence[Projection], gates: Sequence[Tensor]) -> Iterator[None]:
-    """While open, the inputs of `modules[i]` are multiplied by `gates[i]`: (B, H) for H equal parts of the width."""
+def gated(
+    modules: Sequence[Projection], gates: Sequence[Tensor], shape: tuple[int, ...] | None = None
+) -> Iterator[None]:
+    """While open, the inputs of `modules[i]` are multiplied by `gates[i]`: (B, H) for H equal parts of the width.
+
+    `shape` (B, T) is that of the batch's text, for layers that work on all its tokens in one row.
+    """
 
     def scale(gate: Tensor):
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            x = args[0]  # (B, T, H * width)
+            x = by_example(args[0], shape)  # (B, T, H * width)
             if x.dim() != 3 or len(x) != len(gate):
                 raise ValueError(
                     f"Gates are for {len(gate)} examples, but a layer works on {tuple(x.shape)}: expected "
                     "(examples, tokens, width). Give padded batches; unpadded ones hide which example a token is of."
                 )
             parts = x.unflatten(-1, (gate.shape[1], -1)) * gate[:, None, :, None].to(x.dtype)  # (B, T, H, width)
-            return (parts.flatten(-2), *args[1:])
+            return (parts.flatten(-2).view_as(args[0]), *args[1:])
 
         return hook
 
@@ -70,7 +76,8 @@ def mean_absolute_gradients(
         gates = [torch.ones(len(shares), size, device=model.device, requires_grad=True) for size in sizes]
         ids = batch.get("input_ids")
         choices = 1 if ids is None or ids.dim() == 2 else ids.shape[1]  # rows of their own, with one loss
-        with torch.enable_grad(), gated(modules, [gate.repeat_interleave(choices, 0) for gate in gates]):
+        of_rows = [gate.repeat_interleave(choices, 0) for gate in gates]
+        with torch.enable_grad(), gated(modules, of_rows, None if ids is None else ids.flatten(0, -2).shape):
             loss = model(**batch).loss
         used = [i for i, size in enumerate(sizes) if size]
         for i, gradient in zip(used, torch.autograd.grad(loss, [gates[i] for i in used]), strict=True):

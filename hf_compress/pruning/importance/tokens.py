@@ -1,5 +1,6 @@
 """Which positions of a batch are tokens, and which only fill it up."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -23,3 +24,9 @@ def real_tokens(batch: Mapping[str, Tensor], states: Tensor, *, is_decoder: bool
     if mask is None or mask.dim() != 2:
         return torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
     return mask.bool()
+
+
+def by_example(x: Tensor, shape: tuple[int, ...] | None) -> Tensor:
+    """x as (B, T, D), also where a layer works on (B * T, D), as OPT's; `shape` (B, T) is that of the batch's text."""
+    is_flat = x.dim() == 2 and shape is not None and len(x) == math.prod(shape)
+    return x.unflatten(0, shape) if is_flat else x
