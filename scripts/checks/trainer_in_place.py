@@ -1,8 +1,8 @@
 """A plugin of pytest that puts a trainer of ours in the place of `transformers.Trainer`, before tests are collected.
 
 `HFC_TRAINER` names it. What it needs beside a Trainer's arguments is made here: a teacher that is a copy of the model,
-and settings of its own that leave the training as it is (alpha 0; nothing pruned; weights in 8 bits, tables as they are). A test whose
-model it cannot train, and says so when it is made, does not apply.
+and settings of its own that leave the training as it is (alpha 0; nothing pruned; weights in 8 bits, tables as they
+are). A test whose model it cannot train, and says so when it is made, does not apply.
 """
 
 import copy
