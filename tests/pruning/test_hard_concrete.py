@@ -92,3 +92,9 @@ def test_a_strong_penalty_closes_gates(tmp_path):
         train(tmp_path, callback)
         shares.append(torch.cat(callback.gates()).mean().item())
     assert shares[1] < 0.2 < 0.6 < shares[0]
+
+
+@pytest.mark.parametrize(("l0", "says"), [(0.0, False), (500.0, True)])
+def test_a_penalty_that_closes_all_gates_is_told_once(l0, says, tmp_path, caplog):
+    train(tmp_path, hfc.HeadGates(l0, gate_rate=30_000.0))
+    assert caplog.text.count("no gate is left open") == int(says)

@@ -171,7 +171,12 @@ class LearnedGates(PieceCallback):
 
     @torch.no_grad()
     def _silence(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        self._open = self.chosen()
+        is_first, self._open = not self._open, self.chosen()
+        if is_first and not any(bool(is_open.any()) for is_open in self._open):
+            logger.warning(
+                "%s: no gate is left open, so all go: the penalty outweighs the loss. Weaken it, or lower gate_rate.",
+                self.name,
+            )
         for place, is_open in zip(self._places, self._open, strict=True):
             self.silence_(place, is_open, optimizer)
 
