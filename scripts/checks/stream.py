@@ -81,7 +81,7 @@ class Train:
         stream = load_dataset("json", data_files=self.files, split="train", streaming=True).map(with_labels)
         config = hfc.WordLevelConfig(
             str(folder), max_steps=self.steps, per_device_train_batch_size=BATCH, use_cpu=True, report_to="none",
-            logging_steps=max(1, self.steps // 50), disable_tqdm=True, learning_rate=1e-3,
+            logging_steps=self.steps // 20, disable_tqdm=True, learning_rate=1e-3,
             save_steps=self.steps // 2, save_total_limit=1, finish_at_end=False,
         )  # fmt: skip
         looks = Looks(self.steps, stop)
