@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import has_length
 
 from hf_compress.model.inputs import forward_names
+from hf_compress.model.reading import num_positions
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +114,8 @@ def _rows(
                 "`tokenizer`."
             )
         kept = {name: entry[name] for name in entry if name in names or (name == "labels" and _reads_labels(model))}
+        if _dims(kept[main]) == 0:
+            raise ValueError(f"calibration: {main} must hold the numbers of a row, got {kept[main]!r:.80}.")
         if _dims(kept[main]) <= row_dims:
             yield {name: tensor for name, value in kept.items() if (tensor := _tensor(value, name)) is not None}
             continue
@@ -124,8 +127,7 @@ def _rows(
 def _tokenized(text: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Mapping:
     if tokenizer is None:
         raise ValueError("calibration holds texts: pass the model's tokenizer as `tokenizer`, or tokenize them first.")
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or MOST_TOKENS
-    longest = min(MOST_TOKENS, positions, tokenizer.model_max_length)
+    longest = min(MOST_TOKENS, num_positions(model) or MOST_TOKENS, tokenizer.model_max_length)
     return tokenizer(text, truncation=True, max_length=longest)
 
 
@@ -207,6 +209,12 @@ def _real(ids: Tensor, config) -> Tensor:
     return torch.arange(ids.shape[-1]) < end
 
 
+def _has_position_table(model: PreTrainedModel) -> bool:
+    """Whether positions are rows of a table, beyond which nothing can be read."""
+    tables = (name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Embedding))
+    return any("position" in name or name == "wpe" for name in tables)
+
+
 def _check_tokens(rows: Sequence[Row], model: PreTrainedModel) -> None:
     embeddings = model.get_input_embeddings()
     largest = embeddings.num_embeddings if isinstance(embeddings, nn.Embedding) else None
@@ -218,6 +226,12 @@ def _check_tokens(rows: Sequence[Row], model: PreTrainedModel) -> None:
                 f"calibration holds token {int(ids.max())}, but the vocabulary of {type(model).__name__} has {largest} "
                 "entries. Tokenize the text with this model's own tokenizer."
             )
+    longest = max(row["input_ids"].shape[-1] for row in rows)
+    if _has_position_table(model) and longest > (num_positions(model) or longest):
+        raise ValueError(
+            f"calibration holds a row of {longest} tokens, and {type(model).__name__} has {num_positions(model)} "
+            f"positions. Cut the text: tokenizer(..., truncation=True, max_length={num_positions(model)})."
+        )
 
 
 def _collate(rows: Sequence[Row], model: PreTrainedModel) -> Row:

@@ -51,6 +51,8 @@ def allocate_bits(
         raise ValueError("sensitivity is empty: there is nothing to choose for.")
     for bits in choices:
         check_bits(bits)
+    if average_bits is not None and not 0 < average_bits <= max(choices):
+        raise ValueError(f"average_bits is above 0 and at most the {max(choices)} of the choices, got {average_bits}.")
     costs, sizes = [], []
     for name, value in sensitivity.items():
         module = check_quantizable(model, name)

@@ -56,7 +56,10 @@ def choose_modules(
             raise ValueError(f"{type(model).__name__} has no linear map in its layers: there is nothing to quantize.")
     if embedding_bits is not None:
         chosen |= dict.fromkeys(embedding_names(model), embedding_bits)
-    patterns = [re.compile(pattern) for pattern in skip_modules]
+    try:
+        patterns = [re.compile(pattern) for pattern in skip_modules]
+    except re.error as error:
+        raise ValueError(f"skip_modules: {error.pattern!r} is no regular expression: {error}.") from error
     for pattern in patterns:
         if not any(pattern.fullmatch(name) for name, _ in model.named_modules()):
             raise ValueError(f"skip_modules: no module of {type(model).__name__} is called {pattern.pattern!r}.")

@@ -161,6 +161,8 @@ def prepare_qat(
             f"Weights share a scale in bundles of rows (num_groups={num_groups}) or in groups of columns "
             f"(group_size={group_size}), not in both: leave one of them out."
         )
+    if num_groups not in ("auto", None) and (not isinstance(num_groups, int) or num_groups < 1):
+        raise ValueError(f"num_groups is a number of bundles of rows, 1 or more, 'auto' or None, got {num_groups!r}.")
     if not 0 < rounded_share <= 1:
         raise ValueError(f"rounded_share is a share of the weights, above 0 and up to 1, got {rounded_share}.")
     if grid == "ternary":

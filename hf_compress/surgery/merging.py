@@ -29,7 +29,7 @@ def merge_neurons(model: ModuleT, counts: Mapping[int, int]) -> ModuleT:
         if not isinstance(number, int) or not 0 <= number < len(layers):
             raise ValueError(f"Layer {number!r} does not exist: the model has 0 to {len(layers) - 1}.")
         num_neurons = layers[number].feed_forward.num_neurons
-        if not 0 <= count < num_neurons:
+        if not isinstance(count, int) or not 0 <= count < num_neurons:
             raise ValueError(f"Layer {number} has {num_neurons} neurons: 0 to {num_neurons - 1} can go, got {count}.")
     with Transaction(model) as transaction:
         for number, count in counts.items():

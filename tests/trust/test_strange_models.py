@@ -81,3 +81,40 @@ def test_rows_in_place_of_batches_are_named(verb):
     for data in (rows(4), rows(4).with_format("torch"), DataLoader(rows(4), batch_size=None)):
         with pytest.raises(ValueError, match="no batch of tensors, as a single row is none"):
             getattr(hfc, verb)(tiny_model("bert"), data)
+
+
+STRANGE = {
+    "row of None": (
+        lambda m: hfc.quantize(m, method="gptq", calibration=[None]),
+        "must hold the numbers of a row, got None",
+    ),
+    "a long row": (
+        lambda m: hfc.quantize(m, method="gptq", calibration=[{"input_ids": [5] * 65}]),
+        r"a row of 65 tokens, and BertForSequenceClassification has 64 positions\. Cut the text: .*max_length=64",
+    ),
+    "no bundles": (
+        lambda m: hfc.prepare_qat(m, 4, num_groups=0),
+        "num_groups is a number of bundles of rows",
+    ),
+    "no expression": (lambda m: hfc.quantize(m, skip_modules=["("]), r"skip_modules: '\(' is no regular expression"),
+    "too many bits": (
+        lambda m: hfc.allocate_bits(m, {"bert.encoder.layer.0.output.dense": 1.0}, average_bits=99),
+        "at most the 8 of the choices, got 99",
+    ),
+    "names to merge": (lambda m: hfc.merge_neurons(m, {0: [1]}), r"0 to 47 can go, got \[1\]"),
+}
+
+
+@pytest.mark.parametrize("what", STRANGE)
+def test_values_that_no_training_could_use_are_named(what):
+    verb, message = STRANGE[what]
+    model = tiny_model("bert")
+    before = kept(model)
+    with pytest.raises(ValueError, match=message):
+        verb(model)
+    torch.testing.assert_close(kept(model), before, rtol=0, atol=0)
+
+
+def test_a_cache_counts_in_examples(tmp_path):
+    with pytest.raises(ValueError, match="batch_size and shard_size count examples, 1 or more, got 32 and 0"):
+        hfc.cache_teacher(tiny_model("bert"), rows(4), tmp_path / "cache", shard_size=0)

@@ -99,6 +99,8 @@ def cache_teacher(
     """
     if not isinstance(teacher, nn.Module):
         raise TypeError(f"cache_teacher takes a model, got {type(teacher).__name__}: load it first.")
+    if min(batch_size, shard_size) < 1:
+        raise ValueError(f"batch_size and shard_size count examples, 1 or more, got {batch_size} and {shard_size}.")
     is_apart = worker is not None or is_remote(path) or isinstance(dataset, IterableDataset)
     cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
     state = None if is_apart else PartialState(cpu=cpu)  # which brings the ranks together
