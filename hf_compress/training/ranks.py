@@ -45,7 +45,7 @@ def of_all(value: Any) -> list[Any]:
     return found
 
 
-def check_same(facts: Mapping[str, str], what: str) -> None:
+def check_same(facts: Mapping[str, object], what: str) -> None:
     """Raise ValueError, in the same words on all ranks, where `facts` (name -> value) of one are not those of rank 0.
 
     All ranks have to ask. `what` begins the sentence.

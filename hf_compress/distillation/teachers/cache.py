@@ -134,7 +134,7 @@ def cache_teacher(
             write_parts(leases, manifest, outputs, parts, worker=worker, batch_size=batch_size)
         else:
             text = f"{len(rows)} examples, of which the first add up to {sum_of(keys)}"
-            check_same({**settings_of(manifest), "shard_size": str(shard_size), "dataset": text}, "A teacher cache")
+            check_same({**settings_of(manifest), "shard_size": shard_size, "dataset": text}, "A teacher cache")
             _write_together(Path(path), manifest, outputs, rows, batch_size, shard_size, state)
     return CachedTeacher(path)
 

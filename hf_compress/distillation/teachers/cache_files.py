@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -178,10 +179,9 @@ def tokenizer_fingerprint(tokenizer) -> str | None:
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
-def settings_of(manifest: dict) -> dict[str, str]:
+def settings_of(manifest: dict) -> dict[str, Any]:
     """What all that write one cache have to have alike: name -> value."""
-    plain = {**manifest, "teacher": manifest["teacher"]["fingerprint"][:16]}
-    return {name: str(plain[name]) for name in SETTINGS}
+    return {name: manifest[name] for name in SETTINGS} | {"teacher": manifest["teacher"]["fingerprint"][:16]}
 
 
 def check_same_cache(folder: Path | str, found: dict, manifest: dict) -> None:
