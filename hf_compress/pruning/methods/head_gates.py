@@ -27,7 +27,7 @@ class HeadGates(LearnedGates):
     """Callback for the trainers of hf_compress: learned gates on heads; `finish` cuts those whose gate is closed.
 
     Args:
-        l0: weight of the expected number of open gates, beside the loss.
+        l0: weight of the expected number of open gates, beside the loss: what a head has to be worth to stay.
         gate_rate, initial, end: as in `LearnedGates`; at `end` a gate is settled at 0 or 1, whichever is nearer.
     """
 
@@ -35,7 +35,7 @@ class HeadGates(LearnedGates):
     cuts_silent = True
     units = {"heads": 1}
 
-    def __init__(self, l0: float = 0.02, *, gate_rate: float = 1000.0, initial: float = 2.0, end: float = 0.7):
+    def __init__(self, l0: float = 0.005, *, gate_rate: float = 1000.0, initial: float = 2.0, end: float = 0.7):
         if l0 < 0:
             raise ValueError(f"l0 must be 0 or more, got {l0}.")
         super().__init__(gate_rate=gate_rate, initial=initial, end=end)
@@ -71,7 +71,7 @@ class HeadGates(LearnedGates):
 class HeadGatesConfig(GatesConfig):
     gates = HeadGates
 
-    l0: float = field(default=0.02, metadata={"help": "Weight of the expected number of open gates; 0 or more."})
+    l0: float = field(default=0.005, metadata={"help": "Weight of the expected number of open gates; 0 or more."})
 
 
 class HeadGatesTrainer(PruningTrainer):
