@@ -54,9 +54,10 @@ class PredictionLosses(Trainer):
         else:
             loss = outputs.get("loss")
         if loss is None:
+            missing = "the model gives no loss" if "labels" in inputs else "the batch has no labels"
             raise ValueError(
-                f"alpha={self.args.alpha} mixes in the task loss, but the batch has no labels: its columns are "
-                f"{sorted(inputs)}. Add labels, or set alpha=1 to learn from the teacher alone."
+                f"alpha={self.args.alpha} mixes in the task loss, but {missing} (columns: {sorted(inputs)}). "
+                "Add what is missing, or set alpha=1 to learn from the teacher alone."
             )
         return torch.where(count > 0, loss * count, torch.zeros_like(loss))  # the mean over no labels is NaN
 

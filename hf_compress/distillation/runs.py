@@ -51,13 +51,14 @@ def accepted(model: nn.Module, inputs: dict) -> dict:
 def named(outputs: object, model: nn.Module, *, has_labels: bool = False) -> Mapping:
     """`outputs` of `model` by name, read as `Trainer` reads them; TypeError where they are something else.
 
-    A model of one's own may give a tuple, whose first part is the loss where there were labels and then come logits; or
-    a dict whose one entry beside the loss is its logits, whatever it is called; or logits alone.
+    A model of one's own may give a tuple, whose first part, a single number, is the loss where there were labels, and
+    then come logits; or a dict whose one entry beside the loss is its logits, whatever it is called; or logits alone.
     """
     if isinstance(outputs, (Tensor, tuple, list)):
         parts = [outputs] if isinstance(outputs, Tensor) else outputs
+        gives_loss = has_labels and len(parts) > 1 and isinstance(parts[0], Tensor) and parts[0].numel() == 1
         others = (f"output_{number}" for number in count(1))
-        outputs = dict(zip(chain(["loss"] * has_labels, ["logits"], others), parts, strict=False))
+        outputs = dict(zip(chain(["loss"] * gives_loss, ["logits"], others), parts, strict=False))
     if not isinstance(outputs, Mapping):
         raise TypeError(
             f"The forward of {type(plain_model(model)).__name__} returned a {type(outputs).__name__}; expected a "

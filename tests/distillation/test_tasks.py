@@ -287,6 +287,20 @@ def test_one_number_for_each_example_is_compared_as_a_number(teachers, tmp_path)
     np.testing.assert_allclose(second, first + 1)
 
 
+class NoLoss(Line):
+    """Takes labels, and says nothing of them."""
+
+    def forward(self, input_x, labels=None):
+        return (torch.stack([self.a * input_x, -input_x], dim=-1),)
+
+
+def test_logits_are_no_loss_of_a_model_that_has_none(tmp_path):
+    data = [{"input_x": torch.tensor(float(i)), "labels": i % 2} for i in range(4)]
+    assert np.isfinite(trained(tmp_path, NoLoss(0.0), NoLoss(1.0), data, alpha=1.0).state.log_history[0]["loss"])
+    with pytest.raises(ValueError, match="mixes in the task loss, but the model gives no loss"):
+        trained(tmp_path, NoLoss(0.0), NoLoss(1.0), data, alpha=0.5)
+
+
 class Words(nn.Module):
     def forward(self, input_ids=None, labels=None):
         return "positive"
