@@ -18,7 +18,7 @@ from hf_compress.engines import processor
 from hf_compress.engines.low_bit import Int4, Int8Halves, Int8Weights
 from hf_compress.engines.packed_weight import Stored
 from hf_compress.engines.pieces import in_pieces
-from hf_compress.engines.rounding import round_to_bytes
+from hf_compress.engines.rounding import AT_ONCE, Rounded, round_to_bytes
 
 Run = Callable[[Tensor, Tensor | None], Tensor]
 SMALLEST = 16384  # weights; below this a call costs more than it multiplies, and `F.linear` costs least
@@ -41,6 +41,8 @@ def choose(
         return dense
     integers = stored.is_8_bit_rows and processor.has_int8()
     many = partial(Int8Rows, activation_range=activation_range) if integers else dense
+    if not decodes and not rounds and processor.has_bfloat16():
+        return dense  # as fast, and the inputs keep their digits
     if not decodes or (integers and rounds):
         return many
     kernels = (Int4, Int8Weights, Int8Halves) if processor.has_avx512() else (Int4, Int8Weights)
@@ -124,12 +126,22 @@ class Int8Rows:
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         rounded = round_to_bytes(x, self.range)
+        bias = None if bias is None else bias.float()
+        if len(x) <= AT_ONCE:
+            return self._scaled(rounded, bias).to(x.dtype)
+        y = x.new_empty(len(x), self.out_features)
+        for start in range(0, len(x), AT_ONCE):
+            rows = slice(start, start + AT_ONCE)
+            scale = rounded.scale if len(rounded.scale) == 1 else rounded.scale[rows]
+            y[rows] = self._scaled(Rounded(rounded.q[rows], scale, rounded.zero), bias)
+        return y
+
+    def _scaled(self, rounded: Rounded, bias: Tensor | None) -> Tensor:
         y = in_pieces(rounded.q, partial(self._product, zero=rounded.zero), self.out_features, torch.float32)
         if self.shift is not None:  # scale * (q - zero) = scale * (q - 128) + scale * (128 - zero)
-            sums = rounded.q.sum(1, keepdim=True, dtype=torch.float32) - rounded.zero * x.shape[1]
+            sums = rounded.q.sum(1, keepdim=True, dtype=torch.float32) - rounded.zero * rounded.q.shape[1]
             y.addcmul_(sums, self.shift)
-        y = y.mul_(rounded.scale) if bias is None else torch.addcmul(bias.float(), y, rounded.scale)
-        return y.to(x.dtype)
+        return y.mul_(rounded.scale) if bias is None else torch.addcmul(bias, y, rounded.scale)
 
     def _product(self, q: Tensor, zero: int) -> Tensor:
         return torch.ops.onednn.qlinear_pointwise(

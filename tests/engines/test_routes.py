@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_compress.engines import low_bit, processor, routes
+from hf_compress.engines import low_bit, processor, rounding, routes
 from hf_compress.engines.packed_weight import Stored
 from hf_compress.engines.rounding import round_to_bytes, rounded_rows
 from hf_compress.layers.activations import round_per_token, round_to_range
@@ -126,7 +126,8 @@ def rule(monkeypatch, scheme: str, *, int8: bool, bfloat16: bool, slow_mkl: bool
 @pytest.mark.parametrize(
     ("scheme", "said", "few", "vnni", "bf16"),
     [
-        ("8-bit-rows", dict(decodes=False), "Float32", "Int8Rows", "Int8Rows"),
+        ("8-bit-rows", dict(decodes=False), "Float32", "Int8Rows", "BFloat16"),
+        ("8-bit-rows", dict(decodes=False, rounds=True), "Float32", "Int8Rows", "Int8Rows"),
         ("8-bit-rows", dict(decodes=True), "FewAndMany Int8Weights PerCall",
          "FewAndMany Int8Weights Int8Rows", "FewAndMany Int8Weights Int8Rows"),
         ("8-bit-rows", dict(decodes=True, rounds=True), "FewAndMany Int8Weights PerCall", "Int8Rows", "Int8Rows"),
@@ -218,8 +219,6 @@ def test_bytes_are_the_rounding_of_the_record(dtype):
 
 
 def test_query_key_and_value_round_their_input_once(monkeypatch):
-    from hf_compress.engines import rounding
-
     calls, plain = [], rounding._steps
     monkeypatch.setattr(rounding, "_steps", lambda *args: calls.append(args) or plain(*args))
     x = torch.randn(2, 3, 64)
@@ -231,10 +230,28 @@ def test_query_key_and_value_round_their_input_once(monkeypatch):
     round_to_bytes(torch.randn(6, 64))
     assert len(calls) == 4
     with torch.inference_mode():  # nothing tells of a change there
-        y = torch.randn(4, 64)
-        before = round_to_bytes(y)
+        y = torch.randn(2, 2, 64)
+        before = round_to_bytes(y.view(-1, 64))
+        assert round_to_bytes(y.view(-1, 64)).q is before.q and len(calls) == 5
         y.mul_(2)
-        assert torch.equal(round_to_bytes(y).scale, 2 * before.scale)
+        assert torch.equal(round_to_bytes(y.view(-1, 64)).scale, 2 * before.scale)
+
+
+def test_many_rows_are_rounded_and_multiplied_as_few(monkeypatch, integer_products):
+    layer = packed_layer(SCHEMES["8-bit-rows"])
+    run, ranged = routes.Int8Rows(layer.stored()), routes.Int8Rows(layer.stored(), (-1.5, 2.0))
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(70, K).to(dtype)
+        whole = [
+            (round_to_bytes(x, span), product(x, layer.bias)) for span, product in ((None, run), ((-1.5, 2.0), ranged))
+        ]
+        with monkeypatch.context() as patch:
+            patch.setattr(rounding, "AT_ONCE", 32)
+            patch.setattr(routes, "AT_ONCE", 32)
+            for (rounded, y), span, product in zip(whole, (None, (-1.5, 2.0)), (run, ranged), strict=True):
+                again = round_to_bytes(x.clone(), span)
+                assert torch.equal(again.q, rounded.q) and torch.equal(again.scale, rounded.scale)
+                torch.testing.assert_close(product(x.clone(), layer.bias), y)
 
 
 @needs_bfloat16
