@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 
 from hf_compress.model.unfinished import forms_of, pieces_of
-from hf_compress.training.arguments import check_devices
+from hf_compress.training.arguments import check_devices, dropping
 from hf_compress.training.checks import data_fact, settings_facts, weights_fact
 from hf_compress.training.finish import finish
 from hf_compress.training.finite import find_not_finite, has_no_label, is_finite
@@ -191,7 +191,7 @@ class TrainingStateMixin(StreamMixin, StepCountsMixin):
         return self.is_complete() and super()._determine_best_metric(metrics, trial)
 
     def _inner_training_loop(self, *args, **kwargs):
-        with attached(self.training_state, self.model):
+        with attached(self.training_state, self.model), dropping(self.model, getattr(self.args, "dropout", None)):
             if self.optimizer is not None:
                 add_missing(self.optimizer, self.training_state, may_add=not self.is_deepspeed_enabled)
             return super()._inner_training_loop(*args, **kwargs)
