@@ -48,7 +48,7 @@ def _plain(kind: str, table: Mapping[str, type], stage: type[Stage]) -> Table:
 def _fine_tune() -> Method:
     from hf_compress.training.state import TrainingStateMixin
 
-    return Method("fine-tune", "fine-tune", (StageOptions, TrainingArguments), FineTune, TrainingStateMixin)
+    return Method("fine-tune", "fine-tune", (StageOptions, CompressionArguments), FineTune, TrainingStateMixin)
 
 
 KINDS: dict[str, Table] = {

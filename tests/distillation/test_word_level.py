@@ -9,9 +9,10 @@ from helpers import tiny_batch, tiny_model
 from torch import nn
 
 from distillation.data import rows
+from hf_compress.distillation.heads import output_head
 from hf_compress.distillation.losses.chunked_head import fused_forward_kl, head_losses
 from hf_compress.distillation.losses.divergences import forward_kl, jensen_shannon, reverse_kl, top_k_forward_kl
-from hf_compress.distillation.methods.word_level import WordLevelConfig, WordLevelTrainer
+from hf_compress.distillation.methods.word_level import WordLevelConfig, WordLevelTrainer, _check_logits
 from hf_compress.distillation.students import make_student
 from hf_compress.distillation.teachers.cache import cache_teacher
 from hf_compress.distillation.trainer import DistillationTrainer
@@ -265,6 +266,21 @@ def test_a_model_that_caps_its_logits_is_refused(tmp_path):
     trainer = WordLevelTrainer(student, config(tmp_path), teacher_model=teacher, train_dataset=rows(kind="clm"))
     with pytest.raises(ValueError, match="Gemma3ForCausalLM changes its logits after the head"):
         trainer.train()
+
+
+def test_logits_of_another_rounding_are_those_of_the_head(monkeypatch):
+    """bfloat16 under autocast, and a packed head that rounds the inputs of many tokens alone."""
+    model = tiny_model("llama")
+    head, states = output_head(model), 5 * torch.randn(2, 6, model.config.hidden_size)
+    logits = head(states)
+    _check_logits(model, states, logits[:1, :1].bfloat16())
+    for changed in (logits.std() * torch.tanh(logits / logits.std()), logits * 0.9, logits + 1, logits.mean(1)):
+        with pytest.raises(ValueError, match="changes its logits after the head"):
+            _check_logits(model, states, changed[:1, :1] if changed.ndim == 3 else changed)
+    plain = head.forward
+    monkeypatch.setattr(head, "forward", lambda x: plain(x) * (1.05 if x.shape[1] > 1 else 1))
+    _check_logits(model, states, head(states))
+    _check_logits(model, states, head(states[:1, :1]))
 
 
 def test_a_batch_without_labels_needs_alpha_1(tmp_path):
