@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 
+from hf_compress.model.precision import attention_with_fast_gradients
 from hf_compress.model.unfinished import forms_of, pieces_of
 from hf_compress.training.arguments import check_devices, dropping
 from hf_compress.training.checks import data_fact, settings_facts, weights_fact
@@ -191,7 +192,11 @@ class TrainingStateMixin(StreamMixin, StepCountsMixin):
         return self.is_complete() and super()._determine_best_metric(metrics, trial)
 
     def _inner_training_loop(self, *args, **kwargs):
-        with attached(self.training_state, self.model), dropping(self.model, getattr(self.args, "dropout", None)):
+        with (
+            attached(self.training_state, self.model),
+            dropping(self.model, getattr(self.args, "dropout", None)),
+            attention_with_fast_gradients(enabled=self.args.bf16 and self.args.device.type == "cpu"),
+        ):
             if self.optimizer is not None:
                 add_missing(self.optimizer, self.training_state, may_add=not self.is_deepspeed_enabled)
             return super()._inner_training_loop(*args, **kwargs)
