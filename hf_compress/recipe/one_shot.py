@@ -1,33 +1,22 @@
 """Methods that change a model without training it, as dataclasses of options with `apply`."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.model.anatomy import anatomy
-from hf_compress.model.precision import cast, check_dtype
 from hf_compress.pruning.budget import prune, share_that_goes
 from hf_compress.pruning.embeddings import factorise_embeddings
 from hf_compress.pruning.importance import every_other, head_importance, neuron_importance
 from hf_compress.pruning.low_rank import factorise
 from hf_compress.pruning.one_shot import prune_weights
 from hf_compress.pruning.targets import StructureTimes, prune_to_size, prune_to_time
-from hf_compress.quantization.allocation import allocate_bits
-from hf_compress.quantization.gptq_model import GPTQOptions
-from hf_compress.quantization.modules import is_linear
-from hf_compress.quantization.quantize import quantize
-from hf_compress.quantization.sensitivity import hessian_sensitivity
-from hf_compress.quantization.signround import SignRoundOptions
 from hf_compress.surgery import prune_heads, prune_layers, prune_neurons
 from hf_compress.surgery.tokenizer import used_tokens
 from hf_compress.surgery.vocabulary import prune_vocabulary
-
-SENSITIVITY_BATCH = 8
-DTYPE_HELP = "Of all that is not packed, and of the arithmetic: float32, bfloat16, float16; as it is."
-HEAD_BITS = 8  # of poolers and heads, where the bits of the layers are mixed
 
 
 @dataclass(frozen=True)
@@ -198,115 +187,6 @@ class WeightsOptions:
         return model, tokenizer
 
 
-@dataclass(frozen=True)
-class RoundOptions:
-    """Round the weights of all linear maps within the layers to few bits."""
-
-    bits: int = field(default=8, metadata={"help": "2, 3, 4 or 8 bits for each weight."})
-    average_bits: float | None = field(
-        default=None, metadata={"help": "In place of bits: a mean, the sensitive modules at more, e.g. 3.5."}
-    )
-    group_size: int | str = field(
-        default="auto", metadata={"help": "Weights that share a scale: auto, -1 for the whole row, or 32, 64, 128."}
-    )
-    symmetric: bool = field(default=False, metadata={"help": "Fix the zero point at mid-range."})
-    embedding_bits: int | None = field(default=None, metadata={"help": "Bits of the embedding tables; none: float."})
-    embedding_parts: int | None = field(
-        default=None, metadata={"help": "Parts of a table's row, each an index of embedding_bits into centroids."}
-    )
-    embedding_stages: int = field(default=1, metadata={"help": "Centroids that add up to a part of a row."})
-    activation_bits: int | None = field(default=None, metadata={"help": "8 rounds the inputs of each layer as well."})
-    heads_too: bool = field(default=False, metadata={"help": "Pack the pooler and the head of the task as well."})
-    skip_modules: str | None = field(default=None, metadata={"help": "Regular expressions of names, with commas."})
-    range_method: str = field(default="mse", metadata={"help": "mse, minmax, percentile, kl or aciq."})
-    scale_dtype: str = field(
-        default="auto", metadata={"help": "float16, float32, or auto: float32 where float16 cannot hold the scales."}
-    )
-    dtype: str | None = field(default=None, metadata={"help": DTYPE_HELP})
-    sensitivity_examples: int = field(default=64, metadata={"help": "Examples of the Hessian for average_bits."})
-    sensitivity_method: str = field(default="fisher", metadata={"help": "fisher, trace, eigenvalue; for average_bits."})
-
-    method = "rtn"
-
-    def __post_init__(self):
-        check_dtype(self.dtype)
-
-    @property
-    def needs_texts(self) -> bool:
-        return self.method != "rtn" or self.average_bits is not None
-
-    def apply(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: Samples):
-        options = {field.name: getattr(self, field.name) for field in fields(RoundOptions)}
-        for name in ("bits", "average_bits", "skip_modules", "heads_too", "sensitivity_examples", "sensitivity_method",
-                     "dtype"):  # fmt: skip
-            options.pop(name)
-        skip = self.skip_modules.split(",") if self.skip_modules else []
-        quantize(
-            model, self.module_bits(model, samples), method=self.method, skip_modules=skip, **options,
-            **self.extra(samples),
-        )  # fmt: skip
-        return cast(model, self.dtype), tokenizer
-
-    def module_bits(self, model: PreTrainedModel, samples: Samples) -> int | dict[str, int]:
-        if self.average_bits is None:
-            return linear_maps(model, self.bits) if self.heads_too else self.bits
-        loader = samples.loader(self.sensitivity_examples, SENSITIVITY_BATCH)
-        sensitivity = hessian_sensitivity(model, loader, method=self.sensitivity_method)
-        bits = allocate_bits(
-            model, sensitivity, average_bits=self.average_bits, group_size=self.group_size, symmetric=self.symmetric
-        )
-        return {**linear_maps(model, HEAD_BITS), **bits} if self.heads_too else bits
-
-    def extra(self, samples: Samples) -> dict[str, Any]:
-        return {}
-
-
-def linear_maps(model: PreTrainedModel, bits: int) -> dict[str, int]:
-    """Every linear map that is not tied to a table, heads included."""
-    tied = {key.removesuffix(".weight") for key in model.all_tied_weights_keys}
-    return {name: bits for name, module in model.named_modules() if is_linear(module) and name not in tied}
-
-
-@dataclass(frozen=True)
-class GPTQStageOptions(RoundOptions, GPTQOptions):
-    """GPTQ: round column by column, the columns still to come make up for the error (Frantar et al., 2023)."""
-
-    bits: int = field(default=4, metadata={"help": "2, 3, 4 or 8 bits for each weight."})
-    calibration_examples: int = field(default=128, metadata={"help": "Training rows that the Hessians are made of."})
-
-    method = "gptq"
-
-    def __post_init__(self):
-        RoundOptions.__post_init__(self)
-        GPTQOptions.__post_init__(self)
-
-    def extra(self, samples: Samples) -> dict[str, Any]:
-        return calibrated(self, GPTQOptions, samples)
-
-
-@dataclass(frozen=True)
-class SignRoundStageOptions(RoundOptions, SignRoundOptions):
-    """Learn layer by layer which way each weight is rounded, by signed gradients (Cheng et al., 2023)."""
-
-    bits: int = field(default=4, metadata={"help": "2, 3, 4 or 8 bits for each weight."})
-    calibration_examples: int = field(default=128, metadata={"help": "Training rows that the layers follow."})
-
-    method = "signround"
-
-    def __post_init__(self):
-        RoundOptions.__post_init__(self)
-        SignRoundOptions.__post_init__(self)
-
-    def extra(self, samples: Samples) -> dict[str, Any]:
-        return calibrated(self, SignRoundOptions, samples)
-
-
-def calibrated(stage: Any, kind: type, samples: Samples) -> dict[str, Any]:
-    """The options of `kind` that `stage` has, and its calibration."""
-    options = {field.name: getattr(stage, field.name) for field in fields(kind)}
-    return {**options, "calibration": samples.some(stage.calibration_examples)}
-
-
 PRUNE = {
     "structure": StructureOptions,
     "vocabulary": VocabularyOptions,
@@ -317,4 +197,3 @@ PRUNE = {
     "size": SizeOptions,
     "weights-at-once": WeightsOptions,
 }
-QUANTIZE = {"rtn": RoundOptions, "gptq": GPTQStageOptions, "signround": SignRoundStageOptions}

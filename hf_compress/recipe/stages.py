@@ -10,11 +10,10 @@ from transformers import TrainingArguments
 
 from hf_compress import distillation, pruning, quantization
 from hf_compress.model.precision import has_fast_bfloat16
-from hf_compress.recipe import one_shot
+from hf_compress.recipe import one_shot, quantizing
 from hf_compress.recipe.evaluate import Evaluate, EvaluateOptions
 from hf_compress.recipe.options import RecipeError, build, split_options, unknown
 from hf_compress.recipe.publish import Export, ExportOptions, Publish, PublishOptions
-from hf_compress.recipe.qat import QATOptions
 from hf_compress.recipe.stage import Method, Stage
 from hf_compress.recipe.training import Change, Distil, FineTune, StudentOptions, Train
 from hf_compress.training.arguments import CompressionArguments
@@ -57,7 +56,7 @@ KINDS: dict[str, Table] = {
     "prune": {**_from_table("prune", pruning.METHODS, Train), **_plain("prune", one_shot.PRUNE, Change)},
     "quantize": {
         **_from_table("quantize", quantization.METHODS, Train),
-        **_plain("quantize", {**one_shot.QUANTIZE, "qat": QATOptions}, Change),
+        **_plain("quantize", quantizing.QUANTIZE, Change),
     },
     "evaluate": _plain("evaluate", {"evaluate": EvaluateOptions}, Evaluate),
     "export": _plain("export", {"export": ExportOptions}, Export),

@@ -22,7 +22,7 @@ from hf_compress.model.precision import cast, fast_forward
 from hf_compress.recipe.data import CLASSIFICATION, RecipeData
 from hf_compress.recipe.one_shot import Samples
 from hf_compress.recipe.options import RecipeError
-from hf_compress.recipe.qat import QATOptions
+from hf_compress.recipe.quantizing import QATOptions
 from hf_compress.recipe.stage import Made, Past, Stage, Work
 from hf_compress.recipe.tasks.embedding import Embeddings
 from hf_compress.training.bar import with_own_bar

@@ -22,7 +22,7 @@ from hf_compress.model.inputs import example_batch
 from hf_compress.pruning.targets import StructureTimes
 from hf_compress.quantization.quantize import quantize
 from hf_compress.recipe.fingerprints import digest
-from hf_compress.recipe.one_shot import linear_maps
+from hf_compress.recipe.quantizing import linear_maps
 from hf_compress.surgery import prune_heads, prune_layers, prune_neurons
 
 logger = logging.getLogger(__name__)

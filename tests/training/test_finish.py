@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, Trainer
 
 import hf_compress as hfc
 from hf_compress.model.unfinished import forms_of, pieces_of
-from hf_compress.recipe.one_shot import linear_maps
+from hf_compress.recipe.quantizing import linear_maps
 
 QUICK = {"begin": 0.0, "end": 0.7, "num_updates": 1}
 FAMILIES = {"bert": "classification", "distilbert": "classification", "llama": "clm", "bart": "seq2seq"}
