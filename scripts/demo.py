@@ -30,7 +30,7 @@ from hf_compress.report.report import Report
 from hf_compress.report.tables import aligned, main_rows
 
 ALONE = {"name": "without-teacher", "num_train_epochs": 4, "learning_rate": 3e-4}
-SPEED = {"sequence_length": 32, "latency_rounds": 60, "throughput_rounds": 12, "isolate": False}
+SPEED = {"sequence_length": 32, "latency_rounds": 60, "throughput_rounds": 12}
 
 
 @dataclass

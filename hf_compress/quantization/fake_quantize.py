@@ -2,16 +2,25 @@
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hf_compress.layers.activations import round_per_token, round_to_range
-from hf_compress.layers.scheme import LARGEST_INPUT, SCALE_DTYPES, SMALLEST_RANGE, WeightScheme
+from hf_compress.layers.scheme import (
+    LARGEST_INPUT,
+    SCALE_DTYPES,
+    SMALLEST_RANGE,
+    WeightScheme,
+    check_activation_range,
+)
+from hf_compress.measuring.measure import evaluating
 from hf_compress.model.anatomy import matrix
+from hf_compress.model.calibration import input_hooks, run_model
 from hf_compress.quantization.grids import (
     QuantizedWeight,
     dequantize_from_grid,
@@ -21,6 +30,7 @@ from hf_compress.quantization.grids import (
     smallest_scale,
 )
 from hf_compress.quantization.modules import packed
+from hf_compress.training.progress import progress_bar
 from hf_compress.training.shards import whole, write_
 
 RANGE_MOMENTUM = 0.95  # running activation ranges keep this share of what they were
@@ -237,3 +247,34 @@ class ActivationQuantizer(nn.Module):
 
     def range(self) -> tuple[float, float] | None:
         return None if self.dynamic else (float(self.low), float(self.high))
+
+
+@torch.no_grad()
+def activation_ranges(
+    model: PreTrainedModel, names: Sequence[str], batches: Sequence[Mapping]
+) -> dict[str, tuple[float, float]]:
+    """{name of a linear map: the range of its inputs}, ends of batches in the mean: what one strange text widens least.
+
+    Raises ValueError, naming the map, for one that no input reaches and for inputs that no range of 8 bits can hold.
+    """
+    seen: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    with evaluating([model]), input_hooks(
+        {name: model.get_submodule(name) for name in names},
+        lambda name, x: seen[name].append((float(x.min()), float(x.max()))) if x.numel() else None,
+    ):  # fmt: skip
+        for batch in progress_bar(batches, desc="Ranges of inputs", unit="batch"):
+            run_model(model, batch)
+    if missing := sorted(name for name, ends in seen.items() if not ends):
+        raise ValueError(
+            f"No calibration input reached {missing}. Leave them out with `skip_modules`, or calibrate with data that "
+            "uses them (an encoder-decoder also needs `decoder_input_ids`)."
+        )
+    found = {}
+    for name, ends in seen.items():
+        low, high = (math.fsum(end) / len(ends) for end in zip(*ends, strict=True))
+        found[name] = min(low, 0.0), max(high, 0.0)
+        try:
+            check_activation_range(*found[name])
+        except ValueError as error:
+            raise ValueError(f"{name}: {error} Leave it out with `skip_modules`, or check the calibration.") from None
+    return found

@@ -1,7 +1,7 @@
 """One call that replaces linear layers and embeddings of a model by packed ones."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from hf_compress.model.classes import ModelT
 from hf_compress.model.unfinished import check_finished, check_loaded
 from hf_compress.quantization.block_by_block import BlockOptions, Walk
 from hf_compress.quantization.codebooks import CODEBOOKS, input_importance, install_codebook, num_codebook_levels
+from hf_compress.quantization.fake_quantize import activation_ranges
 from hf_compress.quantization.gptq_model import GPTQ
 from hf_compress.quantization.grids import RANGES, round_to_nearest
 from hf_compress.quantization.modules import choose_modules, dense_blocks, install, matrix, scheme_for
@@ -40,6 +41,7 @@ def quantize(
     embedding_parts: int | None = None,
     embedding_stages: int = 1,
     activation_bits: int | None = None,
+    static_activations: bool = False,
     skip_modules: Sequence[str] = (),
     grid: str = "uniform",
     bias_correction: bool = False,
@@ -58,9 +60,10 @@ def quantize(
         group_size (`int` or `str`): consecutive weights along the columns that share a scale; -1 for the whole row;
             "auto" for the largest of 128, 64 and 32 that divides the columns, the whole row where none does.
         symmetric (`bool`): fix the zero point at mid-range instead of storing one for each group.
-        calibration: for "gptq" and "signround", and for grid "kmeans", whose centroids then weigh by the Hessian's
-            diagonal: rows with `input_ids` (pixels for image models), a data loader's batches, arrays, or texts, which
-            need `tokenizer`. The same text gives the same model; 128 rows of 512 tokens will do.
+        calibration: for "gptq" and "signround", for `static_activations`, and for grid "kmeans", whose centroids then
+            weigh by the Hessian's diagonal: rows with `input_ids` (pixels for image models), a data loader's batches,
+            arrays, or texts, which need `tokenizer`. The same text gives the same model; 128 rows of 512 tokens will
+            do.
         embedding_bits (`int`, *optional*): also pack the embedding tables, one scale a row, rounded to nearest.
         embedding_parts (`int`, *optional*): cut the rows of tables into so many parts, each an index of
             `embedding_bits` into centroids (product quantization, Gong et al., 2014). Tables of few rows, or of fewer
@@ -68,6 +71,8 @@ def quantize(
         embedding_stages (`int`): each part is the sum of so many centroids (residual quantization).
         activation_bits (`int`, *optional*): 8 rounds the inputs of each packed linear layer to the token's own 8-bit
             grid as they come; with 8-bit symmetric weights and one scale a row, products are those of integers.
+        static_activations (`bool`): instead, one grid for all inputs of a layer, over the range that they have in
+            `calibration`, as the runtimes multiply them fastest. Training finds better ones: `prepare_qat`.
         skip_modules: names, or regular expressions that match whole names, of modules to leave alone.
         grid (`str`): "uniform", or for method "rtn" a codebook: "balanced", "kmeans", "power_of_two", "multibit", at 2
             bits "ternary", and at 1 bit "binary". Levels are stored for each group, so let groups be large (-1).
@@ -87,16 +92,20 @@ def quantize(
         raise ValueError(f"method must be one of {METHODS}, got {method!r}.")
     if method in WALKS and calibration is None:
         raise ValueError(f"method={method!r} needs `calibration`: a dataset of rows with `input_ids`.")
-    if method == "rtn" and (method_options or (calibration is not None and grid != "kmeans")):
+    if method == "rtn" and (
+        method_options or (calibration is not None and grid != "kmeans" and not static_activations)
+    ):
         raise ValueError(
-            f"method='rtn' takes no options {sorted(method_options)}, and calibration only with grid='kmeans'; use "
-            f"one of {sorted(WALKS)} as method."
+            f"method='rtn' takes no options {sorted(method_options)}, and calibration only with grid='kmeans' or "
+            f"static_activations; use one of {sorted(WALKS)} as method."
         )
     if range_method not in RANGES:
         raise ValueError(f"range_method must be one of {sorted(RANGES)}, got {range_method!r}.")
     options = _walk_options(method, method_options) if method in WALKS else None
+    if static_activations:
+        _check_static(activation_bits, calibration, options)
     if method == "rtn" and calibration is not None and any(p.is_meta for p in model.parameters()):
-        raise ValueError("Centroids are weighed with the whole model in memory, and some of this one is on disk.")
+        raise ValueError("Calibration runs the whole model in memory, and some of this one is on disk.")
     if bias_correction and grid not in CODEBOOKS:
         raise ValueError(f"bias_correction moves the levels of a codebook: use one of {sorted(CODEBOOKS)} as grid.")
     if grid not in ("uniform", *CODEBOOKS) or (grid != "uniform" and (method != "rtn" or symmetric or activation_bits)):
@@ -127,13 +136,18 @@ def quantize(
                                        activation_bits=activation_bits)  # fmt: skip
         if embedding_parts is not None or embedding_stages != 1:
             schemes |= _in_parts(model, schemes, embedding_parts, embedding_stages)
-        importance = {}
-        if method == "rtn" and calibration is not None:
-            linear = [n for n, s in schemes.items() if s.num_levels is not None and s.parts is None]
-            importance = input_importance(model, linear, calibration_batches(calibration, model, tokenizer=tokenizer))
+        importance, batches = {}, ()
+        if calibration is not None:
+            size = {} if options is None else {"batch_size": options.batch_size}
+            batches = calibration_batches(calibration, model, tokenizer=tokenizer, **size)
+        linear = {n: s for n, s in schemes.items() if not isinstance(model.get_submodule(n), nn.Embedding)}
+        if grid == "kmeans" and calibration is not None:
+            importance = input_importance(model, [n for n, s in linear.items() if s.num_levels is not None], batches)
+        if static_activations:
+            ranges = activation_ranges(model, list(linear), batches)
+            linear = {n: replace(s, activation_range=ranges[n]) for n, s in linear.items()}
+            schemes |= linear
         if options is not None:
-            linear = {n: s for n, s in schemes.items() if not isinstance(model.get_submodule(n), nn.Embedding)}
-            batches = calibration_batches(calibration, model, batch_size=options.batch_size, tokenizer=tokenizer)
             WALKS[method](model, linear, batches, options, range_method=range_method).run()
         for name, scheme in schemes.items():
             module = model.get_submodule(name)
@@ -152,6 +166,16 @@ def quantize(
     settle_bits(model)
     finish_offloaded(model)
     return model
+
+
+def _check_static(activation_bits: int | None, calibration: Iterable | None, options: BlockOptions | None) -> None:
+    if activation_bits is None or calibration is None:
+        raise ValueError(
+            "static_activations finds the range of each layer's inputs: give activation_bits=8 and `calibration`, a "
+            "dataset of rows with `input_ids`."
+        )
+    if options is not None and options.is_split:
+        raise ValueError("static_activations needs all of the calibration in each process: leave out split_over_ranks.")
 
 
 def _walk_options(method: str, given: Mapping[str, object]) -> BlockOptions:

@@ -39,6 +39,10 @@ class RoundOptions:
     )
     embedding_stages: int = field(default=1, metadata={"help": "Centroids that add up to a part of a row."})
     activation_bits: int | None = field(default=None, metadata={"help": "8 rounds the inputs of each layer as well."})
+    static_activations: bool = field(
+        default=False, metadata={"help": "One range for the inputs of a layer, seen over calibration_examples."}
+    )
+    calibration_examples: int = field(default=128, metadata={"help": "Training rows for static_activations."})
     heads_too: bool = field(default=False, metadata={"help": "Pack the pooler and the head of the task as well."})
     skip_modules: str | None = field(default=None, metadata={"help": "Regular expressions of names, with commas."})
     range_method: str = field(default="mse", metadata={"help": "mse, minmax, percentile, kl or aciq."})
@@ -56,12 +60,12 @@ class RoundOptions:
 
     @property
     def needs_texts(self) -> bool:
-        return self.method != "rtn" or self.average_bits is not None
+        return self.method != "rtn" or self.average_bits is not None or self.static_activations
 
     def apply(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: Samples):
         options = {field.name: getattr(self, field.name) for field in fields(RoundOptions)}
         for name in ("bits", "average_bits", "skip_modules", "heads_too", "sensitivity_examples", "sensitivity_method",
-                     "dtype"):  # fmt: skip
+                     "dtype", "calibration_examples"):  # fmt: skip
             options.pop(name)
         skip = self.skip_modules.split(",") if self.skip_modules else []
         quantize(
@@ -81,7 +85,7 @@ class RoundOptions:
         return {**linear_maps(model, HEAD_BITS), **bits} if self.heads_too else bits
 
     def extra(self, samples: Samples) -> dict[str, Any]:
-        return {}
+        return {"calibration": samples.some(self.calibration_examples)} if self.static_activations else {}
 
 
 def linear_maps(model: PreTrainedModel, bits: int) -> dict[str, int]:
