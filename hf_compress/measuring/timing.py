@@ -48,13 +48,15 @@ def time_interleaved(
     *,
     rounds: int,
     warmup_rounds: int = WARMUP_ROUNDS,
+    untimed: int = 0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[list[float]]:
     """Seconds that each call took in each round, `seconds[call][round]`; every round runs all calls, in an order
     of its own: in one fixed order, a model beside itself came out 8% slower on a busy machine.
 
-    `warmup_rounds` rounds run before and are not kept. A call must not return before its work is done. `clock` gives
-    seconds.
+    `warmup_rounds` rounds run before and are not kept, nor in each turn `untimed` calls before the one that is timed:
+    they bring back threads that slept and caches that the others filled, as in a server at work. A call must not return
+    before its work is done. `clock` gives seconds.
     """
     if rounds < 1 or warmup_rounds < 0:
         raise ValueError(f"rounds must be at least 1 and warmup_rounds 0, got {rounds} and {warmup_rounds}.")
@@ -62,6 +64,8 @@ def time_interleaved(
     turns = progress_bar(_orders(len(calls), warmup_rounds + rounds), desc="Timing", total=warmup_rounds + rounds)
     for turn, order in enumerate(turns):
         for i in order:
+            for _ in range(untimed):
+                calls[i]()
             start = clock()
             calls[i]()
             elapsed = clock() - start
