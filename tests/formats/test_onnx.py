@@ -1,5 +1,6 @@
 """ONNX folders: what they say in ONNX Runtime is what the packed model says."""
 
+import io
 import json
 
 import numpy as np
@@ -16,11 +17,13 @@ pytest.importorskip("onnxscript")
 ir = pytest.importorskip("onnx_ir")
 
 from hf_compress.formats.onnx import OPSET  # noqa: E402
+from hf_compress.formats.runtimes import onnx_session  # noqa: E402
 from hf_compress.formats.runtimes.agreement import feed  # noqa: E402
 from hf_compress.formats.runtimes.onnx_nodes import MICROSOFT, Nodes  # noqa: E402
 from hf_compress.formats.runtimes.onnx_products import Way, product, rounded_inputs, way_of  # noqa: E402
 from hf_compress.formats.runtimes.onnx_rows import for_several, table_rows  # noqa: E402
 from hf_compress.formats.runtimes.onnx_session import WITHOUT_OVERFLOW, open_folder  # noqa: E402
+from hf_compress.formats.runtimes.readme import readme  # noqa: E402
 from hf_compress.layers.activations import round_per_token, round_to_range  # noqa: E402
 
 
@@ -240,6 +243,30 @@ def test_a_classifier_with_trained_ranges_leaves_whole(tmp_path, monkeypatch, ca
                               return_tensors="pt")  # fmt: skip
     expected = model(**tokens).logits.argmax(-1)
     assert capsys.readouterr().out.strip() == str([("bad", "good")[i] for i in expected])
+
+
+@pytest.mark.parametrize("told", ["flags : avx2 avx512_vnni", "flags : avx2", None])
+def test_slow_products_are_asked_for_only_where_fast_ones_overflow(told, tmp_path, monkeypatch):
+    asked = []
+
+    class Options(ort.SessionOptions):
+        def add_session_config_entry(self, *entry):
+            asked.append(entry)
+
+    code = readme(tiny_model("bert"), "onnx", None).split("```python\n")[1].split("```")[0]
+    monkeypatch.setattr(ort, "SessionOptions", Options)
+    monkeypatch.setattr(ort, "InferenceSession", lambda *args, **options: 1 / 0)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.path.exists", lambda path: told is not None)
+        patch.setattr("builtins.open", lambda *args: io.StringIO(told))
+        with pytest.raises(ZeroDivisionError):
+            exec(code, {})
+    overflows = told is None or "vnni" not in told
+    assert asked == [WITHOUT_OVERFLOW] * overflows
+    monkeypatch.setattr(onnx_session, "has_int8", lambda: not overflows)
+    with pytest.raises(ZeroDivisionError):
+        onnx_session.session(b"")
+    assert asked == [WITHOUT_OVERFLOW] * 2 * overflows
 
 
 @pytest.mark.long

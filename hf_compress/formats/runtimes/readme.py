@@ -6,21 +6,22 @@ from transformers import PreTrainedModel
 
 from hf_compress.model.pooling import pooling_of
 
-OPEN = {
-    "openvino": """options = {"INFERENCE_PRECISION_HINT": "f32"}
-# 8-bit products overflow without VNNI (before Ice Lake, Zen 4): float ones there, and where no system tells
+WITHOUT_VNNI = """# 8-bit products overflow without VNNI (before Ice Lake, Zen 4): slower ones where the system names none
 if not (os.path.exists("/proc/cpuinfo") and "vnni" in open("/proc/cpuinfo").read()):
-    options["LP_TRANSFORMS_MODE"] = "NO"
+"""
+OPEN = {
+    "openvino": f"""options = {{"INFERENCE_PRECISION_HINT": "f32"}}
+{WITHOUT_VNNI}    options["LP_TRANSFORMS_MODE"] = "NO"
 model = ov.Core().compile_model("openvino_model.xml", "CPU", options)
 names = [name for port in model.inputs for name in port.get_names()]
 """,
-    "onnx": """options = ort.SessionOptions()
-options.add_session_config_entry("session.x64quantprecision", "1")  # 8-bit products overflow without VNNI
+    "onnx": f"""options = ort.SessionOptions()
+{WITHOUT_VNNI}    options.add_session_config_entry("session.x64quantprecision", "1")
 model = ort.InferenceSession("model.onnx", options, providers=["CPUExecutionProvider"])
 names = [port.name for port in model.get_inputs()]
 """,
 }
-IMPORT = {"openvino": "import os\nimport openvino as ov", "onnx": "import onnxruntime as ort"}
+IMPORT = {"openvino": "import os\nimport openvino as ov", "onnx": "import onnxruntime as ort\nimport os"}
 RUN = {
     "openvino": "outputs = {port.get_any_name(): value for port, value in model(inputs).items()}\n",
     "onnx": "outputs = dict(zip((port.name for port in model.get_outputs()), model.run(None, inputs)))\n",
