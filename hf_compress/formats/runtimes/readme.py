@@ -6,9 +6,10 @@ from transformers import PreTrainedModel
 
 from hf_compress.model.pooling import pooling_of
 
-WITHOUT_VNNI = """# 8-bit products overflow without VNNI (before Ice Lake, Zen 4): slower ones where the system names none
-if not (os.path.exists("/proc/cpuinfo") and "vnni" in open("/proc/cpuinfo").read()):
-"""
+WITHOUT_VNNI = (
+    "# 8-bit products overflow without VNNI (before Ice Lake, Zen 4): exact, slower ones there and where no system tells\n"
+    'if not (os.path.exists("/proc/cpuinfo") and "vnni" in open("/proc/cpuinfo").read()):\n'
+)
 OPEN = {
     "openvino": f"""options = {{"INFERENCE_PRECISION_HINT": "f32"}}
 {WITHOUT_VNNI}    options["LP_TRANSFORMS_MODE"] = "NO"
