@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from hf_compress.model.pooling import pooling_of
 
 WITHOUT_VNNI = (
-    "# 8-bit products overflow without VNNI (before Ice Lake, Zen 4): exact, slower ones there and where no system tells\n"
+    "# 8-bit products overflow without VNNI (before Ice Lake, Zen 4): exact ones there, and where no system tells\n"
     'if not (os.path.exists("/proc/cpuinfo") and "vnni" in open("/proc/cpuinfo").read()):\n'
 )
 OPEN = {
