@@ -18,7 +18,7 @@ from hf_compress.engines import processor
 from hf_compress.engines.low_bit import Int4, Int8Halves, Int8Weights
 from hf_compress.engines.packed_weight import Stored
 from hf_compress.engines.pieces import in_pieces
-from hf_compress.engines.rounding import AT_ONCE, Rounded, round_to_bytes
+from hf_compress.engines.rounding import AT_ONCE, Rounded, grid_of_range, round_to_bytes
 
 Run = Callable[[Tensor, Tensor | None], Tensor]
 SMALLEST = 16384  # weights; below this a call costs more than it multiplies, and `F.linear` costs least
@@ -127,6 +127,10 @@ class Int8Rows:
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         rounded = round_to_bytes(x, self.range)
         bias = None if bias is None else bias.float()
+        if self.range is not None and self.shift is None and x.dtype is not torch.float16:
+            scale, _ = grid_of_range(*self.range)  # one for all rows: oneDNN multiplies by it and adds the bias
+            product = partial(self._product, scale=scale, zero=rounded.zero, bias=bias, dtype=x.dtype)
+            return in_pieces(rounded.q, product, self.out_features, x.dtype)
         if len(x) <= AT_ONCE:
             return self._scaled(rounded, bias).to(x.dtype)
         y = x.new_empty(len(x), self.out_features)
@@ -143,9 +147,10 @@ class Int8Rows:
             y.addcmul_(sums, self.shift)
         return y.mul_(rounded.scale) if bias is None else torch.addcmul(bias, y, rounded.scale)
 
-    def _product(self, q: Tensor, zero: int) -> Tensor:
+    def _product(self, q: Tensor, *, scale: float = 1.0, zero: int, bias: Tensor | None = None,
+                 dtype: torch.dtype = torch.float32) -> Tensor:  # fmt: skip
         return torch.ops.onednn.qlinear_pointwise(
-            q, 1.0, zero, self.packed, self.scales, self.no_zeros, None, 1.0, 0, torch.float32, "none", [], ""
+            q, scale, zero, self.packed, self.scales, self.no_zeros, bias, 1.0, 0, dtype, "none", [], ""
         )
 
 

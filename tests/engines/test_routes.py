@@ -170,7 +170,9 @@ def test_a_processor_is_asked_whether_its_integers_are_exact(monkeypatch):
 
 
 def as_a_reference(q: Tensor, scale: float, zero: int, packed: Tensor, scales: Tensor, *rest) -> Tensor:
-    return ((q.double() - zero) @ packed.double().t() * scales.double()).float()
+    _, bias, _, _, dtype, *_ = rest
+    y = (q.double() - zero) @ packed.double().t() * scales.double() * scale
+    return (y if bias is None else y + bias.double()).to(dtype)
 
 
 @pytest.fixture
@@ -195,6 +197,22 @@ def test_integer_products_are_exact_for_the_rounded_inputs(scheme, dtype, intege
         assert float((y.double() - oracle).norm() / oracle.norm()) <= bound
         if activation_range is None:
             assert bool((y[2] == 0).all())
+
+
+@pytest.mark.parametrize("scheme", ["8-bit-rows", "8-bit-rows-symmetric"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_one_range_and_a_bias(scheme, dtype, integer_products):
+    """Of symmetric weights oneDNN multiplies by the range's scale and adds the bias itself."""
+    layer = packed_layer(SCHEMES[scheme])
+    run = routes.Int8Rows(layer.stored(), (-1.5, 2.0))
+    for M in (1, 5, 40):
+        x = torch.randn(M, K).to(dtype)
+        oracle = (
+            round_to_range(x.float(), -1.5, 2.0).double() @ layer.dequantize(torch.float64).t() + layer.bias.double()
+        )
+        y = run(x, layer.bias)
+        assert y.dtype is dtype
+        assert float((y.double() - oracle).norm() / oracle.norm()) <= (2e-6 if dtype is torch.float32 else 4e-3)
 
 
 @pytest.mark.parametrize("scheme", ["8-bit-rows", "8-bit-rows-symmetric"])
