@@ -11,16 +11,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pandas
-import torch
 from transformers import AutoModel
 
 from hf_compress.model.inputs import example_batch
-from hf_compress.model.precision import fast_forward
+from hf_compress.model.precision import attention_with_fast_gradients, fast_forward
 
 TEST, VALIDATION, REVIEWS = 2000, 200, 3000  # sentences; unlabelled ones are of so many reviews
 OTHERS = 6330  # sentences of Rotten Tomatoes beside those of the test and of the validation
 ALL, FEW = (2000, 18_000), (1000, 0)  # sentences with a label, and of reviews without one
-PATIENCE = 480  # seconds that all of them may take; above, it is few
+PATIENCE = 240  # seconds of computing; fewer sentences where all of them would take more
 WORDS = range(6, 41)  # of an unlabelled sentence
 
 
@@ -30,19 +29,26 @@ def numbers(labels: int | None, sentences: int | None, kept: Path, source: str |
         return labels, sentences
     if not kept.is_file():
         seconds = seconds_of_a_text(source)
-        expected = {size: seconds * work(*size) for size in (ALL, FEW)}
-        chosen = ALL if expected[ALL] <= PATIENCE else FEW
-        if chosen == FEW:
-            minutes = {size: math.ceil(value / 60) for size, value in expected.items()}
+        chosen = fitting(seconds)
+        if chosen != ALL:
+            minutes = {size: math.ceil(seconds * work(*size) / 60) for size in (ALL, chosen)}
             print(
-                f"on this processor all sentences take about {minutes[ALL]} minutes, fewer about {minutes[FEW]}: "
-                f"fewer it is; make demo ARGS='--labels {ALL[0]} --sentences {ALL[1]}' for all",
+                f"on this processor all sentences take about {minutes[ALL]} minutes: {chosen[0]:,} with a label and "
+                f"{chosen[1]:,} of reviews, about {minutes[chosen]}, it is; make demo ARGS='--labels {ALL[0]} "
+                f"--sentences {ALL[1]}' for all",
                 file=sys.stderr,
             )
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps(chosen), encoding="utf-8")
     chosen = json.loads(kept.read_text(encoding="utf-8"))
     return chosen[0] if labels is None else labels, chosen[1] if sentences is None else sentences
+
+
+def fitting(seconds: float) -> tuple[int, int]:
+    """As many sentences, in thousands, as can be learnt from in time, where a text takes the teacher so long."""
+    without = work(ALL[0], 0)
+    thousands = (PATIENCE / seconds - without) // (work(ALL[0], 1000) - without)
+    return (ALL[0], min(ALL[1], 1000 * int(thousands))) if thousands >= 0 else FEW
 
 
 def work(labels: int, sentences: int) -> float:
@@ -54,16 +60,18 @@ def work(labels: int, sentences: int) -> float:
 
 
 def seconds_of_a_text(source: str | Path) -> float:
-    """The median of five batches of 32 texts of 27 tokens, about what a sentence has."""
-    model = AutoModel.from_pretrained(source).eval()
-    batch = {name: value[:32] for name, value in example_batch(model, sequence_length=27).items()}
+    """A third of a text's share of a training step, which has backward passes: the median of five with 32 texts."""
+    model = AutoModel.from_pretrained(source).train()
+    batch = {
+        name: value[:32] for name, value in example_batch(model, sequence_length=27).items()
+    }  # tokens of a sentence
     times = []
-    with torch.inference_mode(), fast_forward(model.device):
-        for _ in range(6):
-            start = time.perf_counter()
-            model(**batch)
-            times.append(time.perf_counter() - start)
-    return statistics.median(times[1:]) / len(batch["input_ids"])
+    for _ in range(6):
+        start = time.perf_counter()
+        with fast_forward(model.device), attention_with_fast_gradients():
+            model(**batch).last_hidden_state.float().square().mean().backward()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:]) / len(batch["input_ids"]) / 3
 
 
 def write_sentences(folder: Path, labels: int, sentences: int, split: int) -> None:

@@ -16,7 +16,7 @@ from hf_compress.engines import processor
 from hf_compress.engines.ops import BlockSparseWeight, bsr_to_dense
 from hf_compress.engines.routes import SMALLEST, BFloat16, Float32, Run
 
-DENSEST = {16: 0.25, 32: 0.35, 64: 0.4}  # share of stored blocks up to which their product beats the dense one, by side
+DENSEST = 0.12  # share of stored blocks up to which their product beats the dense one from 32 tokens on
 
 
 def make_run(weight: BlockSparseWeight, density: float) -> Run | None:
@@ -31,7 +31,7 @@ def make_run(weight: BlockSparseWeight, density: float) -> Run | None:
     if weight.values.dtype is torch.bfloat16 and processor.mode() == "auto" and processor.has_bfloat16():
         return BFloat16(_Dense(weight))
     _, Bn, Bk = weight.values.shape
-    if Bn == Bk and density <= DENSEST[min(64, Bn)] and len(weight.values) and torch.backends.mkl.is_available():
+    if Bn == Bk and density <= DENSEST and len(weight.values) and torch.backends.mkl.is_available():
         return StoredBlocks(weight)
     return Float32(_Dense(weight))
 

@@ -73,7 +73,7 @@ def test_dense_where_dense_is_faster(share, used):
 
 
 def test_bfloat16_is_dense_where_it_is_fast(monkeypatch):
-    layer = sparse_layer(256, 256, (32, 32), torch.bfloat16, torch.eye(8))
+    layer = sparse_layer(512, 512, (32, 32), torch.bfloat16, torch.eye(16))
     weight = layer._sparse(layer.values.detach())
     monkeypatch.setattr(block_sparse, "BFloat16", lambda weight: "dense")
     for fast, made in ((True, "dense"), (False, "stored blocks")):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from hf_compress_kernels import packing
 from hf_compress_kernels.packing import (
     pack_gptq,
     pack_rows,
@@ -113,3 +114,14 @@ def test_a_single_word_of_a_transposed_row_is_unpacked():
     words = pack_rows(q, 8)
     turned = torch.empty(1, 3, dtype=torch.int32).copy_(words.t()).t()  # the same values, with a column's strides
     assert turned.stride(-1) != 1 and torch.equal(unpack_rows(turned, 8, 4), q)
+
+
+@BITS
+@pytest.mark.parametrize("shape", [(384, 384), (2, 3, 16384), (300, 385), (1, 300_000)], ids=str)
+def test_many_bytes_are_looked_up_and_few_are_shifted(bits, shape, monkeypatch):
+    ints = torch.randint(0, 2**bits, shape, dtype=torch.uint8)
+    words = pack_rows(ints, bits)
+    assert words.numel() * 4 >= packing.LOOKED_UP
+    found = unpack_rows(words, bits, shape[-1])
+    monkeypatch.setattr(packing, "LOOKED_UP", 1 << 60)
+    assert torch.equal(found, ints) and torch.equal(unpack_rows(words, bits, shape[-1]), ints)

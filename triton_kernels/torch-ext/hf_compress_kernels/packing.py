@@ -17,6 +17,7 @@ from torch import Tensor
 
 BITS = (2, 3, 4, 8)
 WORD = 32  # bits per stored word
+LOOKED_UP = 16384  # bytes, from which on a table of all values of a byte is worth its making
 
 
 def check_bits(bits: int) -> None:
@@ -68,18 +69,35 @@ def unpack_rows(words: Tensor, bits: int, length: int) -> Tensor:
         raise ValueError(
             f"{length} values of {bits} bits take {expected} words, got {words.shape[-1]} (shape {tuple(words.shape)})."
         )
+    words = torch.nn.functional.pad(words, (0, -expected % bits)) if WORD % bits else words
+    if words.stride(-1) != 1:  # of a dimension of size one, which `contiguous` leaves
+        words = words.clone(memory_format=torch.contiguous_format)
+    octets = words.contiguous().view(torch.uint8)
+    if bits == 8:
+        return octets[..., :length].contiguous()
+    if octets.is_cpu and octets.numel() >= LOOKED_UP and not torch.compiler.is_compiling():
+        return _looked_up(octets, bits)[..., :length].contiguous()
     if WORD % bits == 0:  # no value crosses a byte
-        if words.stride(-1) != 1:  # of a dimension of size one, which `contiguous` leaves
-            words = words.clone(memory_format=torch.contiguous_format)
-        octets = words.contiguous().view(torch.uint8)
-        parts = [(octets >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits)] if bits < 8 else [octets]
-        return torch.stack(parts, dim=-1).flatten(-2)[..., :length].contiguous()
-    # 3 bit: three bytes hold eight values
-    octets = torch.nn.functional.pad(words, (0, -expected % bits)).contiguous().view(torch.uint8)
-    first, second, third = octets.view(*octets.shape[:-1], -1, 3).int().unbind(-1)  # (..., U * 4) each
-    stream = first | second << 8 | third << 16
-    parts = [((stream >> shift) & 7).to(torch.uint8) for shift in range(0, 24, 3)]
+        parts = [(octets >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits)]
+    else:  # 3 bit: three bytes hold eight values
+        first, second, third = octets.view(*octets.shape[:-1], -1, 3).int().unbind(-1)  # (..., U * 4) each
+        stream = first | second << 8 | third << 16
+        parts = [((stream >> shift) & 7).to(torch.uint8) for shift in range(0, 24, 3)]
     return torch.stack(parts, dim=-1).flatten(-2)[..., :length].contiguous()
+
+
+def _looked_up(octets: Tensor, bits: int) -> Tensor:
+    """The values (..., B * 8 / bits) of bytes (..., B): of each byte at once, at 3 bit of each half of three bytes."""
+    if WORD % bits == 0:
+        keys = octets.int()
+    else:
+        first, second, third = octets.view(*octets.shape[:-1], -1, 3).int().unbind(-1)
+        keys = torch.stack((first | (second & 15) << 8, second >> 4 | third << 4), dim=-1)
+    count = 8 // bits if WORD % bits == 0 else 4
+    every = torch.arange(1 << bits * count, dtype=torch.int32)
+    table = torch.stack([(every >> bits * i & (1 << bits) - 1).to(torch.uint8) for i in range(count)], dim=-1)
+    table = table.view({2: torch.int16, 4: torch.int32}[count]).flatten()
+    return table.index_select(0, keys.flatten()).view(torch.uint8).view(*octets.shape[:-1], -1)
 
 
 def pack_gptq(ints: Tensor, bits: int) -> Tensor:
