@@ -70,9 +70,7 @@ def test_demo_on_own_model_and_texts(tiny_folder, tmp_path, monkeypatch, capsys)
     printed = called(*words)
     table = printed.partition("\n\n")[0].strip().splitlines()
     assert len(table) == 6 and table[-1].startswith("student-openvino")
-    assert re.search(
-        r"(smaller|larger), .* in OpenVINO for one text", printed
-    )  # a tiny graph is large
+    assert re.search(r"(smaller|larger), .* in OpenVINO for one text", printed)  # a tiny graph is large
     (place,) = output.glob("result-*")
     report = json.loads((place / "report" / "report.json").read_text(encoding="utf-8"))
     names = ["teacher", "without-teacher", "student-8-bit", "student-openvino"]
