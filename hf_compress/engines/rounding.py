@@ -83,10 +83,11 @@ def _floats(x: Tensor, activation_range: Range) -> Tensor:
 
 def _steps(x: Tensor, activation_range: Range) -> tuple[Tensor, Tensor | float, int]:
     """x / scale, within the grid; the scale, (M, 1) or a number, which costs a fifth of a tensor; the zero point."""
-    x = x.float()  # operators of two dtypes take twice as long
+    if activation_range is not None or x.dtype is not torch.float64:
+        x = x.float()  # operators of two dtypes take twice as long
     if activation_range is None:
         largest = torch.maximum(x.amax(1, keepdim=True), x.amin(1, keepdim=True).neg_())  # abs would copy x
-        scale = largest.div_(LARGEST_INT8).clamp_(min=TINY)
+        scale = largest.float().div_(LARGEST_INT8).clamp_(min=TINY)
         return x / scale, scale, MIDDLE
     scale, zero = grid_of_range(*activation_range)
     return (x / scale).clamp_(-zero, LEVELS - zero), scale, int(zero)
