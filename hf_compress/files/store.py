@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from stat import S_ISREG
 
 from hf_compress.files.whole import write_whole
 
@@ -43,8 +44,13 @@ class Store:
     def sizes(self) -> dict[str, int]:
         """The files that are there, and their bytes."""
         if self.folder is not None:
-            files = self.folder.iterdir() if self.folder.is_dir() else ()
-            return {file.name: file.stat().st_size for file in files if file.is_file()}
+            found = {}
+            for file in self.folder.iterdir() if self.folder.is_dir() else ():
+                with suppress(FileNotFoundError):  # which another has removed since: a lease that was given back
+                    state = file.stat()
+                    if S_ISREG(state.st_mode):
+                        found[file.name] = state.st_size
+            return found
         try:
             with self._told():
                 self._fs.invalidate_cache()  # others write there

@@ -5,9 +5,12 @@ import json
 import os
 import random
 import signal
+import sys
 import threading
 import time
+import traceback
 import uuid
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -127,7 +130,10 @@ def test_one_of_four_processes_is_killed_at_random(seed, tmp_path):
             try:
                 cache_teacher(teacher_of(), data, tmp_path / "cache", worker=(number, 4), **QUICK)
                 status = 0
+            except BaseException:
+                traceback.print_exc()  # pytest shows it where the parent's check fails
             finally:
+                sys.stderr.flush()
                 os._exit(status)
         children.append(pid)
     victim = generator.randrange(4)
@@ -140,6 +146,22 @@ def test_one_of_four_processes_is_killed_at_random(seed, tmp_path):
     for left in (tmp_path / "cache").glob(".*.writing"):
         left.unlink()  # half a file of the killed one, which nobody reads
     assert_whole(tmp_path / "cache", data)
+
+
+def test_a_file_that_goes_while_files_are_listed_is_not_missed(tmp_path, monkeypatch):
+    """Another worker gives its lease back between the listing of a folder and the look at its files."""
+    for name in ("shard", "lease"):
+        (tmp_path / name).write_bytes(b"12345")
+    (tmp_path / "folder").mkdir()
+    plain = Path.stat
+
+    def stat(path, **options):
+        if path.name == "lease":
+            path.unlink(missing_ok=True)
+        return plain(path, **options)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    assert Store(tmp_path).sizes() == {"shard": 5}
 
 
 def test_a_worker_that_is_slow_is_not_robbed(monkeypatch, place):
