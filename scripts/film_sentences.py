@@ -19,7 +19,7 @@ from hf_compress.model.precision import attention_with_fast_gradients, fast_forw
 TEST, VALIDATION, REVIEWS = 2000, 200, 3000  # sentences; unlabelled ones are of so many reviews
 OTHERS = 6330  # sentences of Rotten Tomatoes beside those of the test and of the validation
 ALL, FEW = (2000, 18_000), (1000, 0)  # sentences with a label, and of reviews without one
-PATIENCE = 240  # seconds of computing; fewer sentences where all of them would take more
+PATIENCE = 480  # seconds of computing; fewer sentences where all of them would take more
 WORDS = range(6, 41)  # of an unlabelled sentence
 
 

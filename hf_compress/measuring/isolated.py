@@ -1,6 +1,7 @@
 """Models measured each in a process of its own: the threads and memory of one do not touch another's."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -42,8 +43,9 @@ class Worker:
         self.source = source
         command = [sys.executable, "-c", f"from {CHILD} import main; main()"]
         # a session of its own: Ctrl-C is for the one who measures, who ends the others without their tracebacks
+        quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ}  # its profiler warns of tensors that were there before
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", start_new_session=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", start_new_session=True, env=quiet
         )
         self._say(json.dumps({"source": str(source), "threads": torch.get_num_threads(), **how.plain()}))
 
