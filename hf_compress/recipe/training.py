@@ -70,7 +70,7 @@ class Train(Change):
         model, teacher = self.models(work)
         rows = work.data.tokenized(tokenizer, model.config, unlabelled=self.unlabelled)
         if self.caches_teacher:
-            teacher = kept_outputs(teacher, rows, work, tokenizer)
+            teacher = kept_outputs(teacher, rows, work, tokenizer, bf16=self.own.bf16)
         others = [part.own for part in self.parts if part.method is not self.method]
         qat = [one for one in others if isinstance(one, QATOptions)]
         for one in qat:
@@ -188,11 +188,14 @@ class Distil(Train):
 
 
 def kept_outputs(
-    teacher: PreTrainedModel, rows: Mapping[str, Dataset], work: Work, tokenizer: PreTrainedTokenizerBase
+    teacher: PreTrainedModel, rows: Mapping[str, Dataset], work: Work, tokenizer: PreTrainedTokenizerBase, *, bf16: bool
 ) -> CachedTeacher:
-    """The teacher's logits for all rows, computed once; an interrupted run goes on with what is there."""
+    """The teacher's logits for all rows, computed once, in bfloat16 where the training would have them so.
+
+    An interrupted run goes on with what is there.
+    """
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    with fast_forward(device):
+    with fast_forward(device, enabled=bf16):
         for name in ("train", "validation"):
             kept = cache_teacher(
                 teacher, rows[name], work.folder / "trainer" / "teacher", processing_class=tokenizer,
