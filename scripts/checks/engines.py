@@ -62,7 +62,7 @@ BOUNDS = {"float32": 4e-6, "float32 by oneDNN": 4e-6, "float32 per call": 4e-6, 
           "4-bit kernel twice": 6e-3, "8-bit kernel": 6e-3}  # fmt: skip
 OUTPUT_ROUNDING = {torch.float32: 0.0, torch.bfloat16: 4e-3}
 CACHE_BYTES = 24 << 20  # more than the last level holds for one core
-SLOWEST = {True: 6.0, False: 3.0}  # times stock's time, short and long: shared machines run the short form as a gate
+SLOWEST = 3.0  # times stock's time; twice that where the weight is dequantized in each call
 SECONDS = {True: 0.006, False: 0.03}  # of each turn, short and long
 TURNS = {True: 3, False: 7}
 
@@ -141,13 +141,18 @@ def in_turns(calls: list[Callable[[], object]], *, short: bool) -> list[float]:
     return [statistics.median(times) for times in samples]
 
 
-def min_ratio(turns: list[Callable[[], object]], *, short: bool) -> float:
+def most(runs: str) -> float:
+    """What a route may take, of stock's time."""
+    return SLOWEST * (2 if runs.endswith("per call") else 1)
+
+
+def min_ratio(turns: list[Callable[[], object]], limit: float, *, short: bool) -> float:
     """Of ours over stock's; a figure that would fail is taken up to five times, since other work disturbs it."""
     ratios = []
     for _ in range(5):
         mine, stock = in_turns(turns, short=short)
         ratios.append(mine / stock)
-        if ratios[-1] <= SLOWEST[short]:
+        if ratios[-1] <= limit:
             break
     return min(ratios)
 
@@ -167,7 +172,7 @@ def check(shape: tuple[int, int], tokens: list[int], dtypes: list[torch.dtype], 
                 one(inputs)
             turns = [next_of([partial(one, inputs) for one in ours]),
                      next_of([partial(F.linear, x, one, layer.bias) for one in stocks])]  # fmt: skip
-            ratio = min_ratio(turns, short=short)
+            ratio = min_ratio(turns, most(name_of_run(layer, M)), short=short)
             yield {"layer": name, "shape": shape, "tokens": M, "dtype": str(dtype).removeprefix("torch."),
                    "runs": name_of_run(layer, M), "ratio": ratio, "error": relative_error(layer, inputs, y),
                    "bound": BOUNDS[name_of_run(layer, M)] + OUTPUT_ROUNDING[dtype]}  # fmt: skip
@@ -197,7 +202,7 @@ def run_capped(cap: str, args: argparse.Namespace) -> list[dict]:
     return [json.loads(line) for line in printed.splitlines()]
 
 
-def report(cap: str, rows: list[dict], most: float) -> list[str]:
+def report(cap: str, rows: list[dict]) -> list[str]:
     """Print a cap's table, the slowest cell of each layer and number of tokens; returns what is wrong."""
     print(f"\ncap {cap}\n{'layer':36} {'tokens':>6}  {'time over stock float32':24} error   what runs")
     groups = itertools.groupby(
@@ -212,8 +217,8 @@ def report(cap: str, rows: list[dict], most: float) -> list[str]:
     wrong = []
     for row in rows:
         where = f"{row['layer']}, {row['shape']}, {row['tokens']} tokens, {row['dtype']}, by {row['runs']}, cap {cap}"
-        if row["ratio"] > most:
-            wrong.append(f"{where}: {row['ratio']:.1f} times stock's time, at most {most:.0f} is allowed")
+        if row["ratio"] > most(row["runs"]):
+            wrong.append(f"{where}: {row['ratio']:.1f} times stock's time, at most {most(row['runs']):.0f} is allowed")
         if not row["error"] <= row["bound"]:
             wrong.append(f"{where}: an error of {row['error']:.1e}, at most {row['bound']:.1e} is allowed")
     return wrong
@@ -231,11 +236,12 @@ def main() -> None:
 
 def check_caps(args: argparse.Namespace) -> None:
     print(f"{device_name(torch.device('cpu'))}, one thread, torch {torch.__version__}")
-    most = SLOWEST[args.short]
-    wrong = [line for cap in args.caps or possible_caps() for line in report(cap, run_capped(cap, args), most)]
+    wrong = [line for cap in args.caps or possible_caps() for line in report(cap, run_capped(cap, args))]
     if wrong:
         sys.exit("\n" + "\n".join(wrong))
-    print(f"\nno route takes more than {most:.0f} times stock's time, and every error is within its bound")
+    print(
+        f"\nno route takes more than {SLOWEST:.0f} times stock's time, per call twice that, and every error is within its bound"
+    )
 
 
 if __name__ == "__main__":

@@ -29,12 +29,12 @@ def test_every_route_is_checked(capsys, monkeypatch):
     monkeypatch.setattr(
         check, "run_capped", lambda cap, args: list(check.check((192, 128), [1, 20], [torch.float32], short=True))
     )
-    monkeypatch.setattr(check, "SLOWEST", {True: 1e9})
+    monkeypatch.setattr(check, "SLOWEST", 1e9)
     check.check_caps(argparse.Namespace(caps=["none"], short=True))
     printed = capsys.readouterr().out
     assert "every error is within its bound" in printed
     assert all(name in printed for name in [*check.SCHEMES, "blocks of 16", "a quarter of the rank"])
-    monkeypatch.setattr(check, "SLOWEST", {True: 1e-9})
+    monkeypatch.setattr(check, "SLOWEST", 1e-9)
     with pytest.raises(SystemExit, match="times stock's time"):
         check.check_caps(argparse.Namespace(caps=["none"], short=True))
 
@@ -50,9 +50,9 @@ def test_a_wrong_product_is_told():
         "ratio": 1.0,
         "bound": 1e-6,
     }
-    assert check.report("none", [{**row, "error": 1e-7}], 3.0) == []
+    assert check.report("none", [{**row, "error": 1e-7}]) == []
     for error in (1e-3, float("nan")):
-        assert "an error of" in check.report("none", json.loads(json.dumps([{**row, "error": error}])), 3.0)[0]
+        assert "an error of" in check.report("none", json.loads(json.dumps([{**row, "error": error}])))[0]
 
 
 def test_models_are_timed_beside_stock_ones(tmp_path, capsys):
