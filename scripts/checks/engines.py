@@ -240,7 +240,7 @@ def check_caps(args: argparse.Namespace) -> None:
     if wrong:
         sys.exit("\n" + "\n".join(wrong))
     print(
-        f"\nno route takes more than {SLOWEST:.0f} times stock's time, per call twice that, and every error is within its bound"
+        f"\nno route takes more than {SLOWEST:.0f} times stock's time (per call: twice), every error is within its bound"
     )
 
 
