@@ -239,9 +239,8 @@ def check_caps(args: argparse.Namespace) -> None:
     wrong = [line for cap in args.caps or possible_caps() for line in report(cap, run_capped(cap, args))]
     if wrong:
         sys.exit("\n" + "\n".join(wrong))
-    print(
-        f"\nno route takes more than {SLOWEST:.0f} times stock's time (per call: twice), every error is within its bound"
-    )
+    print(f"\nno route takes more than {SLOWEST:.0f} times stock's time, twice that per call")
+    print("every error is within its bound")
 
 
 if __name__ == "__main__":
