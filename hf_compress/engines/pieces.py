@@ -31,10 +31,10 @@ def pieces(rows: int) -> Iterator[tuple[int, int]]:
 
 def in_pieces(x: Tensor, multiply: Callable[[Tensor], Tensor], width: int, dtype: torch.dtype) -> Tensor:
     """`multiply` (m, K) -> (m, width), in `dtype`, for each piece of the rows of x (M, K)."""
-    if len(x) in SIZES:
+    if x.shape[0] in SIZES:
         return multiply(x)
-    y, start = x.new_empty(len(x), width, dtype=dtype), 0
-    for rows, size in pieces(len(x)):
+    y, start = x.new_empty(x.shape[0], width, dtype=dtype), 0
+    for rows, size in pieces(x.shape[0]):
         part = x[start : start + rows]
         if rows < size:
             part = F.pad(part, (0, 0, 0, size - rows))

@@ -13,7 +13,7 @@ LARGEST_INT8 = 127  # per token the grid is symmetric
 LEVELS = 255  # steps of a calibrated range
 MIDDLE = 128  # the zero point per token: u8 with it are the same products as s8, and fast on every x86
 TO_INTEGER = 1.5 * 2**23  # added to a small float32, it leaves the nearest integer, ties to even, in the lowest bits
-AT_ONCE = 1024  # rows: what lies between two passes stays in the cache
+AT_ONCE = 512  # rows: what lies between two passes stays in the cache
 TINY = torch.finfo(torch.float32).tiny  # a scale for tokens of zeros
 
 _last = threading.local()
@@ -60,7 +60,7 @@ def _once(make: Callable, x: Tensor, activation_range: Range):
 
 
 def _bytes(x: Tensor, activation_range: Range) -> Rounded:
-    if len(x) <= AT_ONCE:
+    if x.shape[0] <= AT_ONCE:
         return _few_bytes(x, activation_range)
     parts = [_few_bytes(part, activation_range) for part in x.split(AT_ONCE)]
     scale = parts[0].scale if len(parts[0].scale) == 1 else torch.cat([part.scale for part in parts])
@@ -86,7 +86,7 @@ def _steps(x: Tensor, activation_range: Range) -> tuple[Tensor, Tensor | float, 
     if activation_range is not None or x.dtype is not torch.float64:
         x = x.float()  # operators of two dtypes take twice as long
     if activation_range is None:
-        largest = torch.maximum(x.amax(1, keepdim=True), x.amin(1, keepdim=True).neg_())  # abs would copy x
+        largest = x.abs().amax(1, keepdim=True)
         scale = largest.float().div_(LARGEST_INT8).clamp_(min=TINY)
         return x / scale, scale, MIDDLE
     scale, zero = grid_of_range(*activation_range)

@@ -131,21 +131,25 @@ class Int8Rows:
             scale, _ = grid_of_range(*self.range)  # one for all rows: oneDNN multiplies by it and adds the bias
             product = partial(self._product, scale=scale, zero=rounded.zero, bias=bias, dtype=x.dtype)
             return in_pieces(rounded.q, product, self.out_features, x.dtype)
-        if len(x) <= AT_ONCE:
-            return self._scaled(rounded, bias).to(x.dtype)
-        y = x.new_empty(len(x), self.out_features)
-        for start in range(0, len(x), AT_ONCE):
+        M = x.shape[0]  # len() costs a microsecond
+        if M <= AT_ONCE:
+            y = self._scaled(rounded, bias)
+            return y if y.dtype is x.dtype else y.to(x.dtype)
+        y = x.new_empty(M, self.out_features)
+        for start in range(0, M, AT_ONCE):
             rows = slice(start, start + AT_ONCE)
             scale = rounded.scale if len(rounded.scale) == 1 else rounded.scale[rows]
-            y[rows] = self._scaled(Rounded(rounded.q[rows], scale, rounded.zero), bias)
+            self._scaled(Rounded(rounded.q[rows], scale, rounded.zero), bias, out=y[rows])
         return y
 
-    def _scaled(self, rounded: Rounded, bias: Tensor | None) -> Tensor:
+    def _scaled(self, rounded: Rounded, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
         y = in_pieces(rounded.q, partial(self._product, zero=rounded.zero), self.out_features, torch.float32)
         if self.shift is not None:  # scale * (q - zero) = scale * (q - 128) + scale * (128 - zero)
             sums = rounded.q.sum(1, keepdim=True, dtype=torch.float32) - rounded.zero * rounded.q.shape[1]
             y.addcmul_(sums, self.shift)
-        return y.mul_(rounded.scale) if bias is None else torch.addcmul(bias, y, rounded.scale)
+        if bias is None:
+            return torch.mul(y, rounded.scale, out=y if out is None else out)
+        return torch.addcmul(bias, y, rounded.scale, out=out)
 
     def _product(self, q: Tensor, *, scale: float = 1.0, zero: int, bias: Tensor | None = None,
                  dtype: torch.dtype = torch.float32) -> Tensor:  # fmt: skip
@@ -185,4 +189,4 @@ class FewAndMany:
         return self.few if tokens <= FEW_TOKENS else self.many
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return self.pick(len(x))(x, bias)
+        return self.pick(x.shape[0])(x, bias)

