@@ -37,10 +37,6 @@ EXTRAS = {  # extra -> what it brings, and what that is for
     "quantized-teacher": (("bitsandbytes",), "teachers of bitsandbytes"),
 }
 LLAMA_CPP = ("llama-cpp-python", "xllamacpp")  # either runs GGUF files from Python
-INSTRUCTIONS = {  # as PyTorch asks the processor
-    "AVX2": "_is_avx2_supported", "AVX-512": "_is_avx512_supported", "VNNI": "_is_vnni_supported",
-    "AVX512-BF16": "_is_avx512_bf16_supported", "AMX": "_is_amx_tile_supported",
-}  # fmt: skip
 SCHEMES = {
     "8 bit, rows": WeightScheme(8, symmetric=True), "8 bit, groups": WeightScheme(8, 64),
     "4 bit": WeightScheme(4, 64), "3 bit": WeightScheme(3, 64), "2 bit": WeightScheme(2, 64),
@@ -90,10 +86,9 @@ def wrapped(label: str, text: str) -> list[str]:
 
 def machine() -> Iterator[str]:
     yield from wrapped("hf_compress", f"{__version__}, Python {platform.python_version()}, {platform.platform()}")
-    name = device_name(torch.device("cpu")).removesuffix(" (CPU)")
-    yield from wrapped("processor", f"{name}, {platform.machine()}, {cores()} cores for this process")
-    asked = {name: getattr(torch.cpu, flag, lambda: False)() for name, flag in INSTRUCTIONS.items()}
-    has, lacks = ([name for name, there in asked.items() if there is wanted] for wanted in (True, False))
+    yield from wrapped("processor", f"{processor.name()}, {platform.machine()}, {cores()} cores for this process")
+    asked = processor.instructions().items()
+    has, lacks = ([name for name, there in asked if there is wanted] for wanted in (True, False))
     yield from wrapped("", f"has {', '.join(has) or 'none of its own'}; not {', '.join(lacks) or 'nothing'}")
     libraries = {"oneDNN": torch.backends.mkldnn.is_available(), "MKL": torch.backends.mkl.is_available()}
     with_them = ", ".join(f"{'with' if there else 'without'} {name}" for name, there in libraries.items())

@@ -14,6 +14,13 @@ logger = logging.getLogger(__name__)
 
 VARIABLE = "HF_COMPRESS_CPU"
 MODES = ("auto", "exact", "reference")
+INSTRUCTIONS = {  # as PyTorch asks the processor; each has those above it
+    "AVX2": "_is_avx2_supported",
+    "AVX-512": "_is_avx512_supported",
+    "VNNI": "_is_vnni_supported",
+    "AVX512-BF16": "_is_avx512_bf16_supported",
+    "AMX": "_is_amx_tile_supported",
+}
 
 
 def mode() -> str:
@@ -22,6 +29,26 @@ def mode() -> str:
     if value not in MODES:
         raise ValueError(f"{VARIABLE} must be one of {', '.join(MODES)}, got {value!r}.")
     return value
+
+
+@cache
+def instructions() -> dict[str, bool]:
+    """Which of `INSTRUCTIONS` the processor has, whatever a cap forbids."""
+    return {name: bool(getattr(torch.cpu, flag, lambda: False)()) for name, flag in INSTRUCTIONS.items()}
+
+
+@cache
+def name() -> str:
+    """What the system calls it and the most it can do, such as "AMD EPYC with AVX512-BF16".
+
+    Virtual machines call processors of very different speed by one name.
+    """
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    told = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    called = told[0] if told else platform.processor() or platform.machine()
+    most = next((one for one, there in reversed(instructions().items()) if there), None)
+    return called if most is None else f"{called} with {most}"
 
 
 @cache

@@ -5,6 +5,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from hf_compress.measuring.decoding import DECODED, prompt_of, write
 from hf_compress.measuring.isolated import How, Worker
 from hf_compress.measuring.measurement import PYTORCH, Measurement
 from hf_compress.measuring.stored import stored_size
-from hf_compress.measuring.timing import Spread, peak_allocated_bytes, synchronize
+from hf_compress.measuring.timing import Spread, peak_allocated_bytes, steady_seconds, synchronize
 from hf_compress.measuring.turns import DECODING, KINDS, LATENCY_BATCH, measure_in_turns
 from hf_compress.model.inputs import THROUGHPUT_BATCH, example_batch
 from hf_compress.version import __version__
@@ -70,8 +71,11 @@ class Local:
         )
 
     def seconds(self, kind: str) -> float:
+        once = partial(self._forward, kind)
+        if kind in KINDS:
+            return steady_seconds(once, clock=self.clock)
         start = self.clock()
-        self._forward(kind)
+        once()
         return self.clock() - start
 
     def _forward(self, kind: str) -> None:
@@ -214,15 +218,12 @@ def evaluating(models: Sequence[PreTrainedModel]) -> Iterator[None]:
 
 
 def device_name(device: torch.device) -> str:
-    """What the machine calls it, such as "NVIDIA H100 80GB HBM3" or "AMD EPYC (CPU)"."""
+    """What the machine calls it, such as "NVIDIA H100 80GB HBM3" or "AMD EPYC with AVX512-BF16 (CPU)"."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
         return str(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()} (CPU)"
+    return f"{processor.name()} (CPU)"
 
 
 def versions() -> dict[str, str]:

@@ -16,6 +16,8 @@ import torch
 from hf_compress.training.progress import progress_bar
 
 WARMUP_ROUNDS = 3
+ENOUGH = 0.02  # seconds of calls in a turn
+MOST = 100  # calls in a turn
 
 
 @dataclass(frozen=True)
@@ -48,15 +50,14 @@ def time_interleaved(
     *,
     rounds: int,
     warmup_rounds: int = WARMUP_ROUNDS,
-    untimed: int = 0,
+    steady: bool = False,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[list[float]]:
     """Seconds that each call took in each round, `seconds[call][round]`; every round runs all calls, in an order
     of its own: in one fixed order, a model beside itself came out 8% slower on a busy machine.
 
-    `warmup_rounds` rounds run before and are not kept, nor in each turn `untimed` calls before the one that is timed:
-    they bring back threads that slept and caches that the others filled, as in a server at work. A call must not return
-    before its work is done. `clock` gives seconds.
+    `warmup_rounds` rounds run before and are not kept. With `steady` a turn is some calls in a row. A call must not
+    return before its work is done. `clock` gives seconds.
     """
     if rounds < 1 or warmup_rounds < 0:
         raise ValueError(f"rounds must be at least 1 and warmup_rounds 0, got {rounds} and {warmup_rounds}.")
@@ -64,14 +65,26 @@ def time_interleaved(
     turns = progress_bar(_orders(len(calls), warmup_rounds + rounds), desc="Timing", total=warmup_rounds + rounds)
     for turn, order in enumerate(turns):
         for i in order:
-            for _ in range(untimed):
-                calls[i]()
-            start = clock()
-            calls[i]()
-            elapsed = clock() - start
+            elapsed = steady_seconds(calls[i], clock=clock) if steady else _seconds(calls[i], 1, clock)
             if turn >= warmup_rounds:
                 seconds[i].append(elapsed)
     return seconds
+
+
+def steady_seconds(call: Callable[[], object], *, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Seconds of `call` as in a server at work: the mean of as many in a row as take `ENOUGH`, at least one.
+
+    One call before them does not count: it brings back threads that slept, and caches that others filled.
+    """
+    once = _seconds(call, 1, clock)
+    return _seconds(call, min(max(1, int(ENOUGH / once)), MOST) if once > 0 else 1, clock)
+
+
+def _seconds(call: Callable[[], object], times: int, clock: Callable[[], float]) -> float:
+    start = clock()
+    for _ in range(times):
+        call()
+    return (clock() - start) / times
 
 
 def _orders(count: int, rounds: int) -> Iterator[list[int]]:

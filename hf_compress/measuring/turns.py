@@ -21,7 +21,7 @@ class Subject(Protocol):
         """What it costs; speeds are of one forward."""
 
     def seconds(self, kind: str) -> float:
-        """Of one forward, `single` or `batch`, or of writing some tokens, `decoding`."""
+        """Of one forward at work, `single` or `batch`, or of writing some tokens, `decoding`."""
 
 
 def measure_in_turns(subjects: Sequence[Subject], *, latency_rounds: int, throughput_rounds: int) -> list[Measurement]:
@@ -55,6 +55,4 @@ def in_turns(subjects: Sequence[Subject], kind: str, rounds: int) -> list[list[f
 
         return run
 
-    return time_interleaved(
-        [call(subject) for subject in subjects], rounds=rounds, untimed=int(kind in KINDS), clock=lambda: spent
-    )
+    return time_interleaved([call(subject) for subject in subjects], rounds=rounds, clock=lambda: spent)

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import os
 import tempfile
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -19,6 +20,7 @@ from hf_compress.measuring.measure import device_name, evaluating, versions
 from hf_compress.measuring.timing import Spread, time_interleaved
 from hf_compress.model.anatomy import anatomy, out_features
 from hf_compress.model.inputs import example_batch
+from hf_compress.model.precision import CAP
 from hf_compress.pruning.targets import StructureTimes
 from hf_compress.quantization.quantize import quantize
 from hf_compress.recipe.fingerprints import digest
@@ -44,7 +46,8 @@ def measured_times(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, runtime: str, *, tokens: int
 ) -> MeasuredTimes:
     """The times of 8-bit structures of `model` in `runtime`, kept for this machine, its threads and versions."""
-    machine = f"{device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads"
+    capped = f", {CAP}={os.environ[CAP]}" if CAP in os.environ else ""
+    machine = f"{device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads{capped}"
     of = {
         "config": model.config.to_dict(),
         "class": type(model).__name__,
@@ -83,7 +86,7 @@ def _measure(
                 served = open_exported(folder)
             models.append(served)
         with evaluating(models), torch.inference_mode():
-            seconds = time_interleaved([partial(one, **batch) for one in models], rounds=ROUNDS)
+            seconds = time_interleaved([partial(one, **batch) for one in models], rounds=ROUNDS, steady=True)
     original, whole, shallow, narrow, thin = (1e3 * Spread.of(times).median for times in seconds)
     return MeasuredTimes(original, solved(shapes, [whole, shallow, narrow, thin]), machine)
 

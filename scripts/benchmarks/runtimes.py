@@ -9,8 +9,9 @@
     NNCF       what NNCF makes of full and half after training, where it is installed (`pip install nncf`)
 
 "OpenVINO" is run as the README of its folder has it; "integers" with products of integers, which are exact with VNNI
-alone. In turns; medians and 10th to 90th percentiles, of processor time on one thread, of time on several. What was
-exported is kept beside the models, and so are results.
+alone. In turns; a turn is a call that does not count, and the mean of as many as take 20 ms. Medians and 10th to 90th
+percentiles, of processor time on one thread, of time on several. What was exported is kept beside the models, and so
+are results.
 """
 
 import csv
@@ -167,7 +168,8 @@ def times(runs: dict[str, Run], shape: tuple[int, int], args: Arguments, tokeniz
     ids = torch.randint(1000, 2000, shape, generator=torch.Generator().manual_seed(0)).clamp(max=len(tokenizer) - 1)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     clock = time.process_time if args.threads == 1 else time.perf_counter
-    seconds = time_interleaved([partial(run, batch) for run in runs.values()], rounds=args.rounds, clock=clock)
+    calls = [partial(run, batch) for run in runs.values()]
+    seconds = time_interleaved(calls, rounds=args.rounds, steady=True, clock=clock)
     spreads = {name: Spread.of([1e3 * t for t in taken]) for name, taken in zip(runs, seconds, strict=True)}
     print(f"{shape[0]} x {shape[1]}, {args.threads} threads")
     told = {}

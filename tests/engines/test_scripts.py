@@ -61,7 +61,7 @@ def test_models_are_timed_beside_stock_ones(tmp_path, capsys):
     packed = hfc.quantize(tiny_model("bert", hidden_size=64, intermediate_size=256), 8, embedding_bits=8)
     packed.save_pretrained(tmp_path / "packed")
     tiny_model("llama", hidden_size=64, head_dim=16, intermediate_size=256).save_pretrained(tmp_path / "decoder")
-    options = dict(batches=[2], lengths=[8], rounds=1, untimed=0, threads=torch.get_num_threads(), prompt=4,
+    options = dict(batches=[2], lengths=[8], rounds=1, threads=torch.get_num_threads(), prompt=4,
                    new_tokens=3, compiled=False, halved=True, widths=["8 bit rows", "4 bit"],
                    compressed=tmp_path / "packed")  # fmt: skip
     with torch.no_grad():

@@ -16,7 +16,7 @@ from hf_compress.measuring.counting import multiply_adds, num_parameters, num_we
 from hf_compress.measuring.isolated import How
 from hf_compress.measuring.measure import load_model, measure, measure_sources
 from hf_compress.measuring.stored import stored_size
-from hf_compress.measuring.timing import Spread, peak_allocated_bytes, time_interleaved
+from hf_compress.measuring.timing import Spread, peak_allocated_bytes, steady_seconds, time_interleaved
 from hf_compress.model.inputs import example_batch
 
 QUICK = dict(sequence_length=8, latency_rounds=2, throughput_rounds=2)
@@ -198,6 +198,18 @@ def test_calls_take_turns_and_warm_ups_are_left_out():
     calls = [call("A", 1.0), call("B", 2.0)]
     assert time_interleaved(calls, rounds=3, warmup_rounds=2, clock=clock) == [[1.0] * 3, [2.0] * 3]
     assert "".join(order) == "ABABABABAB"
+
+
+@pytest.mark.parametrize("seconds, counted", [(0.003, 6), (0.5, 1), (1e-6, 100)])
+def test_a_turn_is_as_many_calls_as_take_a_while_after_one_that_is_slow(seconds, counted):
+    clock, calls = FakeClock(), []
+
+    def call():
+        calls.append(seconds)
+        clock.now += seconds
+
+    assert steady_seconds(call, clock=clock) == pytest.approx(seconds)
+    assert len(calls) == 1 + counted
 
 
 def test_no_call_has_a_place_of_its_own():

@@ -29,7 +29,7 @@ def session(program: ov.Model, options: dict[str, str | int]) -> Session:
 
     def run(fed: Arrays) -> Arrays:
         request.reset_state()
-        result = request.infer(fed)
+        result = request.infer(fed, share_inputs=True, share_outputs=True)  # copied below, where they are wanted
         return {name: result[port].copy() for port in compiled.outputs for name in port.get_names()}
 
     return Session({n: tuple(None if d.is_dynamic else d.get_length() for d in s) for n, s in shapes.items()}, run)
