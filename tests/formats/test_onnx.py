@@ -25,6 +25,7 @@ from hf_compress.formats.runtimes.onnx_rows import for_several, table_rows  # no
 from hf_compress.formats.runtimes.onnx_session import WITHOUT_OVERFLOW, open_folder  # noqa: E402
 from hf_compress.formats.runtimes.readme import readme  # noqa: E402
 from hf_compress.layers.activations import round_per_token, round_to_range  # noqa: E402
+from hf_compress.recipe.quantizing import linear_maps  # noqa: E402
 
 
 def run(weight, x: np.ndarray, *, lookup: bool = False, way: Way | None = None) -> tuple[np.ndarray, list[str]]:
@@ -243,6 +244,23 @@ def test_a_classifier_with_trained_ranges_leaves_whole(tmp_path, monkeypatch, ca
                               return_tensors="pt")  # fmt: skip
     expected = model(**tokens).logits.argmax(-1)
     assert capsys.readouterr().out.strip() == str([("bad", "good")[i] for i in expected])
+
+
+@pytest.mark.parametrize("is_static", [True, False])
+def test_heads_multiply_integers_too(is_static, tmp_path):
+    """ONNX Runtime makes a Gemm of a product and a bias of rank 2, and unpacks its weight in every run."""
+    model = with_spread(tiny_model("bert", **SMALL))
+    bits = linear_maps(model, 8)
+    data = [tiny_batch(model, batch=8, length=20, seed=seed) for seed in range(2)]
+    ranges = dict(static_activations=True, calibration=data) if is_static else {}
+    packed = hfc.quantize(model, bits, symmetric=True, group_size=-1, activation_bits=8, **ranges)
+    folder = hfc.export(packed, tmp_path / "model", format="onnx", tokenizer=tiny_tokenizer())
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    ort.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    kinds = [node.op_type for node in ir.load(tmp_path / "optimized.onnx").graph]
+    assert sum(kind.startswith("MatMulInteger") for kind in kinds) == len(bits) == 2 * 6 + 2
+    assert not any("Gemm" in kind or kind == "DequantizeLinear" for kind in kinds)
 
 
 @pytest.mark.parametrize("told", ["flags : avx2 avx512_vnni", "flags : avx2", None])
