@@ -82,7 +82,7 @@ class PackedWeights(ExportQuantizer):
             if kind in PRODUCTS and port == 1 and is_transposed != transposes:  # x W^T
                 new = self.products[name] = self.multiply(node.inputs[0], weight)
                 if kind == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
-                    # ONNX Runtime else makes a Gemm of the two again, which multiplies floats: weights unpacked each time
+                    # of an Add ONNX Runtime makes a Gemm again, which multiplies floats: weights unpacked each time
                     new = self.nodes.add("Sum", new, node.inputs[2])
             elif kind == "Gather" and port == 0 and not is_transposed and weight.is_table:
                 new = table_rows(self.nodes, weight, node.inputs[1])

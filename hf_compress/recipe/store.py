@@ -73,7 +73,8 @@ class Store(Output):
         """What a stage of that name took last time, with other options or on other texts."""
         folders = sorted((self.folder / "stages").glob(f"??-{name}-*/{RECORD}"), key=lambda file: file.stat().st_mtime)
         records = [record for record in map(self.record, (file.parent for file in folders)) if record]
-        return records[-1].get("seconds") if records else None
+        times = [record.get("seconds") for record in records if record["name"] == name]  # no student-8-bit for student
+        return times[-1] if times else None
 
     def make(self, stage: Stage, folder: Path, fingerprint: str, work: Work) -> dict[str, Any]:
         """Let a stage run, in a folder that counts once it is done. Returns its record."""

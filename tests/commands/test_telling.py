@@ -1,5 +1,6 @@
 """What a person reads while a command runs: a line before each stage, one after it, and nothing of libraries."""
 
+import json
 import re
 
 import pytest
@@ -8,6 +9,7 @@ from recipe_run import QUICK, TRAIN, reviews, tiny_folder
 
 from hf_compress.commands import main as command
 from hf_compress.commands.main import leave, main
+from hf_compress.recipe.store import Store
 from hf_compress.recipe.training import Change
 from hf_compress.version import __version__
 
@@ -41,6 +43,14 @@ def test_a_run_is_told_in_two_lines_a_stage(words, capfd, caplog):
     assert main([*words, "--set", "rtn.bits=4"]) == 0
     assert "1/4 fine-tune: kept from an earlier run" in caplog.text
     assert re.search("3/4 rtn: .*, [0-9]+ s last time", caplog.text)
+
+
+def test_the_time_of_a_stage_is_not_that_of_one_whose_name_begins_alike(tmp_path):
+    for folder, seconds in (("student", 300.0), ("student-8-bit", 2.0)):
+        record = tmp_path / "stages" / f"01-{folder}-{16 * 'a'}" / "stage.json"
+        record.parent.mkdir(parents=True)
+        record.write_text(json.dumps({"name": folder, "seconds": seconds, "files": {}}), encoding="utf-8")
+    assert Store(tmp_path).seconds_before("student") == 300.0
 
 
 def test_verbose_brings_back_what_libraries_tell(words, capfd):
