@@ -55,7 +55,7 @@ def work(labels: int, sentences: int) -> float:
     """Texts that the teacher could answer in the time of the demo: a step costs three, the student a quarter."""
     others = OTHERS - labels + sentences
     teacher, alone = labels * 3 * 3, labels * 4 * 3 / 4
-    student = (labels + others) * (1 + 2 * 3 / 4)
+    student = (labels + others) * (1 + 3 * 3 / 4)
     return teacher + alone + student + TEST * (1 + 3 / 4)
 
 

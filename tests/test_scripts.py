@@ -89,7 +89,7 @@ def test_demo_on_own_model_and_texts(tiny_folder, tmp_path, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize(
-    ("seconds", "expected"), [(0.0022, (2000, 18_000)), (0.0075, (2000, 8_000)), (0.0146, (1000, 0))],
+    ("seconds", "expected"), [(0.0022, (2000, 18_000)), (0.0075, (2000, 4_000)), (0.0146, (1000, 0))],
     ids=["fast", "between", "slow"],
 )  # fmt: skip
 def test_a_slow_processor_learns_from_fewer_sentences(seconds, expected, tmp_path, monkeypatch, capsys):
