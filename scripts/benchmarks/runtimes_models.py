@@ -42,7 +42,7 @@ def rounded(name: str, **options) -> dict:
 RECIPES = {  # the last stage of each is the model; what begins alike is trained once
     "full": FULL,
     "half": HALF,
-    "half-8-bit": [*HALF, rounded("half-8-bit", max_steps=120, learning_rate=1e-4)],
+    "half-8-bit": [*HALF, rounded("half-8-bit", max_steps=240, learning_rate=1e-4)],
     "full-8-bit": [*FULL, rounded("full-8-bit", max_steps=240, learning_rate=5e-5)],
 }
 
