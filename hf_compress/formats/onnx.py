@@ -35,8 +35,8 @@ PRODUCTS = "MatMul", "Gemm"
 
 
 def write(model: PreTrainedModel, folder: Path, *, tokenizer: PreTrainedTokenizerBase | None,
-          calibration: Iterable | None) -> None:  # fmt: skip
-    write_folder(model, folder, OnnxExport, tokenizer, calibration)
+          calibration: Iterable | None, bound: float | None = None) -> None:  # fmt: skip
+    write_folder(model, folder, OnnxExport, tokenizer, calibration, bound)
 
 
 class PackedWeights(ExportQuantizer):

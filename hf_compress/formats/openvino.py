@@ -142,8 +142,8 @@ def dynamic_group(weights: dict[str, NamedWeight]) -> int:
 
 
 def write(model: PreTrainedModel, folder: Path, *, tokenizer: PreTrainedTokenizerBase | None,
-          calibration: Iterable | None) -> None:  # fmt: skip
-    write_folder(model, folder, OpenVINOExport, tokenizer, calibration)
+          calibration: Iterable | None, bound: float | None = None) -> None:  # fmt: skip
+    write_folder(model, folder, OpenVINOExport, tokenizer, calibration, bound)
 
 
 class OpenVINOExport:

@@ -1,5 +1,6 @@
 """The stages that make a model as fast or as small as was asked for."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ FEW_LABELS = 2.0  # unlabelled texts for each labelled one, from which on the te
 MANY_TEXTS, FEW_EPOCHS, EPOCHS = 20_000, 2, 6
 BUDGETS = 0.5, 0.25  # shares of the parameters that go where a loss is asked for: at first, and if it was too much
 SMALL_TABLES = 4  # bits of the tables where size is what counts
+TABLE_SHARE = 0.5  # of a size that is asked for, at most the table of tokens: rarer tokens go
+COUNTS = 1, 2, 3, 4, 6, 8, 12, 16, 24, 32  # how often a token that stays must occur
 LANGUAGE = MaskedLM.name, CausalLM.name, Seq2Seq.name
 WRITES = CausalLM.name, Seq2Seq.name
 ROUNDED = 0.1  # of a layer: what a wish may be missed by
@@ -42,17 +45,18 @@ class LayerSizes:
 
 def stages(
     wish: Wish, target: float, texts: Texts, times: MeasuredTimes | None, *, task: str = Classification.name,
-    fine_tunes: bool = False, parts: LayerSizes | None = None,
+    fine_tunes: bool = False, parts: LayerSizes | None = None, min_count: int = 1,
 ) -> list[dict]:  # fmt: skip
     """The stages of a recipe whose model has `target`, a figure of the wish's kind (a share that goes, of a loss).
 
-    parts  of an embedder, whose layers go whole: its vectors have no loss that heads and neurons could matter to
+    parts      of an embedder, whose layers go whole: its vectors have no loss that heads and neurons matter to
+    min_count  how often a token must occur in the texts to stay
     """
     found: list[dict] = []
     if fine_tunes:
         found.append({"fine-tune": {"name": TEACHER, "num_train_epochs": 3, "learning_rate": 1e-4, **TRAINING}})
     if cuts_vocabulary(wish, task):
-        found.append({"prune": {"method": "vocabulary"}})
+        found.append({"prune": {"method": "vocabulary", "min_count": min_count}})
     if task == Embeddings.name:
         learning = {"method": Embeddings.name, "num_hidden_layers": whole_layers(wish, target, times, parts)}
     else:
@@ -71,6 +75,28 @@ def stages(
 def cuts_vocabulary(wish: Wish, task: str) -> bool:
     """A classifier meets the words of its texts; an embedder and a language model those of others, too."""
     return wish.kind == "size_mb" or task not in (Embeddings.name, *LANGUAGE)
+
+
+def rarest_kept(wish: Wish, tokens: Callable[[int], int], width: int, others: int) -> int:
+    """How often a token must occur to stay, for a model of a size.
+
+    tokens  of a count, those that stay for it
+    width   of the table of tokens
+    others  parameters that neither tokens nor layers have
+
+    Raises RecipeError where even the tokens that occur most, and those, take it all.
+    """
+    for count in COUNTS:
+        table = (number := tokens(count)) * width * SMALL_TABLES / 8 / 1e6
+        if table <= TABLE_SHARE * wish.value:
+            break
+    least = table + others / 1e6
+    if least > wish.value:
+        raise RecipeError(
+            f"{wish.text(wish.value)} cannot be had here: {number:,} tokens, those that occur {count} times, and what "
+            f"is neither table nor layer take {least:.2f} MB."
+        )
+    return count
 
 
 def learned_from_teacher(task: str, texts: Texts) -> dict[str, Any]:

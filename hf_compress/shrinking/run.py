@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,12 @@ from hf_compress.shrinking.plan import (
     first_target,
     least_time,
     next_target,
+    rarest_kept,
     stages,
 )
 from hf_compress.shrinking.times import MeasuredTimes, measured_times
 from hf_compress.shrinking.wish import Wish
-from hf_compress.surgery.tokenizer import used_tokens
+from hf_compress.surgery.tokenizer import needed_tokens, token_counts, used_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +49,7 @@ PASSES = 2
 RUNTIMES_OF_SHRINK = ("torch", "openvino", "onnx")
 TOKENS = 32  # of the text that speed is measured on
 MEASURING = {"latency_rounds": 60, "throughput_rounds": 12}
+CHECKED = 64  # texts that an export is run on beside the model
 ORIGINAL, SMALL = "original", "small"
 
 
@@ -115,7 +118,9 @@ def shrink(
     parts = layer_sizes(load_for(texts, model), texts, model) if task == Embeddings.name else None
     times = _times(texts, model, runtime, tokens) if wish.is_of_time else None
     target = first_target(wish, times)
-    written = partial(stages, wish, texts=_counts(texts), times=times, task=task, fine_tunes=fine_tunes, parts=parts)
+    cuts_rare = wish.kind == "size_mb" and task not in (Embeddings.name, *LANGUAGE)
+    written = partial(stages, wish, texts=_counts(texts), times=times, task=task, fine_tunes=fine_tunes, parts=parts,
+                      min_count=_min_count(wish, texts, model) if cuts_rare else 1)  # fmt: skip
     told = _told(wish, target, times, runtime, texts, written(target=target))
     if plan:
         return Shrunk(wish, None, False, None, None, told)
@@ -126,7 +131,12 @@ def shrink(
             recipe = Recipe(_changed(written(target=target), changes), model=model, data=source, task=task, seed=seed,
                             name="shrink")  # fmt: skip
             made = recipe.run(Path(output) / "run", command=command)
-            served = _served(made.model, runtime, Path(output) / f"exported-{made.stages[-1]['fingerprint']}")
+            served = _served(
+                made.model,
+                runtime,
+                Path(output) / f"exported-{made.stages[-1]['fingerprint']}",
+                list(islice(texts.training_texts(), CHECKED)) if task == Classification.name else None,
+            )
             original = _stage(made, TEACHER) if fine_tunes else model
             report = _compared(original, served, texts, tokens, command or "hfc.shrink")
             reached = _figure(wish, report)
@@ -155,6 +165,19 @@ def check_wish(wish: Wish, task: str) -> None:
             f"{wish.kind} is of one pass over a text, but models of {task} write token by token: ask for size_mb, or "
             "use the recipe llm-4bit and an export for llama.cpp."
         )
+
+
+def _min_count(wish: Wish, texts: RecipeData, source: str | Path) -> int:
+    """How often a token must occur in the training texts for a model of that size."""
+    model, tokenizer = load_for(texts, source, fresh_head=True), texts.tokenizer(source)
+    counts = token_counts(tokenizer, texts.training_texts())
+
+    def tokens(least: int) -> int:
+        return len(needed_tokens(tokenizer, (token for token, count in counts.items() if count >= least)))
+
+    table = model.get_input_embeddings().weight
+    layers = sum(num_parameters(layer.module) for layer in anatomy(model).layers)
+    return rarest_kept(wish, tokens, table.shape[1], num_parameters(model) - layers - table.numel())
 
 
 def layer_sizes(model: PreTrainedModel, texts: RecipeData, source: str | Path) -> LayerSizes:
@@ -194,7 +217,8 @@ def _in_words(stage: dict) -> str:
     ((kind, options),) = stage.items()
     layers = options.get("num_hidden_layers")
     return {
-        "prune": "cut vocabulary" if options.get("method") == "vocabulary" else "cut structure",
+        "prune": "cut structure" if options.get("method") != "vocabulary" else "cut vocabulary" + (
+            f" to what occurs {options['min_count']} times" if options["min_count"] > 1 else ""),
         "distil": "distil" if layers is None else f"distil into {layers} layer{'s' * (layers > 1)}",
         "quantize": "8 bit",
     }.get(kind, kind)  # fmt: skip
@@ -221,13 +245,13 @@ def _stage(made: Any, name: str) -> Path:
     return made.output / "stages" / record["folder"] / "model"
 
 
-def _served(model: str | Path, runtime: str, folder: Path) -> Path:
+def _served(model: str | Path, runtime: str, folder: Path, texts: list[str] | None) -> Path:
     if runtime not in RUNTIMES:
         return Path(model)
     record = folder / "hf_compress.json"
     if record.is_file():
         return folder  # of an earlier run of the same
-    return export(load_model(model, device="cpu"), folder, format=runtime)
+    return export(load_model(model, device="cpu"), folder, format=runtime, calibration=texts)
 
 
 def _compared(original: str | Path, served: Path, texts: RecipeData, tokens: int, command: str) -> Report:

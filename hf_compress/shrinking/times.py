@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import math
 import os
 import tempfile
 from dataclasses import asdict, dataclass
@@ -14,7 +15,7 @@ from huggingface_hub import constants
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.files.whole import write_whole
-from hf_compress.formats.export import RUNTIMES, export
+from hf_compress.formats.export import RUNTIMES, installed
 from hf_compress.formats.runtimes.opened import open_exported
 from hf_compress.measuring.measure import device_name, evaluating, versions
 from hf_compress.measuring.timing import Spread, time_interleaved
@@ -82,7 +83,9 @@ def _measure(
                            shape[0], 100 * shape[1], 100 * shape[2], runtime)  # fmt: skip
             served = packed(cut_evenly(model, *shape))
             if runtime in RUNTIMES:
-                folder = export(served, Path(place) / str(number), format=runtime, tokenizer=tokenizer)
+                folder = Path(place) / str(number)
+                # what such a model answers is chance, and may hang on a rounding
+                installed(runtime).write(served, folder, tokenizer=tokenizer, calibration=None, bound=math.inf)
                 served = open_exported(folder)
             models.append(served)
         with evaluating(models), torch.inference_mode():

@@ -20,9 +20,13 @@ def used_tokens(
     tokenizer: PreTrainedTokenizerBase, texts: Iterable[str | tuple[str, str]], *, min_count: int = 1
 ) -> list[int]:
     """The ids that `texts`, or pairs, need at least `min_count` times; `prune_vocabulary` adds what these need."""
+    return sorted(token for token, count in token_counts(tokenizer, texts).items() if count >= min_count)
+
+
+def token_counts(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str | tuple[str, str]]) -> Counter[int]:
+    """How often `texts`, or pairs, need each token; special ones do not count."""
     single = (text for one in texts for text in ([one] if isinstance(one, str) else one))
-    counts = Counter(token for text in single for token in tokenizer(text, add_special_tokens=False)["input_ids"])
-    return sorted(token for token, count in counts.items() if count >= min_count)
+    return Counter(token for text in single for token in tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def needed_tokens(tokenizer: PreTrainedTokenizerBase, keep: Iterable[int]) -> list[int]:

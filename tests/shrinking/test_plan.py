@@ -8,7 +8,7 @@ from hf_compress.model.anatomy import anatomy
 from hf_compress.pruning.targets import StructureTimes, prune_to_size, prune_to_time, stored_megabytes
 from hf_compress.recipe import Recipe
 from hf_compress.recipe.options import RecipeError
-from hf_compress.shrinking.plan import LayerSizes, Texts, first_target, next_target, stages, whole_layers
+from hf_compress.shrinking.plan import LayerSizes, Texts, first_target, next_target, rarest_kept, stages, whole_layers
 from hf_compress.shrinking.times import MeasuredTimes, cut_evenly, solved
 from hf_compress.shrinking.wish import Wish
 
@@ -137,6 +137,22 @@ def test_what_cannot_be_had_is_said_with_what_can():
         first_target(Wish("speedup", 100.0), MEASURED)
     with pytest.raises(RecipeError, match="The most is 2.12 ms for a text"):
         first_target(Wish("latency_ms", 1.0), MEASURED)
+
+
+def test_rare_tokens_go_where_their_table_would_take_more_than_half_of_a_size():
+    occur = {1: 20_000, 2: 15_000, 3: 9_000, 4: 7_000}  # tokens that occur so often
+
+    def kept(megabytes, others=0):
+        return rarest_kept(Wish("size_mb", megabytes), lambda count: occur.get(count, 2_000), width=400, others=others)
+
+    assert [kept(size) for size in (8.0, 7.9, 6.0, 5.9, 3.0, 2.0)] == [1, 2, 2, 3, 4, 6]  # 4 bit: 4, 3, 1.8, 1.4 MB
+    assert kept(2.0, others=1_500_000) == 6
+    with pytest.raises(
+        RecipeError, match=r"2\.0 MB cannot be had here: 2,000 tokens, those that occur 6 times, .* 2\.10 MB"
+    ):
+        kept(2.0, others=1_700_000)
+    with pytest.raises(RecipeError, match="those that occur 32 times"):
+        kept(0.3)
 
 
 def test_an_embedder_keeps_whole_layers():

@@ -1,17 +1,20 @@
 """One command from a model and texts to a folder that runs: tiny, to its end."""
 
 import json
+import re
 
 import pytest
 from recipe.task_files import CASES, model_of, source_of, text
 from recipe_run import embedder, reviews, tiny_folder
-from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 import hf_compress as hfc
 from hf_compress.commands.main import main
+from hf_compress.formats.runtimes.agreement import BOUND
 from hf_compress.model.pooling import Pooling, read_vectors
 from hf_compress.pruning.targets import StructureTimes
 from hf_compress.recipe.options import RecipeError
+from hf_compress.shrinking import plan as planning
 from hf_compress.shrinking import run as shrinking
 from hf_compress.shrinking.times import MeasuredTimes, measured_times
 
@@ -89,6 +92,25 @@ def test_bad_input_is_refused_before_anything_runs(given, tmp_path):
     with pytest.raises(RecipeError, match="cannot be had here"):
         hfc.shrink(model, data, output=tmp_path / "out", speedup=50.0)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_small_size_costs_rare_words_before_anything_runs(given, tmp_path, monkeypatch):
+    model, data = given
+    monkeypatch.setattr(planning, "TABLE_SHARE", 0.0)  # that no count reaches
+    plan = hfc.shrink(model, data, output=tmp_path / "out", size_mb=0.02, plan=True).plan
+    assert re.search("cut vocabulary to what occurs 32 times, cut structure", plan)
+    with pytest.raises(RecipeError, match="0.0 MB cannot be had here: .* tokens, those that occur 32 times"):
+        hfc.shrink(model, data, output=tmp_path / "out", size_mb=0.001)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_only_timed_may_answer_by_chance(tmp_path, monkeypatch):
+    pytest.importorskip("openvino")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
+    monkeypatch.setitem(BOUND, "rounded", 1e-9)
+    source = tiny_folder(tmp_path / "model")
+    model = AutoModelForSequenceClassification.from_pretrained(source).eval()
+    assert measured_times(model, AutoTokenizer.from_pretrained(source), "openvino", tokens=8).original > 0
 
 
 def test_times_are_measured_once_for_a_machine(tmp_path, monkeypatch):

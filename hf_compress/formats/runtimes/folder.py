@@ -48,9 +48,11 @@ class Exported(Protocol):
 
 
 def write_folder(model: PreTrainedModel, folder: Path, kind: type[Exported],
-                 tokenizer: PreTrainedTokenizerBase | None, calibration: Iterable | None) -> None:  # fmt: skip
+                 tokenizer: PreTrainedTokenizerBase | None, calibration: Iterable | None,
+                 bound: float | None = None) -> None:  # fmt: skip
     """Write `model` as a `kind`, run it there beside `model`, and only then keep the folder.
 
+    `bound` is what outputs may differ by, relative to their size; by default that of the numbers that are stored.
     Raises ValueError for what the format cannot say and ImportError for a runtime that is not there, both before
     anything is written, and RuntimeError, naming the first layer that differs, where the runtime says something else.
     """
@@ -63,10 +65,10 @@ def write_folder(model: PreTrainedModel, folder: Path, kind: type[Exported],
     with quiet(), in_eval(model):
         exported = kind(model, None if tokenizer is None else tokenizer.model_input_names)
         agreement = measure_agreement(model, exported.session(), batches)
-        check(model, exported, agreement["outputs"], batches)
+        check(model, exported, agreement["outputs"], batches, bound)
         if (fast := exported.fast_session()) is not None:
             agreement["on_this_processor"] = measure_agreement(model, fast, batches)["outputs"]
-            check(model, exported, agreement["on_this_processor"], batches)
+            check(model, exported, agreement["on_this_processor"], batches, bound)
         with whole_folder(folder) as beside:
             exported.save(beside)
             complete_config(beside / "config.json", model)
@@ -80,10 +82,12 @@ def write_folder(model: PreTrainedModel, folder: Path, kind: type[Exported],
     logger.info("%s agrees with the model: %s", folder, agreement["outputs"])
 
 
-def check(model: PreTrainedModel, exported: Exported, outputs: dict[str, dict], batches: list[dict]) -> None:
+def check(model: PreTrainedModel, exported: Exported, outputs: dict[str, dict], batches: list[dict],
+          bound: float | None = None) -> None:  # fmt: skip
     """Raise RuntimeError where an output differs by more than the bound, naming the first layer that does."""
-    is_exact = model.dtype == torch.float32 and not any(True for _ in packed_modules(model))
-    bound = BOUND["float" if is_exact else "rounded"]
+    if bound is None:
+        is_exact = model.dtype == torch.float32 and not any(True for _ in packed_modules(model))
+        bound = BOUND["float" if is_exact else "rounded"]
     differences = {name: output["relative_difference"] for name, output in outputs.items()}
     if all(difference <= bound for difference in differences.values()):  # NaN is not
         return
