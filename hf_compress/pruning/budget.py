@@ -87,26 +87,41 @@ def share_that_goes(sparsity: float | None, target: float | None) -> float:
 
 
 def choose(parts: Anatomy, pieces: Sequence[Unit], surplus: int) -> list[Unit]:
-    """The first of `pieces` whose costs reach `surplus`. Raises ValueError if all together do not."""
+    """The first of `pieces` whose costs reach `surplus`, but for those that need not go: the last may be a whole layer.
+
+    Raises ValueError if all together do not.
+    """
     keepers = _Keepers(parts)
-    chosen: list[Unit] = []
+    chosen: list[tuple[Unit, int]] = []  # with what each saved
     spent: dict[int, int] = {}  # layer -> cost of what was taken from it
     saved = 0
     for unit in pieces:
         if saved >= surplus:
-            return chosen
+            break
         if keepers.may_go(unit):
             gain = unit.cost - (spent.get(unit.layer, 0) if unit.is_layer else 0)
             spent[unit.layer] = spent.get(unit.layer, 0) + gain
             saved += gain
-            chosen.append(unit)
+            chosen.append((unit, gain))
     if saved < surplus:
         raise ValueError(
             f"The sparsity cannot be reached: {surplus:,} would have to go, and heads, neurons and layers together "
             f"have {saved:,}. Lower the sparsity, or make the embeddings smaller with prune_vocabulary or "
             "factorise_embeddings."
         )
-    return chosen
+    return _needed(chosen, saved - surplus)
+
+
+def _needed(chosen: list[tuple[Unit, int]], spare: int) -> list[Unit]:
+    """`chosen` without what may stay though `spare` is all that it may cost: what matters most comes back first."""
+    gone = {unit.layer for unit, _ in chosen if unit.is_layer}
+    needed = []
+    for unit, gain in reversed(chosen):
+        if gain <= spare and not unit.is_layer and unit.layer not in gone:
+            spare -= gain
+        else:
+            needed.append(unit)
+    return needed[::-1]
 
 
 class _Keepers:

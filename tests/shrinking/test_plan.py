@@ -4,8 +4,11 @@ import pytest
 import torch
 from helpers import tiny_batch, tiny_model
 
+from hf_compress.measuring.counting import num_parameters
 from hf_compress.model.anatomy import anatomy
+from hf_compress.pruning.budget import choose, cut
 from hf_compress.pruning.targets import StructureTimes, prune_to_size, prune_to_time, stored_megabytes
+from hf_compress.pruning.units import units
 from hf_compress.recipe import Recipe
 from hf_compress.recipe.options import RecipeError
 from hf_compress.shrinking.plan import LayerSizes, Texts, first_target, next_target, rarest_kept, stages, whole_layers
@@ -102,6 +105,17 @@ def test_pruning_to_a_size():
     prune_to_size(model, loader(model), 0.7 * whole, embedding_bits=4)
     layer = sum(p.numel() for p in anatomy(tiny_model()).layers[0].module.parameters()) / 1e6
     assert 0.7 * whole - layer < stored_megabytes(model, 8, 4) <= 0.7 * whole  # a layer goes as one piece
+
+
+@pytest.mark.parametrize("share", [0.2, 0.35, 0.5, 0.65])
+def test_a_layer_that_goes_last_makes_room_for_what_matters_more(share):
+    model = tiny_model("bert", num_hidden_layers=4, intermediate_size=256)
+    before, surplus = num_parameters(model), int(share * num_parameters(model))
+    pieces = sorted(units(model, loader(model), None), key=lambda unit: unit.importance / max(unit.cost, 1))
+    chosen = choose(anatomy(model), pieces, surplus)
+    gone = {unit.layer for unit in chosen if unit.is_layer}
+    spare = before - num_parameters(cut(model, chosen)) - surplus
+    assert spare >= 0 and all(unit.cost > spare for unit in chosen if not unit.is_layer and unit.layer not in gone)
 
 
 def test_the_stages_are_a_recipe():
