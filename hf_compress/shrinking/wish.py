@@ -46,6 +46,16 @@ class Wish:
             return reached <= self.value
         return reached <= self.value * (1 + TOLERANCE)
 
+    def is_near(self, reached: float) -> bool:
+        """Whether nothing is to be gained by aiming again: as much as was asked for, and little more."""
+        if self.kind == "accuracy_loss":
+            return self.is_met(reached)
+        return abs(reached - self.value) <= TOLERANCE * self.value
+
+    def distance(self, reached: float) -> tuple[bool, float]:
+        """Sorts models by how well they have it: those that do come first, the nearest of them."""
+        return not self.is_met(reached), reached if self.kind == "accuracy_loss" else abs(reached - self.value)
+
     def text(self, value: float) -> str:
         """A figure of this kind, as people say it."""
         return {

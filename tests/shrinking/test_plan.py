@@ -153,6 +153,14 @@ def test_what_cannot_be_had_is_said_with_what_can():
         first_target(Wish("latency_ms", 1.0), MEASURED)
 
 
+def test_more_than_was_asked_for_is_tried_again_and_the_nearest_that_has_it_stays():
+    speed, loss = Wish("speedup", 10), Wish("accuracy_loss", 1)
+    assert speed.is_near(10.9) and speed.is_near(9.1) and not speed.is_near(12.0) and not speed.is_near(8.0)
+    assert loss.is_near(-5.0) and not loss.is_near(1.1)
+    assert sorted([8.0, 15.0, 9.2, 11.0], key=speed.distance) == [9.2, 11.0, 15.0, 8.0]
+    assert min([1.5, 0.9], key=loss.distance) == 0.9 and min([1.5, 2.0], key=loss.distance) == 1.5
+
+
 def test_rare_tokens_go_where_their_table_would_take_more_than_half_of_a_size():
     occur = {1: 20_000, 2: 15_000, 3: 9_000, 4: 7_000}  # tokens that occur so often
 

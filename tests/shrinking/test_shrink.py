@@ -11,6 +11,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 import hf_compress as hfc
 from hf_compress.commands.main import main
 from hf_compress.formats.runtimes.agreement import BOUND
+from hf_compress.measuring.counting import num_parameters
 from hf_compress.model.pooling import Pooling, read_vectors
 from hf_compress.pruning.targets import StructureTimes
 from hf_compress.recipe.options import RecipeError
@@ -71,6 +72,19 @@ def test_a_missed_wish_has_an_exit_code_of_its_own(given, tmp_path, capsys, monk
     assert main([*arguments, "--max_length", "16", *changes]) == 3
     assert "missed  2.0x as fast" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "shrink.json").read_text(encoding="utf-8"))["passes"] == 2
+
+
+def test_the_first_model_stays_where_the_second_misses(given, tmp_path, monkeypatch):
+    model, data = given
+    figures = iter([6.0, 1.0])  # twice as fast as asked for; then, aimed lower, too slow
+    monkeypatch.setattr(shrinking, "_figure", lambda wish, report: next(figures))
+    done = hfc.shrink(model, data, output=tmp_path / "out", speedup=3.0, changes=QUICK)
+    result = json.loads((tmp_path / "out" / "shrink.json").read_text(encoding="utf-8"))
+    assert done.is_met and done.reached == result["reached"] == 6.0 and result["passes"] == 2
+    sizes = [num_parameters(AutoModelForSequenceClassification.from_pretrained(stage / "model"))
+             for stage in (tmp_path / "out" / "run" / "stages").glob("*-packed-*")]  # fmt: skip
+    assert len(set(sizes)) == 2
+    assert num_parameters(AutoModelForSequenceClassification.from_pretrained(done.model)) == min(sizes)
 
 
 def test_what_cannot_be_had_after_a_training_is_missed_and_not_lost(given, tmp_path, monkeypatch):
