@@ -70,6 +70,7 @@ class Tried(NamedTuple):
 
     target: float
     recipe: Recipe
+    model: Path
     served: Path
     report: Report
     reached: float
@@ -150,12 +151,14 @@ def shrink(
         )
         reached = _figure(wish, report)
         logger.warning("asked: %s; reached: %s", wish.text(wish.value), wish.text(reached))
-        return Tried(target, recipe, served, report, reached)
+        return Tried(target, recipe, Path(made.model), served, report, reached)
 
     with Output(output) as place:
         place.check([*REPORT_FILES, "shrink.json"])
         passes = [tried(target)]
         while len(passes) < PASSES and (again := _again(wish, passes[-1], written, times)) is not None:
+            if wish.is_met(passes[-1].reached) and _is_whole(passes[-1].model, texts, model):
+                break  # faster or smaller than asked for with all that it had
             passes.append(tried(again))
         best = min(passes, key=lambda one: wish.distance(one.reached))
         if best is not passes[-1]:
@@ -192,8 +195,7 @@ def _min_count(wish: Wish, texts: RecipeData, source: str | Path) -> int:
         return len(needed_tokens(tokenizer, (token for token, count in counts.items() if count >= least)))
 
     table = model.get_input_embeddings().weight
-    layers = sum(num_parameters(layer.module) for layer in anatomy(model).layers)
-    return rarest_kept(wish, tokens, table.shape[1], num_parameters(model) - layers - table.numel())
+    return rarest_kept(wish, tokens, table.shape[1], num_parameters(model) - _layer_parameters(model) - table.numel())
 
 
 def layer_sizes(model: PreTrainedModel, texts: RecipeData, source: str | Path) -> LayerSizes:
@@ -257,6 +259,17 @@ def _again(wish: Wish, one: Tried, written: Callable, times: MeasuredTimes | Non
         return again if written(target=again) != written(target=one.target) else None
     except RecipeError:
         return None
+
+
+def _is_whole(made: Path, texts: RecipeData, source: str | Path) -> bool:
+    """Whether nothing was cut from the layers of the model in `source`."""
+    return _layer_parameters(load_model(made, device="cpu")) == _layer_parameters(
+        load_for(texts, source, fresh_head=True)
+    )
+
+
+def _layer_parameters(model: PreTrainedModel) -> int:
+    return sum(num_parameters(layer.module) for layer in anatomy(model).layers)
 
 
 def _stage(made: Any, name: str) -> Path:

