@@ -45,8 +45,10 @@ def name() -> str:
     """
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
-    told = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    called = told[0] if told else platform.processor() or platform.machine()
+    told = [line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "CPU part"))]
+    called = platform.processor() or platform.machine()
+    if told:  # ARM tells the number of its core alone
+        called = f"{called} {told[0]}" if told[0].startswith("0x") else told[0]
     most = next((one for one, there in reversed(instructions().items()) if there), None)
     return called if most is None else f"{called} with {most}"
 

@@ -221,6 +221,6 @@ def _latency_ratio(candidate: PreTrainedModel, model: PreTrainedModel, batch: Ma
 
     with evaluating([candidate, model]):
         calls = [lambda network=network: forward(network) for network in (candidate, model)]
-        seconds = time_interleaved(calls, rounds=LATENCY_ROUNDS)
+        seconds = time_interleaved(calls, rounds=LATENCY_ROUNDS, steady=True)
     ratios = sorted(one / other for one, other in zip(*seconds, strict=True))
     return ratios[len(ratios) // 2]
