@@ -6,15 +6,10 @@ import traceback
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType
+from accelerate.state import AcceleratorState
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks, or kills with SIGKILL: not on Windows")
 needs_proc = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc: Linux alone has it")
-
-FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-         "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-         "FSDP_CPU_RAM_EFFICIENT_LOADING": "false", "FSDP_RESHARD_AFTER_FORWARD": "true"}  # fmt: skip
 
 
 def ranks(job, number: int) -> None:
@@ -46,19 +41,3 @@ def ranks(job, number: int) -> None:
 def long_but(names, *quick: str) -> list:
     """Parameters that are all for `make test-long`, but a few."""
     return [pytest.param(name, marks=[] if name in quick else pytest.mark.long) for name in names]
-
-
-def share_weights(layer: str = "BertLayer", **environment: str) -> None:
-    """In a fork: FSDP2, as `accelerate launch` sets it up, a group for each `layer`, with what else is said.
-
-    Accelerate shards models on accelerators only, so here it takes the CPU for one.
-    """
-    os.environ.update({**FSDP2, "FSDP_TRANSFORMER_CLS_TO_WRAP": layer, **environment})
-    make = AcceleratorState.__init__
-
-    def make_for_accelerator(self, *args, **kwargs):
-        if PartialState._shared_state.get("distributed_type") == DistributedType.MULTI_CPU:
-            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-        make(self, *args, **kwargs)
-
-    AcceleratorState.__init__ = make_for_accelerator

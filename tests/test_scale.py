@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from machine import needs_proc
 
 from hf_compress.distillation.teachers.apart import ENVIRONMENTS
 from hf_compress.distillation.teachers.draws import draw
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts" / "benchmarks"))
 import scale  # noqa: E402
+import sharded_memory  # noqa: E402
 
 TINY = [
     f"--{name}={value}"
@@ -62,3 +64,14 @@ def test_the_mean_of_draws_is_nearer_than_the_largest_logits(monkeypatch, capsys
         words = line.replace(",", "").replace(";", "").split()
         bias, mean = float(words[words.index("bias") + 1]), float(words[words.index("mean") + 1])
         assert mean < 0.05 * bias
+
+
+@pytest.mark.long
+@needs_proc
+def test_ranks_that_share_weights_take_less_memory_for_the_same_losses(monkeypatch, capfd):
+    words = ["--hidden", 64, "--layers", 2, "--classes", 512, "--length", 16, "--steps", 2, "--processes", 1, 2]
+    monkeypatch.setattr(sys, "argv", ["sharded_memory.py", *map(str, words)])
+    sharded_memory.main()
+    told = [line.split("losses ") for line in capfd.readouterr().out.splitlines() if "losses" in line]
+    assert [line[0].split()[0] for line in told] == ["1", "2"]
+    assert json.loads(told[0][1]) == pytest.approx(json.loads(told[1][1]), rel=1e-5)

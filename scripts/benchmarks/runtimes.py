@@ -107,14 +107,14 @@ def contestants(
 def post_training(model, tokenizer, texts: list[str], folder: Path, threads: int) -> dict[str, Run]:
     """NNCF's own 8-bit model of the same structure, calibrated on 300 texts, run in both ways."""
     structure = folder.name.removesuffix("-nncf")
-    from hf_compress.formats.runtimes.openvino_session import open_folder
+    from hf_compress.formats.runtimes.openvino_session import core, open_folder
 
     if not folder.exists():
         import nncf
         import openvino as ov
 
         hfc.export(model, folder.with_name(f"{structure}-float-openvino"), format="openvino", tokenizer=tokenizer)
-        plain = ov.Core().read_model(folder.with_name(f"{structure}-float-openvino") / "openvino_model.xml")
+        plain = core().read_model(folder.with_name(f"{structure}-float-openvino") / "openvino_model.xml")
         names = [port.get_any_name() for port in plain.inputs]
         rows = [tokenizer(text, truncation=True, max_length=64, return_tensors="np") for text in texts[:300]]
         data = nncf.Dataset([{name: row[name] for name in names} for row in rows])

@@ -2,11 +2,14 @@
 
 import io
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from helpers import tiny_batch, tiny_model
+from machine import needs_fork
 from runtime_models import (
     ROWS,
     SMALL,
@@ -27,7 +30,7 @@ from hf_compress.formats.named_weight import named_weights  # noqa: E402
 from hf_compress.formats.openvino import dynamic_group, fake_quantize, round_tokens  # noqa: E402
 from hf_compress.formats.runtimes import openvino_session  # noqa: E402
 from hf_compress.formats.runtimes.agreement import feed  # noqa: E402
-from hf_compress.formats.runtimes.openvino_session import WITHOUT_OVERFLOW, open_folder  # noqa: E402
+from hf_compress.formats.runtimes.openvino_session import WITHOUT_OVERFLOW, core, open_folder  # noqa: E402
 from hf_compress.layers.activations import round_per_token, round_to_range  # noqa: E402
 
 
@@ -44,7 +47,7 @@ def folder(classifier, tmp_path_factory):
 
 def integers(folder):
     """The constants of integers in the file, by their type."""
-    model = ov.Core().read_model(folder / "openvino_model.xml")
+    model = core().read_model(folder / "openvino_model.xml")
     constants = [node for node in model.get_ops() if node.get_type_name() == "Constant"]
     return [n.get_element_type().get_type_name() for n in constants if len(n.get_output_shape(0)) > 1]
 
@@ -67,7 +70,7 @@ def test_the_folder_is_complete_and_agrees(folder, classifier):
 
 
 def test_trained_ranges_are_one_rounding_for_all_readers_of_a_tensor(folder):
-    operations = [node.get_type_name() for node in ov.Core().read_model(folder / "openvino_model.xml").get_ops()]
+    operations = [node.get_type_name() for node in core().read_model(folder / "openvino_model.xml").get_ops()]
     assert operations.count("FakeQuantize") == 2 * 4  # q, k and v read one tensor; output; up; down
 
 
@@ -176,18 +179,39 @@ def test_the_grid_of_a_range_is_ours():
     source = ov.opset13.parameter([-1, 8], np.float32)
     for low, high in ((-1.3, 2.0), (0.0, 1.7), (-0.2, 0.9)):
         node = fake_quantize(source.output(0), low, high)
-        run = ov.Core().compile_model(ov.Model([node], [source]), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        run = core().compile_model(ov.Model([node], [source]), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         expected = round_to_range(torch.from_numpy(x), low, high).numpy()
         step = (high - low) / 255
         differs = np.abs(run(x)[0] - expected) > step / 2  # a tie may fall to the other side, by one step
         assert differs.mean() < 0.01 and np.abs(run(x)[0] - expected).max() < 1.01 * step
 
 
+SIGNALLED = """
+import faulthandler, gc, os, signal, sys
+from pathlib import Path
+from hf_compress.formats.runtimes.openvino_session import open_folder
+faulthandler.enable()  # handlers run on a stack of their own from now on, if the thread has one
+signal.signal(signal.SIGALRM, lambda *_: print("handled"))
+first, second = (open_folder(Path(sys.argv[1])) for _ in range(2))
+del first
+gc.collect()
+del second
+gc.collect()
+os.kill(os.getpid(), signal.SIGALRM)
+"""
+
+
+@needs_fork
+def test_a_signal_is_handled_after_sessions_have_ended(folder):
+    ended = subprocess.run([sys.executable, "-c", SIGNALLED, folder], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout.strip()) == (0, "handled"), ended.stderr[-1000:]
+
+
 def test_each_token_is_rounded_where_the_model_rounds_it():
     x = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
     x[:, 3], x[7] = 50, 0  # a step of 0.4 for all others; a token of zeros
     source = ov.opset13.parameter([-1, 8], np.float32)
-    run = ov.Core().compile_model(ov.Model([round_tokens(source.output(0))], [source]), "CPU", WITHOUT_OVERFLOW)
+    run = core().compile_model(ov.Model([round_tokens(source.output(0))], [source]), "CPU", WITHOUT_OVERFLOW)
     np.testing.assert_allclose(run(x.numpy())[0], round_per_token(x).numpy(), rtol=1e-6)
 
 

@@ -5,9 +5,10 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from checks.cpu_fsdp import share_weights
 from distillation.data import rows
 from helpers import tiny_model
-from machine import long_but, needs_fork, ranks, share_weights
+from machine import long_but, needs_fork, ranks
 from transformers import TrainerCallback
 from trust.trainers import CAUSAL, TRAINERS, build, data_of, run
 

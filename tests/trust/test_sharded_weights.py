@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch.distributed as dist
-from machine import needs_fork, ranks, share_weights
+from checks.cpu_fsdp import share_weights
+from machine import needs_fork, ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard

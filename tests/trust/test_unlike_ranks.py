@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from checks.cpu_fsdp import share_weights
 from distillation.data import rows
 from helpers import tiny_model
-from machine import needs_fork, ranks, share_weights
+from machine import needs_fork, ranks
 from recipe_run import reviews, tiny_folder
 from torch.utils.data import Dataset
 

@@ -1,5 +1,6 @@
 """OpenVINO models, ready to run."""
 
+from functools import cache
 from pathlib import Path
 
 import openvino as ov
@@ -12,6 +13,17 @@ RUN_OPTIONS = {"INFERENCE_PRECISION_HINT": "f32"}  # processors with bfloat16 wo
 WITHOUT_OVERFLOW = {**RUN_OPTIONS, "LP_TRANSFORMS_MODE": "NO"}
 
 
+@cache
+def core() -> ov.Core:
+    """The one runtime of this process, which lives as long.
+
+    Its CPU plugin gives the thread that makes it another stack for signals, and takes that back when it ends. Of two
+    that end in the order in which they were made, the second restores the first one's stack, which is gone: the next
+    signal with a handler (Ctrl-C, a worker of a DataLoader that ends) is a segmentation fault.
+    """
+    return ov.Core()
+
+
 def open_folder(folder: Path, *, threads: int | None = None, exact: bool | None = None) -> Session:
     """What an export holds, ready to run.
 
@@ -19,11 +31,11 @@ def open_folder(folder: Path, *, threads: int | None = None, exact: bool | None 
     """
     options = WITHOUT_OVERFLOW if (not has_int8() if exact is None else exact) else RUN_OPTIONS
     limit = {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
-    return session(ov.Core().read_model(folder / "openvino_model.xml"), {**options, **limit})
+    return session(core().read_model(folder / "openvino_model.xml"), {**options, **limit})
 
 
 def session(program: ov.Model, options: dict[str, str | int]) -> Session:
-    compiled = ov.Core().compile_model(program, "CPU", options)
+    compiled = core().compile_model(program, "CPU", options)
     request = compiled.create_infer_request()
     shapes = {port.get_any_name(): port.get_partial_shape() for port in compiled.inputs}
 
