@@ -47,8 +47,8 @@ def choose(
         return many
     kernels = (Int4, Int8Weights, Int8Halves) if processor.has_avx512() else (Int4, Int8Weights)
     few = next((kind for kind in kernels if kind.takes(stored)), None)
-    if few is None:
-        return many
+    if few is None:  # mostly one token, for which oneDNN's layout of float32 takes up to half as long again
+        return Float32 if many is OneDnnFloat32 else many
     return partial(FewAndMany, few, many if integers else PerCall)
 
 

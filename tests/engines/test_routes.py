@@ -153,6 +153,12 @@ def test_dense_float32_goes_to_onednn_where_mkl_is_slow(monkeypatch):
     assert rule(monkeypatch, "4-bit", int8=True, bfloat16=True, **abilities) == "BFloat16"
 
 
+def test_one_token_after_another_goes_to_mkl_all_the_same(monkeypatch):
+    abilities = dict(slow_mkl=True, decodes=True)
+    assert rule(monkeypatch, "8-bit-groups", int8=False, bfloat16=False, **abilities) == "Float32"
+    assert rule(monkeypatch, "8-bit-groups", int8=False, bfloat16=True, **abilities) == "BFloat16"
+
+
 def test_a_torch_without_onednn_multiplies_dense_matrices(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     for ability in (processor.has_int8, processor.has_slow_mkl, precision.cpu_has_bfloat16):
