@@ -7,6 +7,7 @@ from pathlib import Path
 import regex
 import transformers
 from huggingface_hub import snapshot_download
+from huggingface_hub.utils import validate_repo_id
 from transformers import PretrainedConfig, PreTrainedModel
 
 PATTERN_SECONDS = 1.0  # for one pattern and one name; an honest one takes a millionth of it
@@ -14,9 +15,17 @@ FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
 def find_folder(folder_or_id: str | Path) -> Path:
-    """The folder itself, or that of a repository on the Hub, downloaded."""
-    folder = Path(folder_or_id)
-    return folder if folder.is_dir() else Path(snapshot_download(str(folder_or_id), allow_patterns=FILES))
+    """The folder itself, or that of a repository on the Hub, downloaded. Raises ValueError for what is neither."""
+    if not isinstance(folder_or_id, str | Path):
+        raise TypeError(f"expected a folder or the name of a repository, got {type(folder_or_id).__name__}.")
+    if Path(folder_or_id).is_dir():
+        return Path(folder_or_id)
+    try:
+        validate_repo_id(str(folder_or_id))
+        return Path(snapshot_download(str(folder_or_id), allow_patterns=FILES))
+    except (OSError, ValueError) as error:  # of the name, of the Hub, of the way to it
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"There is no checkpoint {str(folder_or_id)!r}: it is no folder here, and {reason}") from error
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from hf_compress.measuring.stored import stored_size
 from hf_compress.measuring.timing import Spread, peak_allocated_bytes, steady_seconds, synchronize
 from hf_compress.measuring.turns import DECODING, KINDS, LATENCY_BATCH, measure_in_turns
 from hf_compress.model.inputs import THROUGHPUT_BATCH, example_batch
+from hf_compress.model.unfinished import check_weights
 from hf_compress.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -172,6 +173,7 @@ def load_model(source: Source, *, dtype: torch.dtype | None = None, device: str 
     Of an exported folder it has empty modules, and a forward that the runtime runs.
     """
     if isinstance(source, PreTrainedModel):
+        check_weights(source, "A forward")
         return source
     if not isinstance(source, (str, Path)):
         raise TypeError(f"expected a Transformers model, a folder or a Hub name, got {type(source).__name__}.")

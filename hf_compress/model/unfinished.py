@@ -34,6 +34,11 @@ def check_model(model: object, what: str) -> None:
 def check_loaded(model: object, what: str) -> None:
     """`check_model`; and raise ValueError where weights are nowhere, neither in memory nor offloaded by accelerate."""
     check_model(model, what)
+    check_weights(model, what)
+
+
+def check_weights(model: nn.Module, what: str) -> None:
+    """Raise ValueError where weights of any module are nowhere, neither in memory nor offloaded by accelerate."""
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
         return
     if missing := [name for name, parameter in model.named_parameters() if parameter.is_meta]:

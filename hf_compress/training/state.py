@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 
 from hf_compress.model.precision import attention_with_fast_gradients
-from hf_compress.model.unfinished import forms_of, pieces_of
+from hf_compress.model.unfinished import check_weights, forms_of, pieces_of
 from hf_compress.training.arguments import check_devices, dropping
 from hf_compress.training.checks import data_fact, settings_facts, weights_fact
 from hf_compress.training.finish import finish
@@ -91,6 +91,9 @@ class TrainingStateMixin(StreamMixin, StepCountsMixin):
     is_finished = False  # whether the model has become another than the one that was trained, see `finish`
 
     def __init__(self, *args, **kwargs):
+        model = args[0] if args else kwargs.get("model")
+        if isinstance(model, nn.Module):
+            check_weights(model, type(self).__name__)
         super().__init__(*args, **kwargs)
         check_devices(self.args, type(self).__name__)
         check_loading(getattr(self.accelerator.state, "fsdp_plugin", None), type(self).__name__)

@@ -145,3 +145,17 @@ def test_a_pattern_that_never_ends_is_ended(pattern, monkeypatch):
     monkeypatch.setattr("hf_compress.formats.foreign.PATTERN_SECONDS", 0.05)
     with pytest.raises(ValueError, match="takes too long"):
         matches(pattern.removeprefix("re:"), "a4" * 40 + "!")
+
+
+@pytest.mark.parametrize("load", [hfc.load_gptq, hfc.load_compressed_tensors])
+def test_what_is_nowhere_is_named(load, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_compress.formats.foreign.snapshot_download", missing)
+    for name, reason in ((tmp_path / "gone", "Repo id must be"), ("user/gone", "the Hub does not know it")):
+        with pytest.raises(ValueError, match=f"There is no checkpoint '{name}': it is no folder here, and {reason}"):
+            load(name)
+    with pytest.raises(TypeError, match="expected a folder or the name of a repository, got Linear"):
+        load(torch.nn.Linear(2, 2))
+
+
+def missing(*args, **kwargs):
+    raise OSError("the Hub does not know it\nand more")

@@ -37,6 +37,23 @@ SHAPES = {
 ALL = CHANGE | READ | SHAPES
 
 
+def distilled(student, teacher, folder):
+    args = hfc.DistillationConfig(folder / "out", use_cpu=True, report_to="none")
+    return hfc.DistillationTrainer(student, args, teacher_model=teacher, train_dataset=rows(4))
+
+
+RUN = {  # with a forward
+    "cache_teacher": lambda model, folder: hfc.cache_teacher(model, rows(4), folder / "cache"),
+    "measure": lambda model, folder: hfc.measure(model),
+    "student": lambda model, folder: distilled(model, tiny_model("bert"), folder),
+    "teacher": lambda model, folder: distilled(tiny_model("bert"), model, folder),
+    "second teacher": lambda model, folder: distilled(tiny_model("bert"), [tiny_model("bert"), model], folder),
+    "pruned": lambda model, folder: hfc.HeadPruningTrainer(
+        model, hfc.HeadPruningConfig(folder / "out", use_cpu=True, report_to="none"), train_dataset=rows(4)
+    ),
+}
+
+
 class Own(nn.Module):
     def __init__(self):
         super().__init__()
@@ -61,10 +78,10 @@ def test_what_is_no_model_of_transformers_is_named_and_stays_as_it_was(verb, tmp
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("verb", CHANGE | READ)
+@pytest.mark.parametrize("verb", CHANGE | READ | RUN)
 def test_weights_that_nobody_loaded_are_named(verb, tmp_path):
     with pytest.raises(ValueError, match=r"reads weights, and .*embeddings.weight is not loaded"):
-        (CHANGE | READ)[verb](tiny_model("bert").to("meta"), tmp_path)
+        (CHANGE | READ | RUN)[verb](tiny_model("bert").to("meta"), tmp_path)
 
 
 @pytest.mark.parametrize("verb", CHANGE)

@@ -40,6 +40,7 @@ from hf_compress.files.store import Store, is_remote
 from hf_compress.files.whole import remove_leftovers
 from hf_compress.model.reading import PaddingCollator
 from hf_compress.model.tasks import plain_model
+from hf_compress.model.unfinished import check_weights
 from hf_compress.training.progress import progress_bar
 from hf_compress.training.ranks import check_same, failing_together
 
@@ -99,6 +100,7 @@ def cache_teacher(
     """
     if not isinstance(teacher, nn.Module):
         raise TypeError(f"cache_teacher takes a model, got {type(teacher).__name__}: load it first.")
+    check_weights(teacher, "cache_teacher")
     if min(batch_size, shard_size) < 1:
         raise ValueError(f"batch_size and shard_size count examples, 1 or more, got {batch_size} and {shard_size}.")
     is_apart = worker is not None or is_remote(path) or isinstance(dataset, IterableDataset)

@@ -14,6 +14,7 @@ from hf_compress.distillation.teachers.cached_teacher import CachedTeacher
 from hf_compress.distillation.teachers.several_teachers import SeveralTeachers, teachers_of
 from hf_compress.distillation.teachers.sharded_teacher import shard
 from hf_compress.model.tasks import LANGUAGE_MODELS, auto_class_name, plain_model
+from hf_compress.model.unfinished import check_weights
 from hf_compress.training.checks import weights_fact
 
 HEADS = ["classifier", "score", "qa_outputs", "lm_head", "cls", "pooler", "pre_classifier"]  # stay in full precision
@@ -36,6 +37,9 @@ def open_teacher(
     if weights is not None:
         raise ValueError(f"teacher_weights={list(weights)} are for a list of teachers, but teacher_model is one.")
     if isinstance(teacher, nn.Module):
+        for one in teachers_of(teacher):
+            if not isinstance(one, CachedTeacher):  # which has an architecture without weights
+                check_weights(one, "A teacher's forward")
         return teacher
     return CachedTeacher(teacher) if is_cache(teacher) else load_teacher(teacher, student, bits, processing_class)
 
