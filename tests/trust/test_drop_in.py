@@ -20,8 +20,8 @@ QUICK = ("PKDTrainer", "BlockPruningTrainer", "QBertTrainer")
 LONG = long_but(TRAINERS, *QUICK)
 LABELLED = [p for p in LONG if p.values[0] != "MarginMSETrainer"]  # Trainer computes metrics of labels alone
 # They draw anew in each forward, watch the range of each, or compare examples that are in a batch together.
-CUT_DEPENDENT = {"HeadGatesTrainer", "LayerPruningTrainer", "QBertTrainer", "RankGatesTrainer", "RelationalTrainer",
-                 "TheseusTrainer"}  # fmt: skip
+CUT_DEPENDENT = {"EmbeddingDistillationTrainer", "HeadGatesTrainer", "LayerPruningTrainer", "QBertTrainer",
+                 "RankGatesTrainer", "RelationalTrainer", "TheseusTrainer"}  # fmt: skip
 # All that can learn from a teacher alone: there are labels behind the others' losses, whatever alpha is.
 DISTILLING = {n for n in TRAINERS if issubclass(getattr(hfc, n), DistillationTrainer)} - {
     "MarginMSETrainer", "SelfDistillationTrainer", "TheseusTrainer"  # the first has no labels to take away

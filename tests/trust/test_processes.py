@@ -23,7 +23,10 @@ TOLERANCE = 1e-4
 ALIKE = [
     name for name in TRAINERS if name != "RelationalTrainer"
 ]  # relations are those of examples in a batch together
-OPTIONS = {"DistillationTrainer": {"teacher_noise": 0.0}}  # the noise of an example is drawn by its place in the batch
+OPTIONS = {
+    "DistillationTrainer": {"teacher_noise": 0.0},  # the noise of an example is drawn by its place in the batch
+    "EmbeddingDistillationTrainer": {"similarity_weight": 0.0},  # similarities are those of examples in a batch, too
+}
 DRAWING = (
     "HeadGatesTrainer",
     "LayerPruningTrainer",
@@ -106,25 +109,37 @@ def test_two_processes_follow_one_and_each_takes_up_the_others_checkpoint(name, 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", ALIKE)
-def test_two_processes_follow_one_for_fifty_steps(name, tmp_path):
-    for number in (1, 2):
+def test_two_and_four_processes_follow_one_for_fifty_steps(name, tmp_path):
+    for number in (1, 2, 4):
         ranks(job_of(name, tmp_path / str(number), number, max_steps=50, save_strategy="no"), number)
-    one, two = (of_rank(tmp_path / str(number), 0) for number in (1, 2))
+    one, *more = (of_rank(tmp_path / str(number), 0) for number in (1, 2, 4))
     assert len(losses_of(one[1])) == 50
-    # a weight between two integers goes to either one, by the last bit of a sum
-    assert_close(losses_of(two[1]), losses_of(one[1]), 1e-3 if name == "QBertTrainer" else TOLERANCE)
-    assert all(torch.equal(mask, two[2][key]) for key, mask in one[2].items())
+    for several in more:
+        # a weight between two integers goes to either one, by the last bit of a sum
+        assert_close(losses_of(several[1]), losses_of(one[1]), 1e-3 if name == "QBertTrainer" else TOLERANCE)
+        assert all(torch.equal(mask, several[2][key]) for key, mask in one[2].items())
 
 
 @pytest.mark.parametrize("name", long_but(SHARED, "WordLevelTrainer"))
 def test_two_processes_that_share_the_weights_follow_one(name, tmp_path):
     """FSDP2: each holds half of the student, of what trains with it and of the teacher."""
+    follow_one(name, 2, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", SHARED)
+def test_four_processes_that_share_the_weights_follow_one_for_twenty_steps(name, tmp_path):
+    follow_one(name, 4, tmp_path, max_steps=20, save_strategy="no")
+
+
+def follow_one(name, number, tmp_path, **options):
+    """Under FSDP2: losses, masks and the model at the end."""
     layer = "LlamaDecoderLayer" if name in CAUSAL else "BertLayer"
     # the head of a language model is read by the loss, in training and in evaluation
-    options = dict(hints="1:2", eval_strategy="steps", eval_steps=3) if name in CAUSAL else {}
-    ranks(job_of(name, tmp_path / "1", 1, **options), 1)
-    ranks(job_of(name, tmp_path / "2", 2, layer=layer, **options), 2)
-    one, two = of_rank(tmp_path / "1", 0), of_rank(tmp_path / "2", 0)
+    options |= dict(hints="1:2", eval_strategy="steps", eval_steps=3) if name in CAUSAL else {}
+    ranks(job_of(name, tmp_path / "one", 1, **options), 1)
+    ranks(job_of(name, tmp_path / "several", number, layer=layer, **options), number)
+    one, two = of_rank(tmp_path / "one", 0), of_rank(tmp_path / "several", 0)
     assert_close(losses_of(two[1]), losses_of(one[1]))
     assert one[2].keys() == two[2].keys()
     assert all(torch.equal(mask, two[2][key]) for key, mask in one[2].items())
