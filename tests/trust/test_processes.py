@@ -34,7 +34,7 @@ DRAWING = (
     "TheseusTrainer",
 )  # each rank has generators of its own
 # MiniLM's student begins as a copy whose relations are the teacher's but for rounding, which Adam makes steps of
-SHARED = [n for n in ALIKE if n != "MiniLMTrainer"] + ["relations-from-scratch"]
+SHARED = [n for n in ALIKE if n not in ("MiniLMTrainer", "ScaleTrainer")] + ["relations-from-scratch"]
 
 
 class Masks(TrainerCallback):
@@ -123,7 +123,18 @@ def test_two_and_four_processes_follow_one_for_fifty_steps(name, tmp_path):
 @pytest.mark.parametrize("name", long_but(SHARED, "WordLevelTrainer"))
 def test_two_processes_that_share_the_weights_follow_one(name, tmp_path):
     """FSDP2: each holds half of the student, of what trains with it and of the teacher."""
-    follow_one(name, 2, tmp_path)
+    one, two = follow_one(name, 2, tmp_path)
+    for key, tensor in one[0].items():
+        if key.startswith(".model"):
+            torch.testing.assert_close(two[0][key], tensor, rtol=1e-3, atol=1e-5, msg=key)
+
+
+def test_scales_are_not_learned_from_parts_of_layers(tmp_path):
+    def refused(rank):
+        with pytest.raises(ValueError, match="ScaleTrainer needs whole layers in each process: use DDP"):
+            job_of("ScaleTrainer", tmp_path / "out", 2, layer="LlamaDecoderLayer")(rank)
+
+    ranks(refused, 2)
 
 
 @pytest.mark.long
@@ -133,19 +144,17 @@ def test_four_processes_that_share_the_weights_follow_one_for_twenty_steps(name,
 
 
 def follow_one(name, number, tmp_path, **options):
-    """Under FSDP2: losses, masks and the model at the end."""
+    """Under FSDP2: the same losses and masks; gives what each run ended with."""
     layer = "LlamaDecoderLayer" if name in CAUSAL else "BertLayer"
     # the head of a language model is read by the loss, in training and in evaluation
     options |= dict(hints="1:2", eval_strategy="steps", eval_steps=3) if name in CAUSAL else {}
     ranks(job_of(name, tmp_path / "one", 1, **options), 1)
     ranks(job_of(name, tmp_path / "several", number, layer=layer, **options), number)
-    one, two = of_rank(tmp_path / "one", 0), of_rank(tmp_path / "several", 0)
-    assert_close(losses_of(two[1]), losses_of(one[1]))
-    assert one[2].keys() == two[2].keys()
-    assert all(torch.equal(mask, two[2][key]) for key, mask in one[2].items())
-    for key, tensor in one[0].items():
-        if key.startswith(".model"):
-            torch.testing.assert_close(two[0][key], tensor, rtol=1e-3, atol=1e-5, msg=key)
+    one, several = of_rank(tmp_path / "one", 0), of_rank(tmp_path / "several", 0)
+    assert_close(losses_of(several[1]), losses_of(one[1]))
+    assert one[2].keys() == several[2].keys()
+    assert all(torch.equal(mask, several[2][key]) for key, mask in one[2].items())
+    return one, several
 
 
 @pytest.mark.long
