@@ -68,10 +68,11 @@ def test_the_mean_of_draws_is_nearer_than_the_largest_logits(monkeypatch, capsys
 
 @pytest.mark.long
 @needs_proc
-def test_ranks_that_share_weights_take_less_memory_for_the_same_losses(monkeypatch, capfd):
+def test_the_memory_of_ranks_is_told_beside_the_losses_of_one_process(monkeypatch, capfd):
     words = ["--hidden", 64, "--layers", 2, "--classes", 512, "--length", 16, "--steps", 2, "--processes", 1, 2]
     monkeypatch.setattr(sys, "argv", ["sharded_memory.py", *map(str, words)])
     sharded_memory.main()
     told = [line.split("losses ") for line in capfd.readouterr().out.splitlines() if "losses" in line]
     assert [line[0].split()[0] for line in told] == ["1", "2"]
+    assert all(int(line[0].split()[2].replace(",", "")) > 0 for line in told)
     assert json.loads(told[0][1]) == pytest.approx(json.loads(told[1][1]), rel=1e-5)

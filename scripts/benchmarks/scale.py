@@ -163,21 +163,28 @@ def worker(args: argparse.Namespace) -> None:
     print(json.dumps([clock.ends[0], clock.ends[-1]]))
 
 
-def processes(args: argparse.Namespace, number: int, what: str, folder: Path) -> float:
-    """Seconds from the first beginning to the last end."""
+def told_by(command: list[str], number: int, **environment: object) -> list:
+    """What each of `number` processes that find each other tells in its last line, as JSON."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    options = [f"--{name}={getattr(args, name)}" for name in
-               ("classes", "hidden", "layers", "length", "examples", "batch", "steps", "draws")]  # fmt: skip
-    command = [sys.executable, __file__, "worker", f"--what={what}", f"--folder={folder}", *options]
+        port = free.getsockname()[1]
     started = []
     for rank in range(number):
         found = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number,
                  "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}  # fmt: skip
-        environment = {**os.environ, **{name: str(value) for name, value in found.items()}}
-        started.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
-    ends = [json.loads(process.communicate()[0].splitlines()[-1]) for process in started]
+        found = {name: str(value) for name, value in (found | environment).items()}
+        started.append(subprocess.Popen(command, env={**os.environ, **found}, stdout=subprocess.PIPE, text=True))
+    outputs = [process.communicate()[0] for process in started]
+    if any(process.returncode for process in started):
+        raise SystemExit(f"One of {number} processes failed; what it said stands above.")
+    return [json.loads(output.splitlines()[-1]) for output in outputs]
+
+
+def processes(args: argparse.Namespace, number: int, what: str, folder: Path) -> float:
+    """Seconds from the first beginning to the last end."""
+    options = [f"--{name}={getattr(args, name)}" for name in
+               ("classes", "hidden", "layers", "length", "examples", "batch", "steps", "draws")]  # fmt: skip
+    ends = told_by([sys.executable, __file__, "worker", f"--what={what}", f"--folder={folder}", *options], number)
     return max(end for _, end in ends) - min(begin for begin, _ in ends)
 
 

@@ -12,17 +12,17 @@ library keeps the layers that were gathered, in pieces, and a rank grows beyond 
 import argparse
 import json
 import os
-import socket
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]
+sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:3]]
 
 import torch  # noqa: E402
 from checks.cpu_fsdp import share_weights  # noqa: E402
 from datasets import Dataset  # noqa: E402
+from limits import resident  # noqa: E402
+from scale import told_by  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 import hf_compress as hfc  # noqa: E402
@@ -30,12 +30,6 @@ from hf_compress.measuring.measure import device_name, versions  # noqa: E402
 
 SHAPE = {"hidden": 576, "layers": 30, "classes": 49_152, "length": 128, "batch": 4, "steps": 3}
 FREED_AT_ONCE = 2**18  # bytes: larger blocks are mapped, and given back when they are freed
-
-
-def resident(what: str) -> int:
-    """Bytes of this process: now (VmRSS) or at most so far (VmHWM)."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(what))
 
 
 def model_of(args: argparse.Namespace, seed: int) -> LlamaForCausalLM:
@@ -48,7 +42,7 @@ def model_of(args: argparse.Namespace, seed: int) -> LlamaForCausalLM:
 
 
 def worker(args: argparse.Namespace) -> None:
-    """Trains as one of its run, and prints the bytes that it took beyond its imports, and the losses."""
+    """Trains as one of its run, and tells the MiB that it took beyond its imports, and the losses."""
     number = int(os.environ["WORLD_SIZE"])
     if number > 1:
         share_weights("LlamaDecoderLayer")
@@ -64,27 +58,14 @@ def worker(args: argparse.Namespace) -> None:
     trainer = hfc.WordLevelTrainer(model_of(args, 1), config, teacher_model=args.teacher, train_dataset=rows)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    print(json.dumps({"bytes": resident("VmHWM") - before, "losses": losses}))
+    print(json.dumps({"mib": resident("VmHWM") - before, "losses": losses}))
 
 
 def run(args: argparse.Namespace, number: int, folder: str) -> list[dict]:
-    """What each process of a run printed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    """What each process of a run told."""
     options = [f"--{name}={getattr(args, name)}" for name in SHAPE]
     command = [sys.executable, __file__, "--worker", f"--folder={folder}/out", f"--teacher={folder}/teacher", *options]
-    started = []
-    for rank in range(number):
-        found = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number,
-                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-                 "MALLOC_MMAP_THRESHOLD_": FREED_AT_ONCE}  # fmt: skip
-        environment = {**os.environ, **{name: str(value) for name, value in found.items()}}
-        started.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
-    outputs = [process.communicate()[0] for process in started]
-    if any(process.returncode for process in started):
-        raise SystemExit(f"A process of {number} failed; what it said stands above.")
-    return [json.loads(output.splitlines()[-1]) for output in outputs]
+    return told_by(command, number, MALLOC_MMAP_THRESHOLD_=FREED_AT_ONCE)
 
 
 def main() -> None:
@@ -108,9 +89,9 @@ def main() -> None:
         alone = None
         for number in args.processes:
             found = run(args, number, folder)
-            most = max(one["bytes"] for one in found)
+            most = max(one["mib"] for one in found)
             alone = alone or most
-            print(f"{number} processes: {most / 2**20:,.0f} MiB at most in one, {most / alone:.2f} of the first; "
+            print(f"{number} processes: {most:,.0f} MiB at most in one, {most / alone:.2f} of the first; "
                   f"losses {found[0]['losses']}")  # fmt: skip
 
 

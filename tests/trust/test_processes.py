@@ -33,7 +33,8 @@ DRAWING = (
     "RankGatesTrainer",
     "TheseusTrainer",
 )  # each rank has generators of its own
-# MiniLM's student begins as a copy whose relations are the teacher's but for rounding, which Adam makes steps of
+# MiniLM's student begins as a copy whose relations are the teacher's but for rounding, which Adam makes steps of;
+# ScaleTrainer refuses parts of layers
 SHARED = [n for n in ALIKE if n not in ("MiniLMTrainer", "ScaleTrainer")] + ["relations-from-scratch"]
 
 
