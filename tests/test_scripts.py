@@ -3,6 +3,7 @@
 import ast
 import csv
 import json
+import random
 import re
 import subprocess
 import sys
@@ -194,6 +195,22 @@ def test_runtimes_beside_the_packed_model(tiny_folder, tmp_path):
     assert set(names) <= set(results["agreement"]) and set(names) <= set(results["bytes"])
     assert results["agreement"]["half, ranges, packed"]["same_class"] == 1
     assert all("4 bit" not in name and ms["faster"] > 0 for name, ms in results["ms"]["32 x 32"].items())
+
+
+@pytest.mark.long
+def test_students_of_a_live_and_of_a_cached_teacher(tiny_folder, tmp_path):
+    tiny_model("llama").save_pretrained(tiny_folder)
+    draw = random.Random(0)
+    for name in ("brown", "validation", "documentation", "news"):
+        words = [draw.choice("abcdefghij") for _ in range(600)]
+        (tmp_path / f"{name}.txt").write_text(" ".join(words), encoding="utf-8")
+    sizes = ["--layers", 1, "--steps", 2, "--batch", 2, "--length", 16, "--windows", 1]
+    command = ["scripts/benchmarks/sampled_cache.py", "--texts", tmp_path, "--output", tmp_path, *sizes]
+    command += ["--teachers", "live", "draws-9", "top-3"]
+    lines = [json.loads(line) for line in run(*command).splitlines() if line.startswith('{"taught')]
+    assert [line["taught by"] for line in lines] == ["teacher", "untrained", "live", "draws-9", "top-3"]
+    assert all(0 < line["bytes_per_token"] < 40 and line["tokens_per_second"] > 0 for line in lines[3:])
+    assert lines == [json.loads(line) for line in run(*command).splitlines() if line.startswith('{"taught')]
 
 
 @pytest.mark.long
