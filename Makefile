@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 INSTALLED := $(VENV)/.installed
+COMPILE_ON_ALL_CORES := 'import compileall as c, sysconfig as s; c.compile_dir(s.get_path("purelib"), quiet=2, workers=0)'
 TEACHER ?=
 DATASET ?=
 ARGS ?=
@@ -15,7 +16,8 @@ help:  ## what can be made
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,test]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[demo,test]'
+	$(BIN)/python -c $(COMPILE_ON_ALL_CORES)
 	touch $@
 
 demo: $(INSTALLED)  ## distil a real classifier into half its layers; TEACHER= and DATASET= name your own

@@ -118,29 +118,44 @@ def test_a_worker_that_dies_at_any_moment_costs_one_shard(place, tmp_path, monke
     assert moments == 1 + 3 * in_part + 1 and robbed == 3 * 3
 
 
+def forked(work):
+    """The number of a process of its own that does `work`; pytest shows why where a check of its exit code fails."""
+    if pid := os.fork():
+        return pid
+    status = 1
+    try:
+        work()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def exit_code(pid):
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def kill_one_of_four(place, data, seed, latest):
+    """Four processes write a cache, of which one is killed within `latest` seconds; the others end well."""
+    generator = random.Random(seed)
+    children = [
+        forked(lambda number=number: cache_teacher(teacher_of(), data, place, worker=(number, 4), **QUICK))
+        for number in range(4)
+    ]
+    victim = generator.randrange(4)
+    time.sleep(generator.uniform(0, latest))
+    os.kill(children[victim], signal.SIGKILL)
+    codes = [exit_code(pid) for pid in children]
+    assert all(code == 0 for number, code in enumerate(codes) if number != victim)
+
+
 @needs_fork
 @pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(2, 20))])
 def test_one_of_four_processes_is_killed_at_random(seed, tmp_path):
-    data, generator = rows(40, seed=seed), random.Random(seed)
-    children = []
-    for number in range(4):
-        pid = os.fork()
-        if pid == 0:
-            status = 1
-            try:
-                cache_teacher(teacher_of(), data, tmp_path / "cache", worker=(number, 4), **QUICK)
-                status = 0
-            except BaseException:
-                traceback.print_exc()  # pytest shows it where the parent's check fails
-            finally:
-                sys.stderr.flush()
-                os._exit(status)
-        children.append(pid)
-    victim = generator.randrange(4)
-    time.sleep(generator.uniform(0, 0.5))
-    os.kill(children[victim], signal.SIGKILL)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
-    assert all(code == 0 for number, code in enumerate(codes) if number != victim)
+    data = rows(40, seed=seed)
+    kill_one_of_four(tmp_path / "cache", data, seed, 0.5)
     names = {name for name in Store(tmp_path / "cache").sizes() if ".writing" not in name}
     assert not any(name.endswith(".lease") for name in names)
     for left in (tmp_path / "cache").glob(".*.writing"):
@@ -319,30 +334,3 @@ def test_a_launcher_says_which_worker_this_is(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert worker_here() == (1, 2)
-
-
-def test_workers_write_to_s3(monkeypatch):
-    moto = pytest.importorskip("moto.server", reason="moto is a local S3 server")
-    pytest.importorskip("s3fs", reason="fsspec reaches S3 by s3fs")
-    server = moto.ThreadedMotoServer(port=0)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        for name, value in {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "a",
-                            "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}.items():  # fmt: skip
-            monkeypatch.setenv(name, value)
-        fsspec.filesystem("s3").mkdir("bucket")
-        cache_teacher(teacher_of(), rows(11), "s3://bucket/cache", worker=(0, 1), **QUICK)
-        assert_whole("s3://bucket/cache", rows(11))
-        for moment in (1, 3, 4, 5, 13):  # no lease; a lease; a shard without note; a note and a lease; the third part
-            place, options = f"s3://bucket/{moment}", {"worker": (0, 2), **QUICK}
-            with monkeypatch.context() as patched:
-                killed_at(moment, patched)
-                with pytest.raises(Killed):
-                    cache_teacher(teacher_of(), rows(11), place, **options)
-            cache_teacher(teacher_of(), rows(11), place, **{**options, "worker": (1, 2)})
-            assert_whole(place, rows(11))
-        with pytest.raises(ValueError, match="s3://no-such-bucket/cache cannot be used"):
-            cache_teacher(teacher_of(), rows(11), "s3://no-such-bucket/cache", worker=(0, 1), **QUICK)
-    finally:
-        server.stop()
