@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import ClassLabel, Dataset, Features, Json, Value
 
 from hf_compress.recipe.labels import written
 
@@ -60,18 +60,31 @@ def find_label_column(name: str | None, columns: Sequence[str], source: str) -> 
     return None if name is None else named_column(name, columns, source)
 
 
+def check_plain(data: Dataset, column: str, *, split: str, source: str) -> None:
+    """Raise ValueError for a row that holds a list or a mapping where one text, number or label belongs."""
+    for number, value in enumerate(data[column], 1):
+        if isinstance(value, (list, tuple, dict)):
+            raise ValueError(
+                f"The {split} split of {source} must hold one value a row in the column {column!r}, but row {number} "
+                f"has {value!r:.60}."
+            )
+
+
 def select_rows(
     data: Dataset, texts: Sequence[str], label: str | None, *, split: str, source: str
 ) -> tuple[Dataset, list[str]]:
     """Rows with a text in every text column, under the usual names, their labels as texts; and what was left out."""
     for column in texts:
-        if not isinstance(data.features.get(column), Value):
+        if not isinstance(data.features.get(column), (Value, Json)):
             raise ValueError(
                 f"The {split} split of {source} must hold texts in the column {column!r}, it has {data.features}."
             )
     classes = data.features.get(label) if label else None
-    if classes is not None and not isinstance(classes, (Value, ClassLabel)):
+    if classes is not None and not isinstance(classes, (Value, ClassLabel, Json)):
         raise ValueError(f"{source}: the column {label!r} must hold one label a row, it holds {classes}.")
+    for column in [*texts, *[label] * bool(label)]:
+        if isinstance(data.features.get(column), Json):  # of several kinds: 1 and "1", or a list in some rows
+            check_plain(data, column, split=split, source=source)
     usual = dict(zip(("text", "text_pair"), texts, strict=False))
 
     def rename(rows: dict[str, list]) -> dict[str, list]:
@@ -90,6 +103,8 @@ def select_rows(
     features = Features(dict.fromkeys([*usual, *["label"] * bool(label)], Value("string")))
     renamed = data.map(rename, batched=True, remove_columns=data.column_names, features=features, desc="Reading")
     whole = renamed.filter(are_whole, batched=True, desc="Reading")
+    if not len(whole):
+        raise ValueError(f"No row of the {split} split of {source} has a text in {' and '.join(map(repr, texts))}.")
     left_out, notes = len(renamed) - len(whole), []
     if left_out:
         notes.append(f"{split}: left out {left_out} of {len(renamed)} rows, without {' or without '.join(texts)}")

@@ -6,14 +6,18 @@ CSV every field is a text, and nothing but an empty one is missing: `None`, `NA`
 
 import codecs
 import csv
+import logging
+import lzma
 import re
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import fsspec
-from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_datasets, load_dataset, load_from_disk
 
 KINDS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet",
          ".arrow": "arrow", ".txt": "text"}  # fmt: skip
@@ -24,7 +28,18 @@ SPLITS = {
     "test": ("test", "testing"),
 }
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
-ENCODINGS = {"utf-8-sig": "UTF-8", "utf-16": "UTF-16", "cp1252": "Windows-1252 (Latin-1)", "latin-1": "Latin-1"}
+ENCODINGS = {"utf-8-sig": "UTF-8", "utf-16": "UTF-16", "utf-16-le": "UTF-16 without a mark",
+             "utf-16-be": "UTF-16 without a mark", "utf-32": "UTF-32", "cp1252": "Windows-1252 (Latin-1)",
+             "latin-1": "Latin-1"}  # fmt: skip
+MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}  # the longer first: that of UTF-32 begins as the other does
+OF_NO_ROWS = ("corresponds to no data", "at least one example")  # what datasets says of an empty file
+ROWS_UNDER = ("data", "rows", "examples", "items", "records", "train", "validation", "test")
+TABLE_TEXTS = ("text", "sentence", "content", "review", "document", "question", "source", "premise", "query")
 PIECE = 1 << 20  # bytes decoded at one time
 LOOKED_AT = 100  # rows of a CSV file that show whether they fit its first line
 
@@ -97,26 +112,62 @@ def _read(file: Path, source: str) -> tuple[Dataset, str]:
             f"{source} must be a CSV, TSV, JSON or text file, got {file.suffix or 'no ending'}. Read are the endings "
             f"{', '.join(KINDS)}, each also packed ({', '.join(PACKED)})."
         )
-    if kind in ("csv", "json", "text"):
-        options["encoding"] = _encoding(file)
-        how = f", {ENCODINGS[options['encoding']]}"
-    if kind == "csv":
-        options |= _csv_options(file, options["encoding"], source)
-        how = f", separated by {SEPARATORS[options['sep']]}{how}"
+    with _packing_told(source):
+        if kind in ("csv", "json", "text"):
+            options["encoding"] = _encoding(file)
+            how = f", {ENCODINGS[options['encoding']]}"
+        if kind == "csv":
+            options |= _csv_options(file, options["encoding"], source)
+            how = f", separated by {SEPARATORS[options['sep']]}{how}"
+    library = logging.getLogger("datasets")
+    level = library.level
+    library.setLevel(logging.CRITICAL)  # it tells what it raises as well
     try:
         data = load_dataset(kind, data_files=str(file), split="train", **options)
     except Exception as error:  # of many kinds: nothing in it, lines of different lengths
         reason = str(error.__cause__ or error).partition("\n")[0]
+        reason = "it has no rows" if not reason or any(words in reason for words in OF_NO_ROWS) else reason
         raise ValueError(f"{source} cannot be read as {kind}, with at least one example{how}: {reason}") from error
+    finally:
+        library.setLevel(level)
+    if kind == "json" and len(data) == 1 and _is_table(data):
+        raise ValueError(
+            f"{source} is one object with the keys {data.column_names}, so one row. Write a list of rows, or a row in "
+            'each line, such as {"text": ..., "label": ...}; pandas does by to_json(orient="records", lines=True).'
+        )
     return data, f"{file.name}: {len(data)} rows{how}, with the columns {', '.join(data.column_names)}"
 
 
+@contextmanager
+def _packing_told(source: str) -> Iterator[None]:
+    """A file that is not packed as its ending says, or torn, as a sentence."""
+    try:
+        yield
+    except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the disk
+        raise ValueError(f"{source} cannot be unpacked: {error}. Pack it again, or give it as it is.") from error
+
+
+def _is_table(row: Dataset) -> bool:
+    """Whether the one row of a JSON file is a whole table: by columns, or as rows under a key such as `data`."""
+    lists = [name for name, kind in row.features.items() if isinstance(kind, List)]
+    if any(name.lower() in ROWS_UNDER and isinstance(row.features[name].feature, dict) for name in lists):
+        return True
+    if all(isinstance(kind, dict) and all(key.isdigit() for key in kind) for kind in row.features.values()):
+        return True  # pandas.DataFrame.to_json
+    are_texts = any(row.features[name].feature == Value("string") for name in lists if name.lower() in TABLE_TEXTS)
+    return are_texts and len(lists) == len(row.features)
+
+
 def _encoding(file: Path) -> str:
-    """What all bytes of a file can be read with: UTF-8 with or without a mark, UTF-16 with one, else Windows-1252."""
+    """What all bytes of a file can be read with: UTF-8, UTF-16, each with or without a mark, else Windows-1252."""
     with fsspec.open(str(file), compression="infer") as stream:
-        start = stream.read(2)
-        if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            return "utf-16"
+        start = stream.read(4)
+    if marked := next((name for mark, name in MARKS.items() if start.startswith(mark)), None):
+        return marked
+    if len(start) == 4 and start.count(0) == 2 and (start[0::2] == b"\0\0" or start[1::2] == b"\0\0"):
+        return "utf-16-be" if start[0] == 0 else "utf-16-le"
     for encoding in ("utf-8", "cp1252"):
         decoder = codecs.getincrementaldecoder(encoding)()
         try:
@@ -136,15 +187,21 @@ def _csv_options(file: Path, encoding: str, source: str) -> dict[str, Any]:
 
     with fsspec.open(str(file), "rt", encoding=encoding, compression="infer", newline="") as lines:
         first = next((line for line in lines if line.strip()), "")
-        fields = {sep: len(next(csv.reader([first], delimiter=sep))) for sep in SEPARATORS}
-        sep = max(fields, key=fields.get)
+        try:
+            names = {sep: next(csv.reader([first], delimiter=sep), []) for sep in SEPARATORS}
+        except csv.Error as error:
+            raise ValueError(f"The first line of {source} must name its columns: {error}.") from error
+        sep = max(names, key=lambda sep: len(names[sep]))
         quoting = csv.QUOTE_NONE if sep == "\t" and _has_stray_quotes(chain([first], lines)) else csv.QUOTE_MINIMAL
+    if twice := sorted({name for name in names[sep] if name.strip() and names[sep].count(name) > 1}):
+        raise ValueError(f"{source} has several columns called {twice}: rename all but one of each.")
     options = {"sep": sep, "quoting": quoting, "na_filter": False}
     try:
         top = pandas.read_csv(file, encoding=encoding, dtype=str, nrows=LOOKED_AT, **options)
     except ValueError as error:  # pandas' ParserError and EmptyDataError are
         raise ValueError(
-            f"{source} cannot be read as csv, with at least one example, separated by {SEPARATORS[sep]}: {error}"
+            f"{source} cannot be read as csv, with at least one example, separated by {SEPARATORS[sep]}: "
+            + (str(error) if first else "it has no rows")
         ) from error
     if len(top) and not isinstance(top.index, pandas.RangeIndex):  # pandas takes what is too much for names of the rows
         raise ValueError(

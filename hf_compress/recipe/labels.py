@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 
 WHOLE = re.compile(r"[-+]?\d+(\.0*)?")
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+LIST = re.compile(r"[\[{(].*[\])}]", re.DOTALL)  # as CSV keeps a list of Python or JSON
 TRUTH = ("false", "true")  # what are 0 and 1 to everyone else
 
 
@@ -36,8 +37,13 @@ def in_order(names: Iterable[str], source: str) -> tuple[list[str], bool]:
     Raises ValueError for fractions, which are no classes.
     """
     names = set(names)
+    if names and all(LIST.fullmatch(name) for name in names):
+        raise ValueError(
+            f"The labels of {source} are lists written as texts, such as {min(names)}. Give them as JSON lines "
+            "or parquet, or in a column of 0 and 1 for each label, named with commas as label_column."
+        )
     if are_whole(names):
-        return sorted(names, key=lambda name: (int(name), name)), True
+        return sorted(names, key=lambda name: (int(without_point(name)), name)), True
     if all(NUMBER.fullmatch(name) for name in names):
         shown = sorted(names, key=float)[:5]
         raise ValueError(

@@ -156,6 +156,9 @@ class Recipe:
             known = {INPUT, *(stage.name for stage in self.stages)}
             for part in (part for part in parts if part.needs_labels):
                 data.check_labelled(part.split)
+            for part in (part for part in parts if part.method.trains and data.labels):
+                if getattr(part.own, "eval_strategy", "no") != "no":  # or hours later
+                    data.check_labelled("validation")
             for source in (self.model, *(name for part in parts for name in part.named() if name not in known)):
                 data.tokenizer(source)
                 data.check_length(source)

@@ -206,7 +206,7 @@ def kept_outputs(
 
 def validated(model: PreTrainedModel, rows: Dataset, work: Work, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """How a model does on the validation texts, 1,000 at most; nothing where there are no labels."""
-    has_labels = work.data.task != CLASSIFICATION or "labels" in rows.column_names
+    has_labels = len(rows) > 0 and (work.data.task != CLASSIFICATION or "labels" in rows.column_names)
     if not (is_main() and has_labels and work.data.kind.is_trained_on_labels):
         return {}
     rows = usable_rows(rows.select(range(min(len(rows), 1000))), model)

@@ -69,3 +69,17 @@ def test_data_that_is_not_there(work, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert run(work, [{"fine-tune": {}}], tmp_path / "nothing.csv") == 2
     assert "nothing.csv" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_validation_texts_without_labels_cost_a_figure_and_no_training(work, tmp_path, capsys):
+    labels(tmp_path / "train.csv", *["good", "bad"] * 20)
+    (tmp_path / "validation.csv").write_text("text\na film\nanother\n", encoding="utf-8")
+    model = tiny_folder(tmp_path / "mlm", task="mlm")
+    training = {"max_steps": 1, "use_cpu": True}
+    stages = [{"fine-tune": {**training, "eval_strategy": "steps", "eval_steps": 1}}]
+    options = ("--model", str(model), "--output", str(tmp_path / "out"))
+    assert run(work, stages, tmp_path, *options) == 2
+    assert "The validation split of" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+    assert run(work, [{"fine-tune": training}], tmp_path, *options) == 0
+    assert "on 0 validation texts" not in capsys.readouterr().err

@@ -7,6 +7,7 @@ import lzma
 import pytest
 from datasets import Dataset
 
+from hf_compress.recipe.files import open_source
 from hf_compress.recipe.texts import load_texts, open_texts
 
 WORDS = ["café", "naïve", "plain"]
@@ -37,6 +38,9 @@ FORMS = {
     "latin-semicolons.csv": lines(";").encode("latin-1"),
     "mark.csv": lines().encode("utf-8-sig"),
     "wide.csv": lines().encode("utf-16"),
+    "wide-without-mark.csv": lines(names=("text", "label")).encode("utf-16-le"),
+    "wide-without-mark.tsv": lines("\t").encode("utf-16-be"),
+    "wider.csv": lines().encode("utf-32"),
     "windows.csv": lines().replace("\n", "\r\n").encode("utf-8-sig"),
     "names.csv": lines(names=("Text", " LABEL ")).encode(),
     "lines.jsonl.gz": gzip.compress(
@@ -112,3 +116,42 @@ def test_quoted_fields_hold_separators_and_lines(tmp_path):
     rows = [f'"one, {i}\nand ""two""",{"ab"[i % 2]}\n' for i in range(20)]
     file.write_text("text,label\n" + "".join(rows), encoding="utf-8")
     assert load_texts(str(file))["test"]["text"][0].endswith('\nand "two"')
+
+
+ROW = '{"text": "fine", "label": "pos"}'
+UNREADABLE = {
+    "twice.csv": (b"text,label,label\nfine,pos,x\n", r"several columns called \['label'\]: rename all but one"),
+    "nothing.csv": (b"", "it has no rows"),
+    "nothing.jsonl": (b"", "it has no rows"),
+    "nothing.txt": (b"", "it has no rows"),
+    "list.json": (b"[]", "it has no rows"),
+    "names.csv": (b"text,label\n", "it has no rows"),
+    "plain.csv.gz": (b"text,label\nfine,pos\n", "plain.csv.gz cannot be unpacked: Not a gzipped file"),
+    "torn.csv.gz": (gzip.compress(lines().encode())[:60], "torn.csv.gz cannot be unpacked"),
+    "plain.jsonl.bz2": (ROW.encode(), "plain.jsonl.bz2 cannot be unpacked"),
+    "plain.csv.xz": (b"text,label\nfine,pos\n", "plain.csv.xz cannot be unpacked"),
+    "columns.json": (b'{"text": ["a", "b"], "label": [0, 1]}', "is one object with the keys .* so one row"),
+    "under.json": (f'{{"version": "1", "data": [{ROW}, {ROW}]}}'.encode(), "is one object with the keys"),
+    "frame.json": (b'{"text": {"0": "a", "1": "b"}, "label": {"0": 0, "1": 1}}', "is one object with the keys"),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_what_is_no_table_is_one_sentence_and_the_library_says_nothing_beside_it(name, tmp_path, caplog):
+    content, message = UNREADABLE[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        open_texts(str(tmp_path / name))
+    assert not caplog.records
+
+
+def test_a_torn_line_of_json_is_told_once(tmp_path, caplog):
+    (tmp_path / "torn.jsonl").write_text(f'{ROW}\n{{"text": "x", "la', encoding="utf-8")
+    with pytest.raises(ValueError, match="torn.jsonl cannot be read as json"):
+        open_texts(str(tmp_path / "torn.jsonl"))
+    assert not caplog.records
+
+
+def test_one_row_of_lists_is_a_row(tmp_path):
+    (tmp_path / "one.jsonl").write_text('{"tokens": ["a", "b"], "tags": ["X", "Y"]}\n', encoding="utf-8")
+    assert open_source(str(tmp_path / "one.jsonl"))[0]["train"].num_rows == 1

@@ -1,5 +1,7 @@
 """Labels keep their order, their names and the numbers that a model gives them; rows that are left out are counted."""
 
+import json
+
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from transformers import BertConfig
@@ -159,3 +161,28 @@ def test_pairs_of_texts(first, second, tmp_path):
     assert f"train: left out 1 of 31 rows, without {first} or without {second}" in texts.notes
     named = open_texts(str(tmp_path / "pairs.csv"), text_column=f"{second},{first}")
     assert named.splits["train"]["text"][0].startswith("two")
+
+
+def json_lines(file, texts, labels) -> str:
+    rows = [json.dumps({"text": text, "label": label}) for text, label in zip(texts, labels, strict=True)]
+    file.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return str(file)
+
+
+def test_numbers_and_texts_of_numbers_in_one_column_are_the_same_labels(tmp_path):
+    source = json_lines(tmp_path / "mixed.jsonl", [f"text {i}" for i in range(40)], [*[0, 1] * 10, *["0", "1"] * 10])
+    assert open_texts(source).names == ["0", "1"]
+    with pytest.raises(ValueError, match="must hold one value a row in the column 'label', but row 40 has \\['0'\\]"):
+        open_texts(json_lines(tmp_path / "list.jsonl", [f"text {i}" for i in range(40)], [*[0, 1] * 19, 1, ["0"]]))
+
+
+def test_lists_that_a_table_keeps_as_texts_are_no_classes(tmp_path):
+    source = json_lines(tmp_path / "texts.jsonl", [f"text {i}" for i in range(40)], ["['a', 'b']", "['b']"] * 20)
+    with pytest.raises(ValueError, match="are lists written as texts, such as"):
+        open_texts(source)
+
+
+def test_rows_without_any_text_are_not_said_to_lack_labels(tmp_path):
+    source = json_lines(tmp_path / "empty.jsonl", [" "] * 40, ["a", "b"] * 20)
+    with pytest.raises(ValueError, match="No row of the train split of .* has a text in 'text'"):
+        open_texts(source, labels="needed")

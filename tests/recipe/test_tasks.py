@@ -7,7 +7,19 @@ import pytest
 import torch
 import yaml
 from datasets import ClassLabel, Dataset, Features, Value
-from recipe.task_files import CASES, asked, chosen, classified, model_of, plain, scored, source_of, tagged, write
+from recipe.task_files import (
+    CASES,
+    asked,
+    chosen,
+    classified,
+    model_of,
+    plain,
+    scored,
+    several,
+    source_of,
+    tagged,
+    write,
+)
 from recipe_run import QUICK, TRAIN, tiny_folder
 from transformers import AutoTokenizer
 
@@ -187,3 +199,75 @@ def test_named_columns_and_classes_of_the_source(tmp_path):
         "words": ["the", "film"],
         "tags": ["DET", "NOUN"],
     }
+
+
+def opened(tmp_path, task, rows, **options):
+    write(tmp_path / f"{task}.jsonl", rows)
+    return RecipeData(DataOptions(str(tmp_path / f"{task}.jsonl"), max_length=16, **options), task).opened
+
+
+ODD = [  # task, what is changed in the rows, the sentence
+    ("question-answering", asked, {"answers": {"x": 1}}, "train, row 1: The column 'answers' must hold"),
+    ("question-answering", asked, {"answers": {"text": ["film"], "answer_start": ["here"]}}, "must be a whole number"),
+    ("question-answering", asked, {"context": ["a", "b"]}, "The column 'context' must hold a text, and holds"),
+    ("multiple-choice", chosen, {"choices": {"x": ["good"]}}, "The column 'choices' must hold lists of texts"),
+    ("multiple-choice", chosen, {"label": 7}, "row 1: The label '7' of 'the film was bad a' is none of its 2 choices"),
+    ("multi-label-classification", several, {"text": ["a", "b"]}, "The column 'text' must hold a text, and holds"),
+    ("multi-label-classification", several, {"labels": [["a"]]}, "The column 'labels' must hold lists of labels"),
+    ("regression", scored, {"text": ["a", "b"]}, "The column 'text' must hold a text, and holds"),
+    ("regression", scored, {"score": "1e400"}, "holds 1e400, which is too large for float32"),
+    ("token-classification", tagged, {"tags": ["X"]}, "train, row 1: 5 words and 1 tags"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "task, row, changes, sentence", ODD, ids=lambda value: getattr(value, "__name__", str(value))[:24]
+)
+def test_a_row_that_holds_something_else_is_named_with_its_place(task, row, changes, sentence, tmp_path):
+    with pytest.raises(ValueError, match=sentence):
+        opened(tmp_path, task, [{**row(i), **changes} for i in range(30)])
+
+
+@pytest.mark.parametrize("zero, one", [(0, 1), (0.0, 1.0), (False, True)], ids=["whole", "fractions", "truths"])
+def test_a_number_for_each_label_is_a_list_of_the_labels_that_are_one(zero, one, tmp_path):
+    rows = [{"text": f"film {i}", "labels": [one if i % 2 else zero, one, zero if i % 3 else one]} for i in range(40)]
+    texts = opened(tmp_path, "multi-label-classification", rows, label_names=["good", "seen", "long"])
+    assert texts.names == ["good", "seen", "long"]
+    for split in texts.splits.values():
+        for row in split:
+            number = int(row["text"].split()[1])
+            assert row["label"] == ["good"] * (number % 2) + ["seen"] + ["long"] * (number % 3 == 0)
+
+
+def test_a_label_is_the_mark_of_its_choice_as_arc_writes_them(tmp_path):
+    choices = {"text": ["good", "bad", "long"], "label": ["1", "2", "3"]}
+    rows = [{"question": f"film {i}", "choices": choices, "answerKey": str(i % 3 + 1)} for i in range(40)]
+    for split in opened(tmp_path, "multiple-choice", rows).splits.values():
+        assert all(row["label"] == int(row["text"].split()[1]) % 3 for row in split)
+
+
+@pytest.mark.parametrize("task, row, changes", [
+    ("token-classification", tagged, {"tags": ["NEW"] * 5}),
+    ("multi-label-classification", several, {"labels": ["NEW"]}),
+    ("multiple-choice", chosen, {"choices": ["a", "b", "c"]}),
+], ids=["tags", "labels", "choices"])  # fmt: skip
+def test_what_training_never_sees_is_told_when_the_texts_are_opened(task, row, changes, tmp_path):
+    write(tmp_path / "train.jsonl", [row(i) for i in range(30)])
+    write(tmp_path / "test.jsonl", [{**row(i), **changes} for i in range(5)])
+    with pytest.raises(ValueError, match=f"The test split of {tmp_path} has .* its train split has"):
+        RecipeData(DataOptions(str(tmp_path)), task).opened  # noqa: B018
+
+
+def test_answers_as_squad_writes_them_in_a_list_and_a_row_without_tags(tmp_path):
+    rows = [{**asked(i), "answers": [{"text": "film", "answer_start": 4}]} for i in range(30)]
+    split = opened(tmp_path, "question-answering", rows).splits["train"]
+    assert split[0]["answers"] == ["film"] and split[0]["start"] == 4
+    rows = [{**tagged(i), **({"tags": None} if i == 3 else {})} for i in range(30)]
+    assert sum(map(len, opened(tmp_path, "token-classification", rows).splits.values())) == 29
+
+
+def test_a_column_of_scores_is_a_number_to_predict_and_none_where_it_holds_words(tmp_path):
+    model = tiny_folder(tmp_path / "model", task="mlm")
+    for name, score, task in (("whole", 3, "regression"), ("words", "high", "masked-lm")):
+        write(tmp_path / f"{name}.jsonl", [{"text": "film", "score": score}] * 30)
+        assert task_of(model, DataOptions(str(tmp_path / f"{name}.jsonl"))) == task

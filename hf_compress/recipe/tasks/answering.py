@@ -1,10 +1,11 @@
 """Questions whose answers stand in a text, as SQuAD keeps them."""
 
+from typing import Any
+
 from datasets import Features, Value
 
-from hf_compress.measuring.answers import true_answers
 from hf_compress.recipe.options import RecipeError
-from hf_compress.recipe.tasks.task import Task, find_columns, for_training
+from hf_compress.recipe.tasks.task import Task, find_columns, for_training, text_in
 
 COLUMNS = {
     "question": ("question", "query"),
@@ -34,16 +35,14 @@ class QuestionAnswering(Task):
         return {**found, **({"start": "answer_start"} if "answer_start" in columns else {})}
 
     def row(self, given, columns):
-        question, context, answers = (given[columns[name]] for name in COLUMNS)
+        question, context = (text_in(given[columns[name]], columns[name]) for name in ("question", "context"))
         if not question or not context:
             return None
-        starts = answers.get("answer_start") if isinstance(answers, dict) else None
-        answers = true_answers({"answers": [answers] if isinstance(answers, str) else answers or []})
-        answers = [answer for answer in answers if answer]
+        answers, starts = _texts_and_starts(given[columns["answers"]], columns["answers"])
         start = given[columns["start"]] if "start" in columns else starts[0] if starts else None
         if not answers:
             return {"question": question, "context": context, "answers": [], "start": -1}
-        start = -1 if start in (None, "") else int(start)
+        start = -1 if start in (None, "") else _whole(start, columns.get("start", columns["answers"]))
         if context[max(start, 0) :][: len(answers[0])] != answers[0]:
             start = context.find(answers[0])
         return None if start < 0 else {"question": question, "context": context, "answers": answers, "start": start}
@@ -72,6 +71,30 @@ class QuestionAnswering(Task):
         columns = texts.splits["train"].column_names
         encoded = texts.splits.map(encode, batched=True, remove_columns=columns, desc="Tokenizing")
         return encoded if measured else for_training(encoded, ["offset_mapping", "answers", "context"])
+
+
+def _texts_and_starts(given: Any, column: str) -> tuple[list[str], list | None]:
+    """The answers and where they begin: of a text, a list of texts, SQuAD's mapping, or a list of such mappings."""
+    if isinstance(given, (list, tuple)) and given and all(isinstance(one, dict) for one in given):
+        given = {key: [one.get(key) for one in given] for key in ("text", "answer_start")}
+    starts = given.get("answer_start") if isinstance(given, dict) else None
+    texts = given.get("text") if isinstance(given, dict) else given
+    texts = texts if isinstance(texts, (list, tuple)) else [] if texts is None else [texts]
+    if (isinstance(given, dict) and "text" not in given) or any(isinstance(t, (list, tuple, dict)) for t in texts):
+        raise RecipeError(
+            f'The column {column!r} must hold a text, a list of texts or {{"text": [...], "answer_start": [...]}}, and '
+            f"holds {given!r:.60}."
+        )
+    starts = starts if isinstance(starts, (list, tuple)) else None if starts is None else [starts]
+    starts = [one for one in starts or [] if one is not None]
+    return [str(text) for text in texts if text not in (None, "")], starts or None
+
+
+def _whole(start: Any, column: str) -> int:
+    try:
+        return int(start)
+    except (TypeError, ValueError):
+        raise RecipeError(f"The answer's place in {column!r} must be a whole number, and is {start!r:.60}.") from None
 
 
 def _tokens(places: list, start: int, end: int) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_compress.model.reading import PaddingCollator
 from hf_compress.recipe.labels import written
 from hf_compress.recipe.options import RecipeError
-from hf_compress.recipe.tasks.task import Task, find_columns
+from hf_compress.recipe.tasks.task import Task, find_columns, text_in
 
 PROMPTS = ("question", "prompt", "text", "sentence", "premise", "sent1", "query", "context")
 LISTS = ("choices", "options", "endings", "candidates")
@@ -46,14 +46,25 @@ class MultipleChoice(Task):
     def row(self, given, columns):
         choices = given[columns["choices"]] if "choices" in columns else [
             given[own] for usual, own in columns.items() if usual.startswith("choice ")]  # fmt: skip
-        choices = choices["text"] if isinstance(choices, Mapping) else choices
-        if not isinstance(choices, (list, tuple)):
-            raise RecipeError(f"The column {columns['choices']!r} must hold lists, and holds {choices!r:.60}.")
-        choices = [str(one) for one in choices if one]
-        text, label = given[columns["text"]], written(given[columns["label"]])
+        marks = (
+            choices.get("label") if isinstance(choices, Mapping) else None
+        )  # of each, as ARC has them: A to D, 1 to 4
+        choices = choices.get("text") if isinstance(choices, Mapping) else choices
+        if choices is None and given.get(columns.get("choices")) is None:
+            return None
+        if not isinstance(choices, (list, tuple)) or any(isinstance(one, (list, tuple, dict)) for one in choices):
+            raise RecipeError(
+                f"The column {columns['choices']!r} must hold lists of texts, and holds "
+                f"{given[columns['choices']]!r:.60}."
+            )
+        choices = [str(one) for one in choices if one not in (None, "")]
+        text, label = text_in(given[columns["text"]], columns["text"]), given[columns["label"]]
+        label = written(None if isinstance(label, (list, tuple)) and not label else label)
         if not text or label is None or len(choices) < 2:
             return None
-        number = _number(label, choices)
+        are_marked = isinstance(marks, (list, tuple)) and len(marks) == len(choices)
+        marks = [written(mark) for mark in marks] if are_marked else []
+        number = marks.index(label) if label in marks else _number(label, choices)
         if number is None:
             raise RecipeError(
                 f"The label {label!r} of {text!r:.60} is none of its {len(choices)} choices: a number from 0, a letter "
@@ -66,6 +77,11 @@ class MultipleChoice(Task):
         if len(sizes) > 1:
             raise RecipeError(f"Every row of {source} needs as many choices, but they have {sorted(sizes)}.")
         return [], True
+
+    def check_held_out(self, rows, train, names, where):
+        size = len(train[0]["choices"])
+        if sizes := sorted({len(choices) for choices in rows["choices"]} - {size}):
+            raise RecipeError(f"{where} has rows of {sizes} choices, but its train split has {size} in each.")
 
     def texts(self, row):
         return iter((row["text"], *row["choices"]))

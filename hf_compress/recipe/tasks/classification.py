@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
+import torch
 from datasets import Dataset, DatasetDict, Features, Value
 from transformers import PretrainedConfig
 
@@ -11,9 +12,11 @@ from hf_compress.model.reading import IGNORED
 from hf_compress.recipe.columns import LABEL_COLUMNS, find_text_columns, named_column
 from hf_compress.recipe.labels import NUMBER, in_order, numbers_in, written
 from hf_compress.recipe.options import RecipeError
-from hf_compress.recipe.tasks.task import Columns, Task, find_columns, labels_head
+from hf_compress.recipe.tasks.task import Columns, Task, find_columns, labels_head, text_in
 from hf_compress.recipe.texts import Texts, open_texts, text_columns, tokenize
 
+SCORE = "score"  # a column that holds numbers to predict
+LARGEST = float(torch.finfo(torch.float32).max)
 YES = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False, "": False}
 
 
@@ -93,7 +96,7 @@ class _TextTask(Classification):
         return dict(zip(("text", "text_pair"), texts, strict=False))
 
     def row(self, given, columns):
-        texts = {usual: given[own] for usual, own in columns.items() if usual.startswith("text")}
+        texts = {usual: text_in(given[own], own) for usual, own in columns.items() if usual.startswith("text")}
         label = self.label(given, columns)
         return {**texts, "label": label} if label is not None and all(texts.values()) else None
 
@@ -122,13 +125,15 @@ class Regression(_TextTask):
 
     def find(self, columns, source, options):
         texts = super().find(columns, source, options)
-        names = ("score", *LABEL_COLUMNS)
+        names = (SCORE, *LABEL_COLUMNS)
         return {**texts, **find_columns(self, {"label": names}, {"label": options.label_column}, columns, source)}
 
     def label(self, given, columns):
         found = written(given[columns["label"]])
         if found is not None and not NUMBER.fullmatch(found):
             raise RecipeError(f"The column {columns['label']!r} must hold numbers, and holds {found!r}: {self.name}.")
+        if found is not None and abs(float(found)) > LARGEST:
+            raise RecipeError(f"The column {columns['label']!r} holds {found}, which is too large for float32.")
         return None if found is None else float(found)
 
     def fits(self, config, texts):
@@ -163,6 +168,10 @@ class SeveralLabels(_TextTask):
                     f"The column {columns['labels']!r} must hold lists of labels, and holds {found!r}. Name a column "
                     "of 0 and 1 for each label, with commas, as label_column."
                 )
+            if any(isinstance(one, (list, tuple, dict)) for one in found or ()):
+                raise RecipeError(
+                    f"The column {columns['labels']!r} must hold lists of labels, and holds {found!r:.60}."
+                )
             return None if found is None else [name for one in found if (name := written(one)) is not None]
         chosen = []
         for name in (own for usual, own in columns.items() if usual.startswith("label ")):
@@ -171,6 +180,18 @@ class SeveralLabels(_TextTask):
                 raise RecipeError(f"The column {name!r} must hold 0 or 1, and holds {given[name]!r}.")
             chosen += [name] * truth
         return chosen
+
+    def settled(self, rows, options, source):
+        """Lists of a 0 or 1 for each label, as Transformers takes them, become the labels that are 1."""
+        lists = [labels for split in rows.values() for labels in split["label"]]
+        size = len(lists[0])
+        if size < 2 or any(len(labels) != size or not {*map(str.lower, labels)} <= {*YES} for labels in lists):
+            return rows
+        names = list(options.label_names or map(str, range(size)))
+        if len(names) != size:
+            raise RecipeError(f"{source} has a 0 or 1 for each of {size} labels, but label_names are {names}.")
+        chosen = lambda labels: [name for name, one in zip(names, labels, strict=True) if YES[one.lower()]]  # noqa: E731
+        return {n: split.map(lambda row: {"label": chosen(row["label"])}, desc="Reading") for n, split in rows.items()}
 
     def names(self, train, options, source):
         found = set(chain.from_iterable(train["label"]))
@@ -181,6 +202,10 @@ class SeveralLabels(_TextTask):
             raise RecipeError(f"{source} has the labels {sorted(found)}: two or more are needed, among label_names.")
         return names, shared
 
+    def check_held_out(self, rows, train, names, where):
+        if unknown := sorted(set(chain.from_iterable(rows["label"])) - set(names)):
+            raise RecipeError(f"{where} has labels {unknown} that its train split has not.")
+
     def numbered(self, texts, config):
         numbers = list(range(len(texts.names))) if config is None else self.numbers(config, texts)
         if numbers is None:
@@ -189,8 +214,6 @@ class SeveralLabels(_TextTask):
         size = len(numbers) if config is None else config.num_labels
 
         def vector(row: Mapping[str, Any]) -> dict[str, list[float]]:
-            if unknown := set(row["label"]) - set(places):
-                raise RecipeError(f"A held-out split has labels {sorted(unknown)} that the train split has not.")
             chosen = {places[name] for name in row["label"]}
             return {"label": [float(number in chosen) for number in range(size)]}
 
@@ -210,4 +233,5 @@ def told_by_values(train: Dataset, label: str) -> type[Task]:
     texts: Sequence[str] = [text for value in values if (text := written(value)) is not None]
     numbers = [float(text) for text in texts if NUMBER.fullmatch(text)]
     are_numbers = len(numbers) == len(texts) > 0
-    return Regression if are_numbers and any(not number.is_integer() for number in numbers) else Classification
+    is_score = label.strip().lower() == SCORE
+    return Regression if are_numbers and (is_score or not all(map(float.is_integer, numbers))) else Classification

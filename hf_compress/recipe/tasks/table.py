@@ -9,7 +9,14 @@ from hf_compress.recipe.columns import find_label_column
 from hf_compress.recipe.tasks.answering import COLUMNS as ANSWERING
 from hf_compress.recipe.tasks.answering import QuestionAnswering
 from hf_compress.recipe.tasks.choosing import LISTS, NUMBERED, MultipleChoice
-from hf_compress.recipe.tasks.classification import Classification, Regression, SeveralLabels, problem, told_by_values
+from hf_compress.recipe.tasks.classification import (
+    SCORE,
+    Classification,
+    Regression,
+    SeveralLabels,
+    problem,
+    told_by_values,
+)
 from hf_compress.recipe.tasks.embedding import Embeddings
 from hf_compress.recipe.tasks.language import CausalLM, MaskedLM, Seq2Seq
 from hf_compress.recipe.tasks.tagging import TAGS, WORDS, Tagging
@@ -59,4 +66,7 @@ def task_of_data(options: Any) -> str | None:
     if options.label_column and "," in options.label_column:
         return SeveralLabels.name
     label = find_label_column(options.label_column, columns, options.source)
+    if label is None and (scores := [column for column in columns if column.strip().lower() == SCORE]):
+        told = told_by_values(splits["train"], scores[0]).name
+        return told if told == Regression.name else None
     return None if label is None else told_by_values(splits["train"], label).name

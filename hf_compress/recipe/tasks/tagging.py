@@ -27,13 +27,15 @@ class Tagging(Task):
 
     def row(self, given, columns):
         words, tags = given[columns["words"]], given[columns["tags"]]
+        if words is None or tags is None:
+            return None
         if not isinstance(words, (list, tuple)) or not isinstance(tags, (list, tuple)):
             raise RecipeError(
                 f"The columns {list(columns.values())} must hold lists and hold {words!r:.60} and {tags!r:.60}: "
                 f"{self.name} needs {self.needs}, as JSON lines or parquet keep them."
             )
         if len(words) != len(tags):
-            raise RecipeError(f"A row has {len(words)} words and {len(tags)} tags: {words!r:.80}.")
+            raise RecipeError(f"{len(words)} words and {len(tags)} tags: {words!r:.80}.")
         tags = [written(tag) for tag in tags]
         return None if not words or None in tags else {"words": [str(word) for word in words], "tags": tags}
 
@@ -46,6 +48,13 @@ class Tagging(Task):
         if (unknown := sorted(found - set(names))) and not are_numbers:
             raise RecipeError(f"label_names are {names}, but {source} has also {unknown}.")
         return names, shared
+
+    def check_held_out(self, rows, train, names, where):
+        found = set(chain.from_iterable(rows["tags"]))
+        are_numbers = all(tag.isdigit() for tag in set(chain.from_iterable(train["tags"])))
+        known = {*names, *(map(str, range(len(names))) if are_numbers else ())}
+        if unknown := sorted(found - known):
+            raise RecipeError(f"{where} has tags {unknown} that its train split has not.")
 
     def texts(self, row):
         return iter(row["words"])
@@ -65,8 +74,6 @@ class Tagging(Task):
             encoded = tokenizer(joined, truncation=True, max_length=max_length, return_offsets_mapping=True)
             labels = []
             for words, tags, spans in zip(rows["words"], rows["tags"], encoded.pop("offset_mapping"), strict=True):
-                if unknown := set(tags) - set(places):
-                    raise RecipeError(f"A held-out split has tags {sorted(unknown)} that the train split has not.")
                 labels.append(_first_tokens(words, [places[tag] for tag in tags], spans))
             return {**encoded, "labels": labels}
 

@@ -52,18 +52,37 @@ class Task:
         notes.append(f"{self.name}: {', '.join(f'{usual} from {own}' for usual, own in columns.items())}")
         rows = {}
         for name, split in splits.items():
-            found = [self.row(given, columns) for given in with_names(split)]
+            found = [
+                self._row(given, columns, f"{source}, {name}, row {n}") for n, given in enumerate(with_names(split), 1)
+            ]
             whole = [row for row in found if row is not None]
             if len(whole) < len(found):
                 notes.append(f"{name}: left out {len(found) - len(whole)} of {len(found)} rows, without {self.needs}")
             if not whole:
                 raise RecipeError(f"No row of the {name} split of {source} has {self.needs}.")
             rows[name] = Dataset.from_list(whole, features=self.features_of(columns))
+        rows = self.settled(rows, options, source)
         names, shared = self.names(rows["train"], options, source)
+        for name in ("validation", "test"):
+            if name in rows:
+                self.check_held_out(rows[name], rows["train"], names, f"The {name} split of {source}")
         named = with_all_splits(DatasetDict(rows), [], source)
         notes += [f"{name}: {len(split)} rows" for name, split in named.items()]
         notes += [f"classes: {', '.join(names)}"] * bool(names)
         return Texts(named, names, shared, tuple(notes), source)
+
+    def settled(self, rows: dict[str, Dataset], options: Any, source: str) -> dict[str, Dataset]:
+        """The rows of all splits, where what one means shows in all of them alone."""
+        return rows
+
+    def check_held_out(self, rows: Dataset, train: Dataset, names: Sequence[str], where: str) -> None:
+        """Raise RecipeError for what training never sees, before any of it."""
+
+    def _row(self, given: Mapping[str, Any], columns: Columns, where: str) -> dict[str, Any] | None:
+        try:
+            return self.row(given, columns)
+        except RecipeError as error:
+            raise RecipeError(f"{where}: {error}") from error
 
     def texts(self, row: Mapping[str, Any]) -> Iterator[str]:
         """What a model reads and writes of an example."""
@@ -120,6 +139,14 @@ def with_names(split: Dataset) -> Dataset:
         }
 
     return Dataset.from_list([{**row, **rename(row)} for row in split])
+
+
+def text_in(value: Any, column: str) -> str | None:
+    """A text as it stands in a row, None for nothing but white space. Raises RecipeError for a list or a mapping."""
+    if isinstance(value, (list, tuple, dict)):
+        raise RecipeError(f"The column {column!r} must hold a text, and holds {value!r:.60}.")
+    text = None if value is None or value != value else str(value)
+    return text if text is not None and text.strip() else None
 
 
 def for_training(splits: DatasetDict, measured: Sequence[str]) -> DatasetDict:
