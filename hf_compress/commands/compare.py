@@ -5,6 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from hf_compress.checkpoint.opening import check_source, model_folder
 from hf_compress.commands.parser import Parser, add_options
 from hf_compress.commands.run import add_shared, command_line, shared_arguments
 from hf_compress.files.output import Output
@@ -23,19 +24,16 @@ def run(verb: str, arguments: list[str]) -> int:
     shared = shared_arguments(given)
     if not shared["data"].get("source"):
         raise RecipeError("--data must be given: the texts that models are compared on.")
-    output = Path(given["output"])
-    with Output(output, shared=True) as place:
-        place.check(REPORT_FILES)  # before minutes are spent
-    models = {}
-    for written in given["models"]:
-        name, sources = named(written)
-        if name in models:
-            raise RecipeError(f"Two models are called {name!r}: name them, as in first={sources[0]}.")
-        models[name] = [made_by(source, shared, output) for source in sources]
     names = {field.name for field in fields(EvaluateOptions)} - {"models"}
     options = build(EvaluateOptions, {n: v for n, v in given.items() if n in names}, f"hf-compress {verb}")
-    first = next(iter(models.values()))[0]
     data_options = build(DataOptions, shared["data"], "data")
+    output, written = Path(given["output"]), _by_name(given["models"])
+    for source in (source for sources in written.values() for source in sources if not is_recipe(source)):
+        made_by(source, shared, output)  # says what is no model, before there is a folder
+    with Output(output, shared=True) as place:
+        place.check(REPORT_FILES)  # before minutes are spent
+    models = {name: [made_by(source, shared, output) for source in sources] for name, sources in written.items()}
+    first = next(iter(models.values()))[0]
     data = RecipeData(data_options, shared.get("task") or task_of(first, data_options), needs_labels=True)
     data.tell()
     report = evaluate(options, models, data, command_line(verb, arguments))
@@ -59,25 +57,39 @@ def compare_parser(verb: str) -> Parser:
     return parser
 
 
+def _by_name(words: list[str]) -> dict[str, list[str]]:
+    models: dict[str, list[str]] = {}
+    for word in words:
+        name, sources = named(word)
+        if name in models:
+            raise RecipeError(f"Two models are called {name!r}: name them, as in first={sources[0]}.")
+        models[name] = sources
+    return models
+
+
+def is_recipe(source: str) -> bool:
+    return Path(source).suffix in (".yaml", ".yml")
+
+
 def named(written: str) -> tuple[str, list[str]]:
     """`name=a,b` as its parts; a folder or Hub name calls itself by its last part."""
     name, equals, sources = written.partition("=")
     if not equals:
         path = Path(written)
+        path = path if path.name not in ("", "..") else path.resolve()  # `.` has a name, too
         return (path.parent.name if path.name == "model" and path.parent.name else path.name), [written]
+    if not name or not all(sources.split(",")):
+        raise RecipeError(f"A model is named as NAME=MODEL, or NAME=SEED,SEED, got {written!r}.")
     return name, sources.split(",")
 
 
 def made_by(source: str, shared: dict[str, Any], output: Path) -> str:
     """The model folder that `source` stands for; a recipe's file is run first, into a folder beside the report."""
     path = Path(source)
-    if path.suffix in (".yaml", ".yml"):
+    if is_recipe(source):
         recipe = Recipe.from_yaml(source)
         changes = {**shared, "data": {**recipe.data, **shared.get("data", {})}}
         return str(recipe.changed(**changes).run(output / "recipes" / path.stem).model)
-    if path.is_dir() and not (path / "config.json").is_file() and (path / "model" / "config.json").is_file():
-        return str(path / "model")  # what `hf-compress run` wrote
-    is_path = path.is_absolute() or source.startswith(".") or source.endswith("/") or source.count("/") > 1
-    if not path.is_dir() and is_path:  # no name of the Hub
-        raise RecipeError(f"There is no model {source}: the folder does not exist.")
-    return source
+    found = str(model_folder(source))
+    check_source(found)
+    return found if found != str(path) else source

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
+from hf_compress.checkpoint.opening import check_source, open_model
 from hf_compress.engines import processor
 from hf_compress.formats.runtimes.opened import exported_format, open_exported, runner, runtime_of, skeleton
 from hf_compress.layers.packed_module import routes_of
@@ -31,7 +32,6 @@ from hf_compress.version import __version__
 logger = logging.getLogger(__name__)
 
 Source = PreTrainedModel | str | Path
-WEIGHTS = ".safetensors", ".bin", ".index.json"  # how files end that Transformers loads
 
 
 class Local:
@@ -181,20 +181,13 @@ def load_model(source: Source, *, dtype: torch.dtype | None = None, device: str 
     if is_exported(source):
         check_exported(source, dtype, device)
         return open_exported(path)
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise ValueError(
-            f"{path} holds no model: there is no config.json in it. Give a folder of `save_pretrained` or of `export`."
-        )
-    if path.is_dir() and not any(file.name.endswith(WEIGHTS) for file in path.iterdir()):
-        raise ValueError(
-            f"{path} holds no model: there is a config.json, but neither safetensors nor the graph of an export. Give "
-            "a folder of `save_pretrained` or of `export`."
-        )
-    if path.is_absolute() and not path.is_dir():
-        raise ValueError(f"{path} is no folder. Give a folder of `save_pretrained` or a Hub name.")
+    check_source(source)
     config = AutoConfig.from_pretrained(source)
-    model_class = getattr(transformers, (config.architectures or ["AutoModel"])[0], AutoModel)
-    model = model_class.from_pretrained(source, dtype=dtype or "auto")
+    name = (config.architectures or ["AutoModel"])[0]
+    model_class = getattr(transformers, name, None)
+    if model_class is None:
+        raise ValueError(f"The config of {source} names the class {name}, which Transformers does not have.")
+    model = open_model(model_class, source, dtype=dtype or "auto")
     if device is None:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     return model.to(device)

@@ -61,6 +61,12 @@ def push_to_hub(model: PreTrainedModel | Trainer, repo_id: str, *, tokenizer: An
         return publish(folder, repo_id, **options)
 
 
+def check_repo_id(repo_id: str) -> None:
+    """Raise ValueError for what is no name of a repository."""
+    if not REPO_ID.fullmatch(repo_id):
+        raise ValueError(f"repo_id must be a name on the Hub, such as 'user/name', got {repo_id!r}.")
+
+
 def publish(
     folder: str | Path,
     repo_id: str,
@@ -98,8 +104,7 @@ def publish(
     models and for what should stay private, HubPermissionError (401, 403) and HubError for what the Hub refuses.
     """
     folder = Path(folder)
-    if not REPO_ID.fullmatch(repo_id):
-        raise ValueError(f"repo_id must be a name on the Hub, such as 'user/name', got {repo_id!r}.")
+    check_repo_id(repo_id)
     if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
         raise ValueError(f"{folder} holds no model: config.json and *.safetensors of `save_pretrained` are needed.")
     files = own_files(folder)

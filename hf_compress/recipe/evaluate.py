@@ -14,6 +14,7 @@ from hf_compress.formats.runtimes.opened import exported_format
 from hf_compress.measuring.measure import is_exported, load_model
 from hf_compress.measuring.metrics import Metric
 from hf_compress.measuring.rouge import rouge
+from hf_compress.model.reading import num_positions_of
 from hf_compress.recipe.data import RecipeData
 from hf_compress.recipe.options import RecipeError, unknown
 from hf_compress.recipe.publish import runnable_exports
@@ -21,7 +22,7 @@ from hf_compress.recipe.stage import Past, Stage, Work
 from hf_compress.recipe.tasks.embedding import NUMBER, Embeddings
 from hf_compress.recipe.tasks.language import Seq2Seq
 from hf_compress.report.compare import compare
-from hf_compress.report.harness import harness_scores
+from hf_compress.report.harness import harness_scores, has_harness
 from hf_compress.report.headline import headline
 from hf_compress.report.report import Report
 from hf_compress.report.vectors import agreement, agreement_metric, text_vectors
@@ -69,6 +70,19 @@ class EvaluateOptions:
             raise ValueError(f"metric must be usual or {ROUGE}, got {self.metric!r}.")
         if min(self.batch_size, self.latency_rounds, self.throughput_rounds) < 1:
             raise ValueError("batch_size, latency_rounds and throughput_rounds must be at least 1.")
+        for name in ("sequence_length", "tasks_limit"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.tasks and not has_harness():
+            raise ValueError("tasks of lm-eval need it installed: pip install lm_eval")
+
+    def check(self, model: str | Path, task: str) -> None:
+        """Raise RecipeError for what a model, or a task, cannot be asked for."""
+        if self.metric == ROUGE and task != Seq2Seq.name:
+            raise RecipeError(f"metric: {ROUGE} is of texts that are written, of the task {Seq2Seq.name}; got {task}.")
+        longest = None if is_exported(model) else num_positions_of(AutoConfig.from_pretrained(model))
+        if longest is not None and (self.sequence_length or 0) > longest:
+            raise RecipeError(f"sequence_length is {self.sequence_length}, but {model} reads {longest} tokens at most.")
 
     def names(self) -> list[str]:
         return [name.strip() for name in self.models.split(",")] if self.models else []
@@ -84,12 +98,11 @@ def evaluate(options: EvaluateOptions, models: Mapping[str, Sources], data: Reci
     """
     data.check_labelled(options.split)
     for name, sources in models.items():
+        options.check(_first(sources), data.task)
         data.check_length(_first(sources))
         if options.tasks and is_exported(_first(sources)):
             raise RecipeError(f"tasks of lm-eval run on models in PyTorch: leave out {name}, an exported folder.")
     rows, collators, metrics = {}, {}, {}
-    if options.metric == ROUGE and data.task != Seq2Seq.name:
-        raise RecipeError(f"metric: {ROUGE} is of texts that are written, of the task {Seq2Seq.name}; got {data.task}.")
     for name, sources in models.items():
         source = _first(sources)
         config = AutoConfig.from_pretrained(source)
@@ -179,6 +192,12 @@ class Evaluate(Stage):
     @property
     def split(self) -> str:
         return self.own.split
+
+    def of_stages(self):
+        return self.own.names()
+
+    def check(self, model, data):
+        self.own.check(model, data.task)
 
     def models(self, past: Past) -> dict[str, str | Path]:
         """name -> folder of what is compared, exports within the recipe's output, the model itself before them."""

@@ -8,9 +8,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.utils import validate_repo_id
 from transformers.utils.hub import cached_file
 
+from hf_compress.checkpoint.opening import check_source
 from hf_compress.files.whole import file_digest
 from hf_compress.recipe.options import RecipeError
 from hf_compress.version import __version__
@@ -44,20 +44,17 @@ def settings(options: Any) -> dict[str, Any]:
 
 def model_fingerprint(source: str | Path) -> str:
     """Of the files of a folder, or the commit of a name on the Hub. Raises RecipeError for what is neither."""
+    try:
+        check_source(source)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
     folder = Path(source)
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise RecipeError(f"{source} holds no model: there is no config.json in it.")
         files = sorted(
             p for p in folder.iterdir() if p.is_file() and p.name != "README.md" and not p.name.startswith(".")
         )
         return digest({file.name: file_digest(file) for file in files})
-    try:
-        validate_repo_id(str(source))
-        config = cached_file(str(source), "config.json")
-    except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise RecipeError(f"There is no model {str(source)!r}: it is no folder here, and {reason}") from error
+    config = cached_file(str(source), "config.json")
     return Path(config).parent.name  # snapshots are called by their commit
 
 

@@ -18,6 +18,7 @@ class RecipeError(ValueError):
 
 
 MOST_CHARACTERS = 2**20  # of a YAML file
+LARGEST_SEED = 2**32 - 1  # of NumPy's generators
 MOST_VALUES = 10_000  # that one stands for, however often it refers to what it has said before
 
 
@@ -25,6 +26,15 @@ class _Loader(yaml.SafeLoader):
     """YAML with the numbers of version 1.2: `1e-4` is a number, `1:2` (a pair of layers) and `no` are texts."""
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        start, end = node.start_mark.index, node.end_mark.index  # others were merged in
+        own = [key for key, _ in node.value
+               if isinstance(key, yaml.ScalarNode) and start <= key.start_mark.index < end]  # fmt: skip
+        seen: set[str] = set()
+        for key in own:
+            if key.value in seen:  # the last would count, and nobody be told
+                problem = f"{key.value!r} is there twice"
+                raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key.start_mark)
+            seen.add(key.value)
         super().flatten_mapping(node)  # `<<`: a few lines can stand for billions
         if len(node.value) > MOST_VALUES:
             raise yaml.constructor.ConstructorError(problem="it is too large", problem_mark=node.start_mark)
@@ -164,6 +174,12 @@ def _coerce_any(value: Any, hints: Sequence[Any]) -> Any:
 
 def _refuse() -> Any:
     raise ValueError
+
+
+def check_seed(name: str, seed: int) -> None:
+    """Raise ValueError for a number that generators cannot begin with."""
+    if not 0 <= seed <= LARGEST_SEED:
+        raise ValueError(f"{name} must lie between 0 and {LARGEST_SEED}, got {seed}.")
 
 
 def describe(hint: Any) -> str:

@@ -13,7 +13,7 @@ from hf_compress.files.whole import discard
 from hf_compress.formats.export import FORMATS, RUNTIMES, export, installed
 from hf_compress.formats.runtimes.agreement import TEXTS
 from hf_compress.formats.runtimes.folder import RECORD
-from hf_compress.publishing.hub import publish
+from hf_compress.publishing.hub import check_repo_id, publish
 from hf_compress.recipe.data import RecipeData
 from hf_compress.recipe.options import RecipeError
 from hf_compress.recipe.stage import NO_MODEL, Past, Stage, Work
@@ -24,6 +24,7 @@ from hf_compress.report.privacy import public_word
 
 EXPORT = "export"  # the folder of a stage that writes one
 RUN_HERE = ("openvino", "onnx", "plain")  # formats that a comparison runs
+PACKED = ("compressed-tensors", "gemma", "gptq")  # formats of weights in few bits alone
 GRAPHS = ("openvino", "onnx")  # formats that are run on texts beside the model
 
 
@@ -39,6 +40,10 @@ class ExportOptions:
 
 
 class Export(Stage):
+    @property
+    def needs_packed(self) -> bool:
+        return self.own.format in PACKED
+
     @property
     def leaves(self) -> list[str]:
         return [self.own.format]
@@ -83,6 +88,9 @@ class PublishOptions:
         metadata={"help": "Texts, with commas, that may be published though they look private."},
     )
     dry_run: bool = field(default=False, metadata={"help": "Make everything that would be sent, and send nothing."})
+
+    def __post_init__(self):
+        check_repo_id(self.repo_id)
 
     def card_options(self) -> dict[str, Any]:
         names = ("base_model", "dataset_id", "license", "language")

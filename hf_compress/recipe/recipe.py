@@ -11,11 +11,12 @@ from typing import Any
 import yaml
 from transformers import AutoConfig
 
+from hf_compress.checkpoint.opening import check_source, model_folder
 from hf_compress.recipe.data import DataOptions, RecipeData
 from hf_compress.recipe.fingerprints import code_fingerprint, digest, model_fingerprint
-from hf_compress.recipe.options import RecipeError, build, read_yaml, unknown
+from hf_compress.recipe.options import RecipeError, build, check_seed, read_yaml, unknown
 from hf_compress.recipe.publish import evaluation_of, exports_of, leave
-from hf_compress.recipe.stage import Made, Past, Stage, Work
+from hf_compress.recipe.stage import INPUT, Made, Past, Stage, Work
 from hf_compress.recipe.stages import read_stages
 from hf_compress.recipe.store import Store
 from hf_compress.recipe.tasks.table import TASKS, task_of
@@ -25,7 +26,6 @@ from hf_compress.training.ranks import are_several, check_same, failing_together
 logger = logging.getLogger(__name__)
 
 KEYS = ("name", "description", "model", "task", "seed", "data", "stages")
-INPUT = "input"  # what stages call the model that a recipe begins with
 MARKER = ".model.fingerprint"  # of the model that is in the output
 REPORT_FILES = ("report.json", "report.md", "report.csv", "report.html", "report.png")
 
@@ -67,12 +67,17 @@ class Recipe:
         name: str = "recipe",
         description: str = "",
     ):
-        if task is not None and task not in TASKS:
-            raise unknown(task, TASKS, "The task")
+        said = {"task": task, "seed": seed, "name": name, "description": description}
+        said = build(_Said, {**said, "model": str(model) if isinstance(model, Path) else model}, "The recipe")
+        if said.task is not None and said.task not in TASKS:
+            raise unknown(said.task, TASKS, "The task")
+        if data is not None and not isinstance(data, (str, Path, Mapping)):
+            raise RecipeError(f"The recipe: data must be a file, a folder, a name or a mapping, got {data!r}.")
         self.stages = read_stages(stages)
-        self.model, self.task, self.name, self.description = model, task, name, description
-        self.data = {"source": data} if isinstance(data, (str, Path)) else dict(data or {})
-        self.seed, self.written = build(_Seed, {"seed": seed}, "The recipe").seed, stages
+        self.model = said.model if said.model is None else model_folder(said.model)
+        self.task, self.name, self.description = said.task, said.name, said.description
+        self.data = {"source": str(data)} if isinstance(data, (str, Path)) else dict(data or {})
+        self.seed, self.written = said.seed, stages
 
     @classmethod
     def from_yaml(cls, source: str | Path) -> "Recipe":
@@ -147,10 +152,15 @@ class Recipe:
         parts = [part for stage in self.stages for part in stage.parts]
         needs_labels = any(part.needs_labels for part in parts)
         data = RecipeData(options, self.task or task_of(self.model, options), needs_labels=needs_labels)
-        for stage in self.stages:
+        bits = (getattr(AutoConfig.from_pretrained(self.model), "quantization_config", None) or {}).get("bits")
+        for number, stage in enumerate(self.stages):
             stage.check(self.model, data)
+            if stage.needs_packed and not bits and not any(earlier.packs for earlier in self.stages[:number]):
+                raise RecipeError(f"{stage.name}: {stage.own.format} is of packed models: quantize before it.")
         if makes and not reading and not data.kind.has_head(AutoConfig.from_pretrained(self.model)):
             raise RecipeError(f"{self.model} has no head for {data.kind.predicts}: say the --task that it is for.")
+        if makes and not reading:
+            data.tokenizer(self.model)  # which is saved beside what is made
         if reading:
             data.tell()
             known = {INPUT, *(stage.name for stage in self.stages)}
@@ -159,7 +169,10 @@ class Recipe:
             for part in (part for part in parts if part.method.trains and data.labels):
                 if getattr(part.own, "eval_strategy", "no") != "no":  # or hours later
                     data.check_labelled("validation")
-            for source in (self.model, *(name for part in parts for name in part.named() if name not in known)):
+            named = [model_folder(name) for part in parts for name in part.named() if name not in known]
+            for source in named:
+                check_source(source)
+            for source in (self.model, *named):
                 data.tokenizer(source)
                 data.check_length(source)
             if not reading[0].tunes:
@@ -213,8 +226,17 @@ def _announced(stage: Stage, data: RecipeData, store: Store) -> str:
 
 
 @dataclass
-class _Seed:
+class _Said:
+    """What a recipe says beside its data and its stages."""
+
+    task: str | None = None
     seed: int = 0
+    name: str = "recipe"
+    description: str = ""
+    model: str | None = None
+
+    def __post_init__(self):
+        check_seed("seed", self.seed)
 
 
 def ready_recipes() -> dict[str, str]:

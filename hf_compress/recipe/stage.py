@@ -8,10 +8,12 @@ from typing import Any, ClassVar
 import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_compress.checkpoint.opening import model_folder, open_model
 from hf_compress.recipe.data import RecipeData
 from hf_compress.recipe.fingerprints import model_fingerprint, settings
 from hf_compress.recipe.one_shot import Samples
 
+INPUT = "input"  # what stages call the model that a recipe begins with
 NO_MODEL = ("evaluate", "export", "publish")  # kinds that change none
 
 
@@ -44,7 +46,10 @@ class Past:
     def find(self, name: str) -> Made:
         """The model of the stage of that name, else the folder or Hub name that it is."""
         found = next((one for one in self.models if one.name == name), None)
-        return found or Made(name, name, model_fingerprint(name))
+        if found is None:
+            name = model_folder(name)
+            found = Made(str(name), name, model_fingerprint(name))
+        return found
 
     def add(self, stage: "Stage", folder: Path, record: dict[str, Any]) -> None:
         self.records.append(record)
@@ -92,7 +97,8 @@ def load_for(
         options = data.kind.of_teacher(teacher)
     if options:
         options["ignore_mismatched_sizes"] = options["num_labels"] != config.num_labels
-    model = getattr(transformers, data.kind.auto_class).from_pretrained(source, **options)
+    model_class = getattr(transformers, data.kind.auto_class)
+    model = open_model(model_class, source, new_head=bool(options) or fresh_head, **options)
     if data.kind.pads and model.config.pad_token_id is None:  # a decoder finds a text's end by it
         model.config.pad_token_id = data.tokenizer(source).pad_token_id
     return model
@@ -157,8 +163,17 @@ class Stage:
     def settings(self) -> list[Any]:
         return [[part.kind, part.method.name, *map(settings, part.options)] for part in self.parts]
 
+    @property
+    def needs_packed(self) -> bool:
+        """Whether it can be done with a model in few bits alone."""
+        return False
+
     def named(self) -> list[str]:
-        """Models that it takes by their names."""
+        """Models that it takes by their names, or where they are."""
+        return []
+
+    def of_stages(self) -> list[str]:
+        """Models that it takes by the names of stages alone."""
         return []
 
     def needs(self, past: Past) -> dict[str, str]:

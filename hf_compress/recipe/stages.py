@@ -12,13 +12,14 @@ from hf_compress import distillation, pruning, quantization
 from hf_compress.model.precision import has_fast_bfloat16
 from hf_compress.recipe import one_shot, quantizing
 from hf_compress.recipe.evaluate import Evaluate, EvaluateOptions
-from hf_compress.recipe.options import RecipeError, build, split_options, unknown
+from hf_compress.recipe.options import RecipeError, build, check_seed, split_options, unknown
 from hf_compress.recipe.publish import Export, ExportOptions, Publish, PublishOptions
-from hf_compress.recipe.stage import Method, Stage
+from hf_compress.recipe.stage import INPUT, Method, Stage
 from hf_compress.recipe.training import Change, Distil, FineTune, StudentOptions, Train
 from hf_compress.training.arguments import CompressionArguments
 
 ALIASES = {"distill": "distil", "finetune": "fine-tune"}
+LONGEST_NAME = 64  # of a stage, in a folder's name
 DEFAULT_METHODS = {"distil": "soft-targets", "prune": "structure", "quantize": "rtn"}
 
 
@@ -114,6 +115,11 @@ def make_stage(method: Method, given: Mapping[str, Any], where: str) -> Stage:
     for kind, values in zip(method.options, parts, strict=True):
         fixed = training_defaults(values) if issubclass(kind, TrainingArguments) else {}
         options.append(build(kind, values, where, **fixed))
+        for seed in (seed for seed in ("seed", "data_seed") if values.get(seed) is not None):
+            try:
+                check_seed(seed, getattr(options[-1], seed))
+            except ValueError as error:
+                raise RecipeError(f"{where}: {error}") from error
     if getattr(options[1], "cache_teacher", False) and (method.name != "soft-targets" or options[-1].hints):
         raise RecipeError(
             f"{where}: cache_teacher keeps the teacher's logits alone, which is enough for soft-targets without hints. "
@@ -185,6 +191,10 @@ def _with_names(stages: list[Stage]) -> list[Stage]:
     for stage in named:
         if not stage.name.replace("-", "").replace("_", "").replace(".", "").isalnum():
             raise RecipeError(f"A stage's name becomes a folder: letters, digits, - and _ only, got {stage.name!r}.")
+        if len(stage.name) > LONGEST_NAME or stage.name == INPUT:
+            why = f"{INPUT!r} is the model that a recipe begins with" if stage.name == INPUT else (
+                f"at most {LONGEST_NAME} characters")  # fmt: skip
+            raise RecipeError(f"A stage cannot be called {stage.name!r:.80}: {why}.")
     return named
 
 
@@ -194,8 +204,19 @@ def trains_packed(stage: Stage) -> bool:
 
 
 def _check_order(stages: Sequence[Stage]) -> None:
-    packed = None
+    packed, made = None, [INPUT]
+    names = {stage.name for stage in stages}
     for number, stage in enumerate(stages, 1):
+        for name in (name for part in stage.parts for name in part.named()):
+            if name in names - set(made):
+                raise RecipeError(
+                    f"Stage {number} ({stage.name}) takes the model of {name}, which no stage before it makes: there "
+                    f"are {', '.join(made)}."
+                )
+        for name in (name for part in stage.parts for name in part.of_stages()):
+            if name not in made:
+                raise unknown(name, made, f"Stage {number} ({stage.name}): among the models before it,")
+        made += [stage.name] * stage.makes_model
         if packed and stage.makes_model and not trains_packed(stage):
             raise RecipeError(
                 f"Stage {number} ({stage.name}) changes or trains weights, but stage {packed} packs them in few bits. "

@@ -1,8 +1,14 @@
 """Tasks of the language model evaluation harness (lm-eval), through its Python interface, where it is installed."""
 
+import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def has_harness() -> bool:
+    return "lm_eval" in sys.modules or find_spec("lm_eval") is not None
 
 
 def harness_scores(

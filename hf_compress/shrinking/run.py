@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from transformers import AutoConfig, PreTrainedModel
 
+from hf_compress.checkpoint.opening import model_folder
 from hf_compress.files.output import Output
 from hf_compress.formats.export import RUNTIMES, export, installed
 from hf_compress.measuring.counting import num_parameters
@@ -121,6 +122,7 @@ def shrink(
         installed(runtime)
     source = {"source": str(data)} if isinstance(data, str | Path) else dict(data)
     options = build(DataOptions, source, "data")
+    model = model_folder(model)
     model_fingerprint(model)  # says what is no model
     if task is not None and task not in TASKS:
         raise unknown(task, TASKS, "The task")

@@ -1,10 +1,13 @@
 """What a user can get wrong in data and recipes ends in one sentence and code 2, before anything is made."""
 
+import re
+
 import pytest
 import yaml
 from recipe_run import reviews, tiny_folder
 
 from hf_compress.commands.main import main
+from hf_compress.recipe.options import read_yaml
 
 
 @pytest.fixture(scope="module")
@@ -83,3 +86,56 @@ def test_validation_texts_without_labels_cost_a_figure_and_no_training(work, tmp
     assert not (tmp_path / "out").exists()
     assert run(work, [{"fine-tune": training}], tmp_path, *options) == 0
     assert "on 0 validation texts" not in capsys.readouterr().err
+
+
+ONE = {"max_steps": 1, "use_cpu": True}
+LATE = [  # stages, of which the last ones would fail when the first is done -> the sentence
+    ([{"fine-tune": ONE}, {"evaluate": {"models": "nothere"}}], "among the models before it, 'nothere' is not known"),
+    (
+        [{"fine-tune": ONE}, {"evaluate": {"models": "rtn"}}, {"quantize": {}}],
+        "'rtn' is not known. Known are fine-tune",
+    ),
+    ([{"distil": {**ONE, "teacher": "fine-tune"}}, {"fine-tune": ONE}], "takes the model of fine-tune, which no stage"),
+    ([{"distil": {**ONE, "name": "me", "teacher": "me"}}], "takes the model of me, which no stage before it makes"),
+    ([{"fine-tune": ONE}, {"distil": {**ONE, "teacher": "no/where/at/all"}}], "There is no model no/where/at/all"),
+    ([{"fine-tune": ONE}, {"publish": {"repo_id": "a b"}}], "repo_id must be a name on the Hub, such as 'user/name'"),
+    ([{"fine-tune": ONE}, {"publish": {"repo_id": "a/b/c"}}], "repo_id must be a name on the Hub, such as 'user/name'"),
+    ([{"fine-tune": ONE}, {"export": {"format": "gptq"}}], "export: gptq is of packed models: quantize before it"),
+    ([{"export": {"format": "compressed-tensors"}}, {"quantize": {}}], "is of packed models: quantize before it"),
+    ([{"fine-tune": ONE}, {"evaluate": {"sequence_length": 1000}}], "but .* reads 64 tokens at most"),
+    ([{"fine-tune": ONE}, {"evaluate": {"sequence_length": 0}}], "sequence_length must be at least 1, got 0"),
+    ([{"fine-tune": ONE}, {"evaluate": {"metric": "rouge"}}], "metric: rouge is of texts that are written"),
+    ([{"fine-tune": {**ONE, "seed": -1}}], "seed must lie between 0 and 4294967295, got -1"),
+    ([{"fine-tune": {**ONE, "name": "input"}}], "'input' is the model that a recipe begins with"),
+    ([{"fine-tune": {**ONE, "name": "a" * 300}}], "at most 64 characters"),
+]
+
+
+@pytest.mark.parametrize("stages, message", LATE, ids=lambda value: value[:24] if isinstance(value, str) else "")
+def test_what_would_fail_after_a_training_is_told_before_it(stages, message, work, tmp_path, capsys):
+    assert run(work, stages, work / "reviews.csv", "--output", str(tmp_path / "nothing")) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(message, told), told
+    assert not (tmp_path / "nothing").exists()
+
+
+@pytest.mark.parametrize("text, message", [
+    ("stages:\n- quantize: {bits: 8, bits: 4}", "line 2 is not valid YAML: 'bits' is there twice"),
+    ("stages:\n- quantize:\nstages:\n- evaluate:", "line 3 is not valid YAML: 'stages' is there twice"),
+    ("data: [a]\nstages: [quantize]", "data must be a file, a folder, a name or a mapping, got"),
+    ("data: 3\nstages: [quantize]", "data must be a file, a folder, a name or a mapping, got 3"),
+    ("task: {a: b}\nstages: [quantize]", "The recipe: task must be a text or null"),
+    ("model: {a: b}\nstages: [quantize]", "The recipe: model must be a text or null"),
+    ("name: {a: b}\nstages: [quantize]", "The recipe: name must be a text"),
+    ("seed: -1\nstages: [quantize]", "The recipe: seed must lie between 0 and 4294967295, got -1"),
+])  # fmt: skip
+def test_a_recipe_that_says_a_thing_twice_or_in_another_form(text, message, tmp_path, capsys):
+    (tmp_path / "r.yaml").write_text(text, encoding="utf-8")
+    assert main(["run", str(tmp_path / "r.yaml"), "--output", str(tmp_path / "o")]) == 2
+    told = capsys.readouterr().err
+    assert message in told and told.count("\n") == 1
+
+
+def test_what_a_merge_brings_may_be_said_again():
+    text = "a: &a {bits: 8, name: x}\nb: {<<: *a, bits: 4}"
+    assert read_yaml(text, "r.yaml")["b"] == {"bits": 4, "name": "x"}
