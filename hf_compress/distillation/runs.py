@@ -24,6 +24,7 @@ class Run:
     logits: Tensor  # (items, C): those that count, see `Task.logits`; empty where no loss reads them
     hidden_states: dict[int, Tensor]
     attention: dict[int, AttentionSignals]
+    learns: bool = True  # False in evaluation, where a term may have asked for the graph all the same
 
 
 NO_LOGITS = torch.empty(0)

@@ -185,7 +185,9 @@ class DistillationTrainer(RunsTeacher, PredictionLosses, Phased, ItemsMixin, Tra
         """`losses` and those of the terms of this step."""
         losses = dict(losses)
         for term in self.phase.terms:
-            for name, loss in term.losses(student, teacher, inputs, self.training_state).items():
+            with torch.set_grad_enabled(torch.is_grad_enabled() and (student.learns or term.needs_graph)):
+                found = term.losses(student, teacher, inputs, self.training_state)
+            for name, loss in found.items():
                 losses[f"{term.name}_{name}" if name in losses else name] = loss
         return losses
 
@@ -236,7 +238,7 @@ class DistillationTrainer(RunsTeacher, PredictionLosses, Phased, ItemsMixin, Tra
             outputs = without_prompt(student, self.task, outputs, signals)
             reads_logits = by_predictions or self.reads_logits
             logits = self.task.logits(outputs, inputs) if reads_logits else NO_LOGITS
-            run = Run(outputs, logits, signals.hidden_states, signals.attention)
+            run = Run(outputs, logits, signals.hidden_states, signals.attention, learns)
             if reads_logits:
                 teacher.logits = self.teacher_logits(teacher.outputs, run.logits, inputs)
             if model.training and self.args.teacher_noise:
@@ -254,7 +256,8 @@ class DistillationTrainer(RunsTeacher, PredictionLosses, Phased, ItemsMixin, Tra
         by_predictions = self.is_finished and any(wanted.values())  # layers and heads of old are gone
         wanted = {} if by_predictions else wanted
         inside = wanted.get("attention", ()) if self.accelerator.is_fsdp2 and model.training else ()
-        needs_graph = torch.is_grad_enabled() or any(term.needs_graph for term in self.phase.terms)
+        learns = torch.is_grad_enabled()
+        needs_graph = learns or any(term.needs_graph for term in self.phase.terms)
         with torch.set_grad_enabled(needs_graph), capture(student, **wanted) as signals:
             if self.args.torch_compile:
                 outputs = add_losses(student, (), model(**student_inputs))

@@ -22,6 +22,7 @@ AUTO_CLASSES = {  # mapping of class names -> the Auto class that loads them
 }
 PER_TOKEN = ("AutoModelForTokenClassification", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM", "AutoModelForCausalLM")
 LANGUAGE_MODELS = PER_TOKEN[1:]
+OF_LABELS = ("AutoModelForSequenceClassification", "AutoModelForImageClassification")  # read `problem_type`
 
 
 def plain_model(model: nn.Module) -> nn.Module:
@@ -39,14 +40,23 @@ def auto_class_name(model: nn.Module) -> str | None:
 
 
 def problem_of(model: nn.Module) -> Literal["one_label", "several_labels", "regression"]:
-    """What kind of labels `model` predicts; Transformers may learn it from the first batch."""
+    """What kind of labels `model` predicts; Transformers may learn it from the first batch.
+
+    Classifiers alone are told by their config, in which a model with another head may still have what was said of one.
+    """
+    if not has_problem(model):
+        return "one_label"
     config = getattr(plain_model(model), "config", None)
     problem_type = getattr(config, "problem_type", None)
     if problem_type == "multi_label_classification":
         return "several_labels"
-    is_classifier = auto_class_name(model) not in PER_TOKEN
-    is_regression = problem_type == "regression" or (is_classifier and getattr(config, "num_labels", 2) == 1)
+    is_regression = problem_type == "regression" or getattr(config, "num_labels", 2) == 1
     return "regression" if is_regression else "one_label"
+
+
+def has_problem(model: nn.Module) -> bool:
+    """Whether the `problem_type` of its config means something: of classifiers, and of models of one's own."""
+    return auto_class_name(model) in (None, *OF_LABELS)
 
 
 @dataclass(frozen=True)

@@ -124,3 +124,14 @@ def test_noise_disturbs_a_share_of_the_examples_by_its_form():
     assert (relative[changed] / 3 - 1).std().item() == pytest.approx(0.1, rel=0.1)
     additive = noisy_teacher(logits, sigma=0.1, share=1.0, form="additive")
     assert (additive - 3).std().item() == pytest.approx(0.1, rel=0.1)
+
+
+@pytest.mark.parametrize("form", ["relative", "additive"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_noise_gives_no_probability_to_what_has_none(form, dtype):
+    """Padding of a span (-1e4), classes that a cache lacks (-1e30): 1 + noise is below 0 for 16% of them."""
+    torch.manual_seed(0)
+    logits = torch.tensor([[1.0, 2.0, -1e4, -1e30]], dtype=dtype).repeat(4000, 1)
+    noisy = noisy_teacher(logits, sigma=1.0, share=1.0, form=form)
+    assert torch.equal(noisy[:, 2:], logits[:, 2:])
+    assert (noisy[:, :2] != logits[:, :2]).any(dim=1).all()

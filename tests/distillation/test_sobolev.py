@@ -114,6 +114,23 @@ def test_padding_does_not_matter(tmp_path, monkeypatch):
     assert found[1] == pytest.approx(found[0], rel=1e-6)
 
 
+def test_an_evaluation_teaches_the_terms_beside_it_nothing(tmp_path, monkeypatch):
+    """It differentiates there too; costs for the next flow, and texts to compare with, are those of training."""
+    monkeypatch.setattr(sobolev, "directions", lambda logits: torch.ones_like(logits))
+    states = []
+    for strategy in ("no", "steps"):
+        torch.manual_seed(0)
+        run = run_of(
+            tmp_path, small(0, num_hidden_layers=2), small(1, num_hidden_layers=2), rows(8), max_steps=4,
+            eval_strategy=strategy, eval_steps=1,
+            terms=[hfc.InputGradients(), hfc.LayerTransport(), hfc.SentenceVectors(queue_size=32)],
+        )  # fmt: skip
+        run.train()
+        states.append({**run.training_state.state_dict(), **run.model.state_dict()})
+    assert states[0]["queued"] == 16
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
 def test_it_learns_beside_other_terms_with_gates_and_checkpointing_and_is_finished(tmp_path):
     teacher = tiny_model("bert", seed=3)
     student = hfc.make_student(teacher, num_hidden_layers=2)

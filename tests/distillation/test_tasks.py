@@ -73,6 +73,31 @@ def test_what_the_teacher_predicts_decides_what_is_compared(problem, kind, tmp_p
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("problem", ["multi_label_classification", "regression"])
+@pytest.mark.parametrize("task", ["tokens", "mlm", "answers", "clm", "choice"])
+def test_only_classifiers_are_told_by_the_problem_type_of_their_config(task, problem, tmp_path):
+    """A model that was a classifier before it got the head of another task keeps the entry, which nothing reads."""
+    kind = {"choice": "classification"}.get(task, task)
+    losses, given = [], (problem, None, "single_label_classification")
+    for problem_of_student, problem_of_teacher in ((None, None), given[:2], (given[2], given[0])):
+        student, teacher = quiet_pair(None if task == "choice" else task)
+        data = rows(8, kind=kind)
+        if task == "choice":
+            data = data.map(lambda row: {n: [row[n], row[n][::-1]] for n in ("input_ids", "attention_mask")})
+            student, teacher = (BertForMultipleChoice(model.config) for model in (student, teacher))
+            for seed, model in enumerate((student, teacher)):
+                torch.manual_seed(seed)
+                model.apply(model._init_weights)
+        student.config.problem_type, teacher.config.problem_type = problem_of_student, problem_of_teacher
+        if task == "choice":
+            student.config.num_labels = 1
+        args = config(tmp_path, temperature=1.0)
+        trainer = hfc.DistillationTrainer(student, args, teacher_model=teacher, train_dataset=data, eval_dataset=data)
+        assert trainer.prediction_kind == "soft"
+        losses.append(trainer.evaluate()["eval_soft_loss"])
+    assert losses[0] > 0 and losses[1:] == losses[:1] * 2
+
+
 def test_teacher_and_student_of_different_problems_are_refused(tmp_path):
     teachers = [tiny_model("bert", seed=s, num_labels=3, problem_type=p) for s, p in
                 ((3, "multi_label_classification"), (4, "single_label_classification"))]  # fmt: skip

@@ -338,3 +338,31 @@ def test_examples_without_a_label_do_not_count():
     torch.testing.assert_close(hfc.head_importance(model, [batch]), expected)
     sums = mean_absolute_gradients(model, [batch], [anatomy(model).attentions[0].output], [8])
     assert sums[0].isfinite().all()
+
+
+@pytest.mark.parametrize("task", ["classification", "answers"])
+def test_batches_in_which_some_examples_have_no_label_weigh_examples_as_well(task):
+    """One label, or one answer beyond the text: each example that has one counts alike, in whatever batch it is."""
+    model = tiny_model("bert", task).double()
+    batch = double(labelled(model, task, batch=4 if task == "classification" else 3))
+    names = ["labels"] if task == "classification" else ["start_positions", "end_positions"]
+    without = {**batch, **{n: batch[n].clone() for n in names}}
+    for n in names:
+        without[n][1] = -100 if task == "classification" else batch["input_ids"].shape[1]
+    one_by_one = [row for i, row in enumerate(rows(batch)) if i != 1]
+    expected = [hfc.head_importance(model, [row], normalize=False) for row in one_by_one]
+    split = [{k: v[:2] for k, v in without.items()}, {k: v[2:] for k, v in without.items()}]
+    found = hfc.head_importance(model, split, normalize=False)
+    torch.testing.assert_close(found, sum(expected) / len(expected), rtol=1e-4, atol=1e-8)
+
+
+def test_a_budget_is_not_lost_by_an_example_without_a_label():
+    """Its loss is not a number, so no layer would be worth anything."""
+    model = tiny_model("bert")
+    batch = labelled(model, "classification")
+    batch["labels"][1] = -100
+    labelled_rows = [row for i, row in enumerate(rows(batch)) if i != 1]
+    expected = hfc.prune(tiny_model("bert"), labelled_rows, sparsity=0.3)
+    found = hfc.prune(model, [batch], sparsity=0.3)
+    for one, other in zip(found.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(one, other)

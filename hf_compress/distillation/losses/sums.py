@@ -13,6 +13,9 @@ from torch import Tensor
 from hf_compress.engines.ops import kl_from_logits
 
 Unit = Literal["example", "token", "label", "prediction"]
+NO_PROBABILITY = (
+    -9e3
+)  # no logit of a model is below it, but what stands for nothing: padding, classes that a cache lacks
 
 
 class Loss(NamedTuple):
@@ -101,10 +104,12 @@ def attention_loss(student_scores: Tensor, teacher_scores: Tensor, allowed: Tens
 def noisy_teacher(teacher_logits: Tensor, sigma: float, share: float, form: str = "relative") -> Tensor:
     """Disturb the logits (B, ..., C) of a random `share` of the examples: (1 + xi) z, or z + xi; xi ~ N(0, sigma^2).
 
-    Sau and Balasubramanian, 2016, https://arxiv.org/abs/1610.09650 (relative); additive in later surveys.
+    What has no probability keeps none. Sau and Balasubramanian, 2016, https://arxiv.org/abs/1610.09650 (relative);
+    additive in later surveys.
     """
     chosen = torch.rand(len(teacher_logits), device=teacher_logits.device) < share
     noise = sigma * torch.randn_like(teacher_logits) * chosen.view(-1, *[1] * (teacher_logits.dim() - 1))
+    noise = noise.masked_fill(teacher_logits < NO_PROBABILITY, 0.0)
     return teacher_logits * (1 + noise) if form == "relative" else teacher_logits + noise
 
 

@@ -13,11 +13,12 @@ from hf_compress.distillation.teachers.cache_files import is_cache
 from hf_compress.distillation.teachers.cached_teacher import CachedTeacher
 from hf_compress.distillation.teachers.several_teachers import SeveralTeachers, teachers_of
 from hf_compress.distillation.teachers.sharded_teacher import shard
-from hf_compress.model.tasks import LANGUAGE_MODELS, auto_class_name, plain_model
+from hf_compress.model.tasks import LANGUAGE_MODELS, auto_class_name, has_problem, plain_model
 from hf_compress.model.unfinished import check_weights
 from hf_compress.training.checks import weights_fact
 
 HEADS = ["classifier", "score", "qa_outputs", "lm_head", "cls", "pooler", "pre_classifier"]  # stay in full precision
+WITHOUT_LABELS = (*LANGUAGE_MODELS, "AutoModelForMultipleChoice")  # whatever their config says of a number of them
 VOCABULARY_PADDING = 256  # a vocabulary grown to a multiple of at most this is padding, not other words
 
 
@@ -87,7 +88,7 @@ def _check_configs(student: nn.Module, theirs: PretrainedConfig | None, processi
     mine = getattr(plain_model(student), "config", None)
     if not (isinstance(mine, PretrainedConfig) and isinstance(theirs, PretrainedConfig)):
         return  # a model of the user's own: nothing is known of it but its logits
-    if auto_class_name(student) not in LANGUAGE_MODELS:
+    if auto_class_name(student) not in WITHOUT_LABELS:
         _check_labels(mine, theirs)
     _check_vocabulary(mine, theirs, processing_class)
     _check_lengths(mine, theirs, processing_class)
@@ -101,7 +102,7 @@ def agree_on_problem(student: nn.Module, teacher: nn.Module) -> None:
     for one in teachers_of(teacher):
         mine, theirs = (getattr(plain_model(model), "config", None) for model in (student, one))
         wanted = getattr(theirs, "problem_type", None)
-        if wanted is None or not isinstance(mine, PretrainedConfig) or auto_class_name(student) in LANGUAGE_MODELS:
+        if wanted is None or not isinstance(mine, PretrainedConfig) or not has_problem(student):
             continue
         own = mine.problem_type or wanted
         if own != wanted:

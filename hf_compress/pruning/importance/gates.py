@@ -108,13 +108,14 @@ def labelled_batch(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[
 def loss_shares(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
     """(B,) What share of the batch's loss, a mean, is each example's own mean loss: by its labels that count."""
     labels = batch.get("labels")
-    if labels is None:  # a span: one start, one end
-        labels = batch["start_positions"]
-    if labels.dim() == 1 or labels.is_floating_point():
-        return torch.full((len(labels),), 1 / len(labels), dtype=torch.float64, device=labels.device)
-    if predicts_next_token(model):
-        labels = labels[:, 1:]
-    counts = (labels != IGNORED_LABEL).flatten(1).sum(1)
+    if labels is None:  # a span: one start, one end, both within the text
+        T = batch["input_ids"].shape[1]
+        counts = (batch["start_positions"].flatten() < T) & (batch["end_positions"].flatten() < T)
+    elif labels.is_floating_point():
+        counts = torch.ones(len(labels), device=labels.device)
+    else:
+        labels = labels[:, 1:] if labels.dim() > 1 and predicts_next_token(model) else labels
+        counts = (labels != IGNORED_LABEL).reshape(len(labels), -1).sum(1)
     return counts.double() / counts.sum().clamp(min=1)
 
 
