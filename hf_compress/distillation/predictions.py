@@ -70,13 +70,12 @@ class PredictionLosses(Trainer):
         return "binary" if problem == "several_labels" else "soft"
 
     def kind_of(self, logits: Tensor) -> Kind:
-        """`prediction_kind`, but of a model of one's own that gives each example one number, (B,): that number."""
-        return "logits" if logits.ndim == 1 else self.prediction_kind
+        """`prediction_kind`, but of a model of one's own that gives each example one number, (B, 1): that number."""
+        kind = self.prediction_kind
+        return "logits" if kind == "soft" and logits.shape[-1] == 1 else kind
 
     def soft_loss(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         kind = self.kind_of(student_logits)
-        if student_logits.ndim == 1:
-            student_logits, teacher_logits = student_logits[:, None], teacher_logits[:, None]
         classes = min(student_logits.shape[-1], teacher_logits.shape[-1])  # beyond it is padding of a vocabulary
         mine, theirs = student_logits[..., :classes], teacher_logits[..., :classes]
         if kind == "logits":

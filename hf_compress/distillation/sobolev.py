@@ -88,8 +88,9 @@ class InputGradients(Term):
 
     def losses(self, student: Run, teacher: Run, inputs: Mapping, state: TrainingState) -> dict[str, Loss]:
         states = student.hidden_states[0]
-        v = directions(student.outputs["logits"])
-        mine = slopes(student.outputs["logits"], states, v, create_graph=True)
+        logits = self.task.logits(student.outputs, inputs)
+        v = directions(logits)
+        mine = slopes(logits, states, v, create_graph=True)
         weights, _ = self.tokens(states, inputs)
         loss = sobolev_loss(mine, self._of_teacher(inputs, v), weights)
         return {"sobolev_loss": Loss(loss, "example", self.options.sobolev_weight)}
@@ -99,7 +100,7 @@ class InputGradients(Term):
         labels = {"labels", "label", "label_ids"}
         inputs = accepted(self.teacher, {name: value for name, value in inputs.items() if name not in labels})
         with torch.enable_grad(), _differentiable(self.teacher) as states:
-            logits = named(self.teacher(**inputs), self.teacher)["logits"]
+            logits = self.task.logits(named(self.teacher(**inputs), self.teacher), inputs)
         return slopes(logits, states[0], v).detach()
 
 

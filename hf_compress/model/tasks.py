@@ -109,7 +109,10 @@ class Task:
         return torch.ones_like(states[..., 0], dtype=torch.bool) if mask is None else mask.bool(), "token"
 
     def logits(self, outputs, inputs: dict) -> Tensor:
-        """The logits that count: (items, C). Spans give 2 * B rows over the T real tokens."""
+        """The logits that count: (items, C). Spans give 2 * B rows over the T real tokens.
+
+        One number an example, (B,), is one class: DeBERTa gives it where there are labels, and (B, 1) where not.
+        """
         if self.kind == "spans":
             logits = torch.cat([outputs["start_logits"], outputs["end_logits"]])  # (2 * B, T)
             mask = inputs.get("attention_mask")
@@ -117,7 +120,7 @@ class Task:
             return logits if mask is None else logits.masked_fill(~mask.bool().repeat(2, 1), -1e4)
         logits = outputs["logits"]
         if (counted := self.counted(inputs)) is None:
-            return logits
+            return logits[:, None] if logits.ndim == 1 else logits
         return (logits[:, : counted.shape[1]] if self.is_shifted else logits)[counted]
 
     def labels(self, inputs: dict) -> Tensor:

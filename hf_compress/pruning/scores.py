@@ -16,7 +16,7 @@ from hf_compress.model.calibration import text_mask, token_rows
 from hf_compress.model.calibration_data import IGNORED
 from hf_compress.pruning.importance.tokens import by_example
 from hf_compress.pruning.masks import Blocks
-from hf_compress.training.callback import WhileTraining
+from hf_compress.training.callback import WhileTraining, is_recomputing
 from hf_compress.training.shards import as_part, own, part
 
 
@@ -103,6 +103,7 @@ class _FromInputs(Score):
         self.masks: tuple[Tensor | None, Tensor | None] = (None, None)  # of the running pass: encoder's, decoder's
         self.shape: tuple[int, ...] | None = None  # of its text, (B, T)
         self.of_decoder = decoder_maps(model)
+        self.passed: set[int] = set()  # seen in a forward pass since the last optimizer step
 
         def note_mask(module: nn.Module, args: tuple, kwargs: dict) -> None:
             labels = kwargs.get("labels")
@@ -114,8 +115,13 @@ class _FromInputs(Score):
 
         def note_input(number: int):
             def hook(module: nn.Module, args: tuple) -> None:
-                if model.training and torch.is_grad_enabled():
-                    self.see(number, matrices[number], args[0])
+                if not (model.training and torch.is_grad_enabled()):
+                    return
+                if is_recomputing() and number in self.passed:
+                    return  # reentrant checkpointing has no graph in the forward pass, other kinds do
+                if not is_recomputing():
+                    self.passed.add(number)
+                self.see(number, matrices[number], args[0])
 
             return hook
 
@@ -131,6 +137,7 @@ class _FromInputs(Score):
 
     def gather(self, number, matrix, buffer):
         value, self.seen[number] = self.seen[number], None
+        self.passed.discard(number)
         if dist.is_initialized():  # every rank takes part, also one whose batch never reached this matrix
             value = torch.zeros_like(buffer) if value is None else value
             dist.all_reduce(value)

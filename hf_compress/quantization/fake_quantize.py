@@ -30,6 +30,7 @@ from hf_compress.quantization.grids import (
     smallest_scale,
 )
 from hf_compress.quantization.modules import packed
+from hf_compress.training.callback import is_recomputing
 from hf_compress.training.progress import progress_bar
 from hf_compress.training.shards import whole, write_
 
@@ -222,7 +223,7 @@ class ActivationQuantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.dynamic:
             return round_per_token(x)
-        if self.training and (x.numel() or self.is_shared):
+        if self.training and (x.numel() or self.is_shared) and not is_recomputing():
             self.observe(x.detach())
         low, high = self.range()
         return x if high - low < SMALLEST_RANGE else round_to_range(x, low, high)  # as it is: nothing seen yet

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
@@ -59,6 +60,14 @@ class WhileTraining:
 
     def __reduce__(self) -> tuple[Callable, tuple]:
         return _nothing_done, ()
+
+
+def is_recomputing() -> bool:
+    """Whether a backward pass is running: gradient checkpointing runs layers again in it, on inputs that were seen.
+
+    `torch.utils.module_tracker` tells it so.
+    """
+    return torch._C._current_graph_task_id() != -1
 
 
 def _nothing_done() -> Callable:

@@ -106,6 +106,19 @@ def test_a_model_has_no_distance_from_itself(family, tmp_path):
     assert run_of(tmp_path, student, teacher, data).evaluate()["eval_sobolev_loss"] > 1e-15
 
 
+@pytest.mark.parametrize("family", ["bert", "deberta-v2"])
+def test_of_a_score_there_is_one_direction(family, tmp_path, monkeypatch):
+    """With labels DeBERTa gives (B,), which is no B classes: the loss is that of the same rows one by one."""
+    monkeypatch.setattr(sobolev, "directions", lambda logits: torch.ones_like(logits) / logits.shape[-1] ** 0.5)
+    student, teacher = (tiny_model(family, seed=seed, num_labels=1) for seed in (0, 3))
+    student.set_attn_implementation("eager")
+    run = run_of(tmp_path, student, teacher, rows(4, kind="regression"), per_device_eval_batch_size=4)
+    whole = run.evaluate()["eval_sobolev_loss"]
+    run.args.per_device_eval_batch_size = 1
+    assert whole == pytest.approx(run.evaluate()["eval_sobolev_loss"], rel=1e-4)
+    assert whole > 1e-10
+
+
 def test_padding_does_not_matter(tmp_path, monkeypatch):
     monkeypatch.setattr(sobolev, "directions", lambda logits: torch.ones_like(logits))
     data, found = rows(8), []

@@ -73,6 +73,29 @@ def test_what_the_teacher_predicts_decides_what_is_compared(problem, kind, tmp_p
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("family", ["bert", "deberta", "deberta-v2"])
+@pytest.mark.parametrize("kind", ["live", "several", "cached", "mutual"])
+def test_scores_are_compared_example_by_example_in_whatever_form_they_come(kind, family, tmp_path):
+    """DeBERTa gives (B,) with labels and (B, 1) without: the mean square of the B differences, and not of all B * B."""
+    student, teacher = (tiny_model(family, seed=seed, num_labels=1) for seed in (0, 3))
+    other = tiny_model("bert", seed=3, num_labels=1) if kind == "mutual" else teacher  # a peer that gives (B, 1)
+    data = rows(8, kind="regression")
+    batch = {name: torch.tensor(data[name]) for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        expected = (student(**batch).logits - other(**batch).logits).square().mean().item()
+    options = {"teacher_model": teacher}
+    if kind == "several":
+        options = {"teacher_model": [teacher, copy.deepcopy(teacher)]}
+    if kind == "cached":
+        options = {"teacher_model": hfc.cache_teacher(teacher, data, tmp_path / "cache")}
+    if kind == "mutual":
+        options = {"peers": [other]}
+    trainer_class = hfc.MutualTrainer if kind == "mutual" else hfc.DistillationTrainer
+    args = config(tmp_path, trainer_class.config_class, per_device_eval_batch_size=8)
+    trainer = trainer_class(student, args, train_dataset=data, eval_dataset=data, **options)
+    assert trainer.evaluate()["eval_soft_loss"] == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize("problem", ["multi_label_classification", "regression"])
 @pytest.mark.parametrize("task", ["tokens", "mlm", "answers", "clm", "choice"])
 def test_only_classifiers_are_told_by_the_problem_type_of_their_config(task, problem, tmp_path):

@@ -220,7 +220,9 @@ def test_head_importance_in_training_is_that_of_each_example(accumulation, tmp_p
         torch.testing.assert_close((sums / sums.norm()).double(), row / row.norm(), rtol=1e-4, atol=1e-6)
 
 
-def test_wanda_scores_weigh_by_the_norm_of_real_tokens(tmp_path):
+@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "checkpointed", "reentrant"])
+def test_wanda_scores_weigh_by_the_norm_of_real_tokens(checkpointing, tmp_path):
+    """Gradient checkpointing runs a layer twice in a step, on the same tokens."""
     model = tiny_model("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, classifier_dropout=0.0)
     reference, data = copy.deepcopy(model), rows(8)
     module = anatomy(reference).layers[2].attention.query
@@ -235,7 +237,11 @@ def test_wanda_scores_weigh_by_the_norm_of_real_tokens(tmp_path):
     number = [name for name, m in reference.named_modules() if m is module]
     original = callback.score.scores
     callback.score.scores = lambda *args: scores.append(original(*args)) or scores[-1]
-    train(tmp_path, callback, model, data=data, max_steps=1, per_device_train_batch_size=8, learning_rate=1e-9)
+    options = {} if checkpointing is None else dict(
+        gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": checkpointing}
+    )  # fmt: skip
+    options |= dict(max_steps=1, per_device_train_batch_size=8, learning_rate=1e-9)
+    train(tmp_path, callback, model, data=data, **options)
     place = [matrix.name for matrix in callback._matrices].index(number[0])
     torch.testing.assert_close(scores[place].double(), expected, rtol=1e-3, atol=1e-6)
     assert (callback.masks[number[0]].sum(1) == 16).all()

@@ -105,6 +105,28 @@ def test_running_ranges_follow_training_and_rest_in_eval():
     assert quantizer.range() == pytest.approx((-1.05, 2.9))
 
 
+@pytest.mark.parametrize("reentrant", [False, True], ids=["checkpointed", "reentrant"])
+def test_layers_that_gradient_checkpointing_runs_again_see_the_ranges_of_their_pass(reentrant):
+    """Ranges are those of one look at each batch, and so are the gradients that follow from them."""
+    quiet = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, classifier_dropout=0.0)
+    found = []
+    for is_checkpointed in (False, True):
+        model = prepare_qat(tiny_model("bert", **quiet), bits=4).train()
+        if is_checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        for seed in (1, 2):  # the second batch moves what the first one set
+            batch = tiny_batch(model, seed=seed)
+            model.zero_grad()
+            model(**batch, labels=torch.tensor([0, 1, 0])).loss.backward()
+        ranges = {n: m.input_quantizer.range() for n, m in fake_modules(model) if m.input_quantizer is not None}
+        found.append((ranges, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    (ranges, gradients), (again, gradients_again) = found
+    assert again == ranges
+    assert gradients_again.keys() == gradients.keys()
+    assert all(torch.equal(gradients_again[name], gradient) for name, gradient in gradients.items())
+
+
 def dataset(model, rows=32):
     batch = tiny_batch(model, batch=rows, length=8, padding=False)
     return Dataset.from_dict({"input_ids": batch["input_ids"].tolist(), "labels": [i % 2 for i in range(rows)]})
