@@ -27,8 +27,8 @@ from hf_compress.formats.runtimes.onnx_nodes import MICROSOFT, Nodes
 from hf_compress.formats.runtimes.onnx_products import product, rounded_inputs, way_of
 from hf_compress.formats.runtimes.onnx_rows import for_several, table_rows
 from hf_compress.formats.runtimes.onnx_session import session
-from hf_compress.formats.runtimes.readme import is_embedder
-from hf_compress.formats.runtimes.traced import Traced, sample_inputs, traced
+from hf_compress.formats.runtimes.readme import decodes, is_embedder
+from hf_compress.formats.runtimes.traced import Traced, graph, traced
 
 OPSET = 21
 PRODUCTS = "MatMul", "Gemm"
@@ -127,10 +127,10 @@ class OnnxExport:
     def __init__(self, model: PreTrainedModel, inputs: list[str] | None):
         weights = {weight.name: weight for weight in named_weights(model)}
         trace = traced(model)
-        decodes = model.can_generate() and not model.config.is_encoder_decoder
-        quantizer = PackedWeights(weights, trace, keeps_inputs=is_embedder(model), decodes=decodes) if weights else None
+        ways = dict(keeps_inputs=is_embedder(model), decodes=decodes(model))
+        quantizer = PackedWeights(weights, trace, **ways) if weights else None
         config = OnnxConfig(dynamic=True, opset_version=OPSET, quantizer=quantizer)
-        self.exported = OnnxExporter().export(trace.model, sample_inputs(trace.model, inputs), config)
+        self.exported = graph(OnnxExporter(), trace.model, inputs, config)
         forget_source(self.exported.program)
         self.products = quantizer.products if quantizer else {}
         self.folded = sorted(weights.keys() - quantizer.found) if quantizer else []

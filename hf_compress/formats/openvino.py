@@ -26,7 +26,7 @@ from hf_compress.formats.named_weight import NamedWeight, named_weights
 from hf_compress.formats.runtimes.agreement import Session
 from hf_compress.formats.runtimes.folder import write_folder
 from hf_compress.formats.runtimes.openvino_session import RUN_OPTIONS, WITHOUT_OVERFLOW, session
-from hf_compress.formats.runtimes.traced import Traced, sample_inputs, traced
+from hf_compress.formats.runtimes.traced import Traced, graph, traced
 
 DYNAMIC_GROUPS = 64, 32, 16  # the first is the fastest
 
@@ -157,7 +157,7 @@ class OpenVINOExport:
         trace = traced(model)
         quantizer = PackedWeights(weights, trace) if weights else None
         config = OpenVINOConfig(dynamic=True, quantizer=quantizer)
-        self.exported = OpenVINOExporter().export(trace.model, sample_inputs(trace.model, inputs), config)
+        self.exported = graph(OpenVINOExporter(), trace.model, inputs, config)
         self.products = quantizer.products if quantizer else {}
         self.has_ranges = any(weight.scheme.activation_range is not None for weight in weights.values())
         self.folded = sorted(weights.keys() - quantizer.nodes.keys()) if quantizer else []

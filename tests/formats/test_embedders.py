@@ -3,13 +3,15 @@
 import numpy as np
 import pytest
 import torch
+import transformers
 from helpers import tiny_model
 from runtime_models import ROWS, SMALL, run_readme, tiny_tokenizer, with_spread
 from transformers import AutoModel
 
 import hf_compress as hfc
-from hf_compress.formats.runtimes.readme import readme
+from hf_compress.formats.runtimes.readme import is_embedder, readme
 from hf_compress.model.pooling import MODES, Pooling, read_pooling, write_pooling
+from scripts.checks.family_models import CONFIGS
 
 PACKAGES = {"openvino": "openvino", "onnx": "onnxscript"}
 
@@ -59,6 +61,13 @@ def test_the_readme_pools_as_the_folder_does(mode, normalize, folder, packed, ex
     exec((lines[1] + lines[2]).partition("print(")[0], scope)
     found, pooled = torch.from_numpy(scope["vectors"]).float(), Pooling(mode, normalize)(states, mask)
     torch.testing.assert_close(found, torch.nn.functional.normalize(pooled) if normalize else pooled)
+
+
+@pytest.mark.parametrize("name", ["GPT2Model", "T5EncoderModel", "GPT2LMHeadModel", "GPT2DoubleHeadsModel", "T5Model"])
+def test_what_ends_in_model_and_has_a_head_or_a_decoder_behind_an_encoder_is_no_embedder(name):
+    kind = getattr(transformers, name)
+    model = kind(kind.config_class(**CONFIGS[kind.config_class.model_type]))
+    assert is_embedder(model) == (name in ("GPT2Model", "T5EncoderModel"))
 
 
 def test_an_embedder_with_a_map_behind_its_pooling_is_refused_before_anything_is_written(folder, packed, tmp_path):

@@ -146,8 +146,29 @@ def test_a_decoder_reads_and_goes_on(tmp_path, monkeypatch):
         for _ in range(20):
             tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], 1)
     assert np.mean(np.array(scope["tokens"]) == tokens[0].numpy()) > 0.9  # near ties may fall to the other side
+    batch = tiny_batch(model)  # beside each other, texts of different lengths end together
+    batch = {name: value.flip(1) for name, value in batch.items()}
+    positions = batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    opened, real = open_folder(tmp_path / "model"), batch["attention_mask"] > 0
+    found = torch.from_numpy(opened.run(feed(opened, batch))["logits"])
+    assert not real[1, 0] and positions[1].max() < positions[0].max()
+    torch.testing.assert_close(found[real], model(**batch).logits[real], atol=0.02, rtol=0.02)
+    assert not (tmp_path / "model" / "modules.json").exists()  # it gives logits, not vectors
     kinds = integers(tmp_path / "model")
     assert kinds.count("u8") == 4  # both tables with their zero points; the tied one is written once
+
+
+def test_layers_without_heads_or_neurons_leave(tmp_path):
+    model = with_spread(tiny_model("bert", **SMALL))
+    for name, bias in model.named_parameters():
+        torch.nn.init.normal_(bias) if name.endswith("dense.bias") else None
+    hfc.prune_neurons(hfc.prune_heads(model, {0: range(4), 1: [1]}), {0: range(20), 1: range(64)})
+    hfc.export(model, tmp_path / "model", format="openvino", tokenizer=tiny_tokenizer())
+    opened = open_folder(tmp_path / "model")
+    for length in (1, 7, 30):
+        batch = tiny_batch(model, length=length, padding=length > 6)
+        found = torch.from_numpy(opened.run(feed(opened, batch))["logits"])
+        torch.testing.assert_close(found, model(**batch).logits, atol=1e-4, rtol=1e-4)
 
 
 WHOLE = {

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_compress.formats.runtimes.readme import decodes, takes_decoder_ids
 from hf_compress.model.calibration import run_model
 from hf_compress.model.calibration_data import calibration_batches
-from hf_compress.model.inputs import example_batch, forward_arguments
+from hf_compress.model.inputs import example_batch, forward_arguments, forward_names
+from hf_compress.model.reading import num_positions
 
 TEXTS = 64
 # Root mean square of the differences over that of the outputs. Each runtime rounds inputs to 8 bit in its own way, some
@@ -49,16 +51,45 @@ def feed(session: Session, batch: Mapping[str, Tensor]) -> Arrays:
 def check_batches(
     model: PreTrainedModel, calibration: Iterable | None, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> list[dict[str, Tensor]]:
-    """64 texts: the first of `calibration`, else random tokens, half of them in rows that end in padding."""
+    """64 texts: the first of `calibration`, else random tokens, a quarter with padding, in decoders at the left."""
     if calibration is not None:
         batches = calibration_batches(calibration, model, tokenizer=tokenizer)
         rows = np.cumsum([0] + [len(batch["input_ids"]) for batch in batches])
         return [forward_arguments(model, batch) for batch, row in zip(batches, rows, strict=False) if row < TEXTS]
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 32
-    batches = [example_batch(model, sequence_length=min(length, longest)) for length in (32, 20)]
-    if "attention_mask" in batches[1] and not model.can_generate():
-        batches[1]["attention_mask"][::2, -6:] = 0
+    batches = [random_batch(model, length) for length in (32, 20)]
+    for batch in batches[1:] if "attention_mask" in batches[1] else ():
+        mask = batch["attention_mask"]
+        mask[::2, ..., slice(6) if decodes(model) else slice(-6, None)] = 0
+        if decodes(model) and "position_ids" in forward_names(model):
+            batch["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)  # as `generate` counts them
     return batches
+
+
+def random_batch(model: PreTrainedModel, tokens: int) -> dict[str, Tensor]:
+    """Random texts of so many `tokens`, fewer where the model has not as many positions; two choices an example."""
+    if model.main_input_name != "input_ids":
+        raise ValueError(f"Models of texts leave for runtimes; {type(model).__name__} takes {model.main_input_name}.")
+    batch = example_batch(model, sequence_length=min(tokens, num_positions(model) or tokens))
+    if model.config.is_encoder_decoder and not takes_decoder_ids(model):
+        batch.pop("decoder_input_ids", None)
+        if model.config.eos_token_id is not None:  # BART's and T5's classifiers read the state at the end of a text
+            batch["input_ids"][:, -1] = model.config.eos_token_id
+    if batch["input_ids"].ndim == 3:
+        return {name: value.reshape(-1, 2, value.shape[-1]) for name, value in batch.items()}
+    return batch
+
+
+@torch.no_grad()
+def check_runs(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> None:
+    """Raise ValueError where `model` itself does not run on the first two texts, as its graph will be traced."""
+    try:
+        run_model(model, {name: value[:2] for name, value in batch.items()})
+    except Exception as error:
+        shapes = {name: tuple(value[:2].shape) for name, value in batch.items()}
+        raise ValueError(
+            f"An export runs the model on texts first, and {type(model).__name__} fails on {shapes}: {reason(error)} "
+            "Nothing was written."
+        ) from error
 
 
 @torch.no_grad()
@@ -66,7 +97,7 @@ def measure_agreement(model: PreTrainedModel, session: Session, batches: Sequenc
     """For each output: the largest and the relative difference, and the share of equal classes or the mean cosine."""
     seen: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for batch in batches:
-        found = session.run(feed(session, batch))
+        found = run_session(model, session, batch)
         mask = batch.get("decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask")
         for name, expected in run_model(model, batch).items():
             if isinstance(expected, Tensor) and name in found:
@@ -76,9 +107,32 @@ def measure_agreement(model: PreTrainedModel, session: Session, batches: Sequenc
                 if mask is not None and values[0].ndim == 3 and values[0].shape[:2] == mask.shape:
                     values = tuple(value[mask.cpu().numpy() > 0] for value in values)  # real tokens
                 seen.setdefault(name, []).append(tuple(value.reshape(-1, value.shape[-1]) for value in values))
+    if not seen:
+        raise RuntimeError(
+            f"{type(model).__name__} and its graph have no output of one name, so nothing could be compared, and "
+            "nothing was kept. Export as 'plain'."
+        )
     pairs = {name: [np.concatenate(parts) for parts in zip(*values, strict=True)] for name, values in seen.items()}
     outputs = {name: compare(*pair, is_class=name.endswith("logits")) for name, pair in pairs.items()}
     return {"texts": sum(len(batch["input_ids"]) for batch in batches), "outputs": outputs}
+
+
+def run_session(model: PreTrainedModel, session: Session, batch: Mapping[str, Tensor]) -> Arrays:
+    """Raises RuntimeError, with the runtime's own reason, where the graph of `model` does not run on `batch`."""
+    try:
+        return session.run(feed(session, batch))
+    except Exception as error:  # each runtime has its own
+        shapes = {name: tuple(value.shape) for name, value in batch.items()}
+        raise RuntimeError(
+            f"The graph of {type(model).__name__} does not run on {shapes}: {reason(error)} Nothing was kept. Export "
+            "as 'plain'."
+        ) from error
+
+
+def reason(error: Exception) -> str:
+    """What `error` says, or is, in a line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:300] if lines else 'it says no more'}"
 
 
 def compare(expected: np.ndarray, found: np.ndarray, *, is_class: bool) -> dict[str, float]:

@@ -5,7 +5,7 @@ import json
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +17,15 @@ from transformers.utils import logging as transformers_logging
 
 from hf_compress.checkpoint.bits import packed_modules
 from hf_compress.files.whole import check_free, whole_folder
-from hf_compress.formats.runtimes.agreement import BOUND, Session, check_batches, first_difference, measure_agreement
+from hf_compress.formats.runtimes.agreement import (
+    BOUND,
+    Session,
+    check_batches,
+    check_runs,
+    first_difference,
+    measure_agreement,
+    reason,
+)
 from hf_compress.formats.runtimes.readme import is_embedder, readme, write_readme
 from hf_compress.layers.block_sparse import BlockSparseLinear
 from hf_compress.layers.packed_blocks import PackedBlocksLinear
@@ -62,11 +70,14 @@ def write_folder(model: PreTrainedModel, folder: Path, kind: type[Exported],
     if tokenizer is not None and not tokenizer.is_fast:
         raise ValueError("A folder for a runtime holds a tokenizer.json: this tokenizer has none. Pass a fast one.")
     lines, batches = readme(model, kind.format, tokenizer), check_batches(model, calibration, tokenizer)
+    if tokenizer is not None:
+        check_pair(tokenizer, model.get_input_embeddings().num_embeddings)
     with quiet(), in_eval(model):
+        check_runs(model, batches[-1])
         exported = kind(model, None if tokenizer is None else tokenizer.model_input_names)
-        agreement = measure_agreement(model, exported.session(), batches)
+        agreement = measure_agreement(model, loaded(model, exported.session), batches)
         check(model, exported, agreement["outputs"], batches, bound)
-        if (fast := exported.fast_session()) is not None:
+        if (fast := loaded(model, exported.fast_session)) is not None:
             agreement["on_this_processor"] = measure_agreement(model, fast, batches)["outputs"]
             check(model, exported, agreement["on_this_processor"], batches, bound)
         with whole_folder(folder) as beside:
@@ -80,6 +91,16 @@ def write_folder(model: PreTrainedModel, folder: Path, kind: type[Exported],
             contents = describe(model, exported, agreement)
             (beside / RECORD).write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
     logger.info("%s agrees with the model: %s", folder, agreement["outputs"])
+
+
+def loaded(model: PreTrainedModel, session: Callable[[], Session | None]) -> Session | None:
+    """What `session` gives. Raises RuntimeError, with the runtime's own reason, where it does not load the graph."""
+    try:
+        return session()
+    except Exception as error:  # each runtime has its own
+        raise RuntimeError(
+            f"The graph of {type(model).__name__} does not load: {reason(error)} Nothing was kept. Export as 'plain'."
+        ) from error
 
 
 def check(model: PreTrainedModel, exported: Exported, outputs: dict[str, dict], batches: list[dict],
@@ -137,6 +158,12 @@ def tokenizer_beside(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
         logger.warning("No tokenizer was given: the folder will have none. Pass `tokenizer` to make it complete.")
         return None
     return AutoTokenizer.from_pretrained(folder)
+
+
+def check_pair(tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    """Raise ValueError unless a table of so many `rows` has one for each token: runtimes read beyond its end."""
+    if (last := max(tokenizer.get_vocab().values())) >= rows:
+        raise ValueError(f"The tokenizer has a token {last}, the model {rows} rows: they are not a pair.")
 
 
 def warn_of_other_versions(tested: dict[str, str]) -> None:

@@ -10,6 +10,7 @@ import gguf
 from gguf import TokenType
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_compress.formats.runtimes.folder import check_pair
 from hf_compress.formats.runtimes.gguf_blocks import BLOCK, Matrix
 from hf_compress.formats.runtimes.gguf_tensors import as_matrix, renamed
 from hf_compress.model.anatomy import anatomy
@@ -78,9 +79,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) 
     expected = {"model": "WordPiece", "normalizer": "BertNormalizer", "pre_tokenizer": "BertPreTokenizer"}
     if parts != expected or not state["normalizer"]["lowercase"]:
         raise ValueError(f"llama.cpp's bert has {expected} in lower case; this tokenizer has {parts}.")
-    if (last := max(tokenizer.get_vocab().values())) >= model.config.vocab_size:
-        rows = model.config.vocab_size
-        raise ValueError(f"The tokenizer has a token {last}, the model {rows} rows: they are not a pair.")
+    check_pair(tokenizer, model.config.vocab_size)
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:

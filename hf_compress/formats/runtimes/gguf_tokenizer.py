@@ -8,6 +8,8 @@ import gguf
 from gguf import TokenType
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_compress.formats.runtimes.folder import check_pair
+
 logger = logging.getLogger(__name__)
 
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -37,8 +39,7 @@ def pre_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> str:
     """
     if not tokenizer.is_fast:
         raise ValueError("GGUF needs a fast tokenizer: its file says how texts are split.")
-    if (last := max(tokenizer.get_vocab().values())) >= vocabulary:
-        raise ValueError(f"The tokenizer has a token {last}, the model {vocabulary} rows: they are not a pair.")
+    check_pair(tokenizer, vocabulary)
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     pre, normalizer = state["pre_tokenizer"] or {"type": None}, state["normalizer"]
     steps = [

@@ -5,6 +5,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from hf_compress.model.pooling import pooling_of
+from hf_compress.model.reading import num_positions
 
 WITHOUT_VNNI = (
     "# 8-bit products overflow without VNNI (before Ice Lake, Zen 4): exact ones there, and where no system tells\n"
@@ -30,7 +31,7 @@ RUN = {
 WITH_TOKENIZER = """tokenizer = Tokenizer.from_file("tokenizer.json")
 tokenizer.enable_padding(pad_id={pad_id}, pad_token={pad_token!r})
 tokenizer.enable_truncation({longest})
-texts = tokenizer.encode_batch(["A fine film.", "Two hours that I shall never get back."])
+texts = tokenizer.encode_batch({texts})
 inputs = {{"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}}
 inputs = {{k: np.array([getattr(t, v) for t in texts]) for k, v in inputs.items() if k in names}}
 """
@@ -38,11 +39,24 @@ WITHOUT = """ids = np.array([[5, 6, 7, 8]])  # of the model's tokenizer, which w
 inputs = {name: np.zeros_like(ids) if name == "token_type_ids" else np.ones_like(ids) for name in names}
 inputs["input_ids"] = ids
 """
+TEXTS = '["A fine film.", "Two hours that I shall never get back."]'
+PROMPT = '["A fine film."]'
+CHOICES = (
+    "inputs = {name: value[None] for name, value in inputs.items()}  # one question, whose choices are the texts\n"
+)
+START = 'inputs["decoder_input_ids"] = np.full((len(inputs["input_ids"]), 1), {start})\n'
+WRITE = """for _ in range(20):  # no cache: the decoder reads again what it has written
+    {run}
+    new = outputs["logits"][:, -1:].argmax(-1)
+    inputs["decoder_input_ids"] = np.concatenate([inputs["decoder_input_ids"], new], 1)
+print({shown})
+"""
 LABELS = 'labels = json.load(open("config.json", encoding="utf-8"))["id2label"]\n'
 ENDINGS = {  # by the end of the class's name
     "ForSequenceClassification": LABELS + 'print([labels[str(i)] for i in outputs["logits"].argmax(-1)])\n',
     "ForTokenClassification": LABELS
     + 'print([[labels[str(i)] for i in row] for row in outputs["logits"].argmax(-1)])\n',
+    "ForMultipleChoice": 'print(outputs["logits"].argmax(-1))  # the likeliest choice\n',
     "ForMaskedLM": 'print(outputs["logits"].argmax(-1))  # the likeliest token at each place\n',
     "ForQuestionAnswering": 'print(outputs["start_logits"].argmax(-1), outputs["end_logits"].argmax(-1))  # first and '
     "last token\n",
@@ -90,12 +104,19 @@ def readme(model: PreTrainedModel, format: str, tokenizer: object | None) -> str
     if tokenizer is None:
         lines.append(WITHOUT)
     else:
-        longest = min(tokenizer.model_max_length, longest_text(model))
+        longest = min(tokenizer.model_max_length, num_positions(model) or 512)
         pad_id = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        lines.append(WITH_TOKENIZER.format(pad_id=pad_id, pad_token=tokenizer.pad_token or "", longest=longest))
-    decodes = model.can_generate() and not model.config.is_encoder_decoder
-    shown = "tokens" if tokenizer is None else "tokenizer.decode(tokens)"
-    lines += [DECODE[format], f"print({shown})"] if decodes else [RUN[format], ending(model)]
+        texts, pad_token = PROMPT if decodes(model) else TEXTS, tokenizer.pad_token or ""
+        lines.append(WITH_TOKENIZER.format(pad_id=pad_id, pad_token=pad_token, longest=longest, texts=texts))
+    lines += [DECODE[format]] if decodes(model) else prepared(model)
+    if writes_from_encoder(model):
+        ids = 'inputs["decoder_input_ids"].tolist()'
+        shown = ids if tokenizer is None else f"tokenizer.decode_batch({ids})"
+        lines.append(WRITE.format(run=RUN[format].rstrip("\n"), shown=shown))
+    elif decodes(model):
+        lines.append("print(tokens)" if tokenizer is None else "print(tokenizer.decode(tokens))")
+    else:
+        lines += [RUN[format], ending(model)]
     code = "\n".join(line.rstrip("\n") for line in lines)
     what = "OpenVINO" if format == "openvino" else "ONNX Runtime"
     packages = "openvino tokenizers" if format == "openvino" else "onnxruntime tokenizers"
@@ -105,6 +126,15 @@ def readme(model: PreTrainedModel, format: str, tokenizer: object | None) -> str
         "`hf_compress.json` says what is inside, and how far it agreed with the model that it was written from. "
         "Transformers opens the folder with `ExportedModel.from_pretrained`.\n"
     )
+
+
+def prepared(model: PreTrainedModel) -> list[str]:
+    """What becomes of the inputs first, as the model takes them."""
+    config = model.config
+    if takes_decoder_ids(model):
+        known = [getattr(config, f"{name}_token_id", None) for name in ("decoder_start", "bos", "pad")]
+        return [START.format(start=next((token for token in known if token is not None), 0))]
+    return [CHOICES] if type(model).__name__.endswith("ForMultipleChoice") else []
 
 
 def ending(model: PreTrainedModel) -> str:
@@ -123,16 +153,24 @@ def ending(model: PreTrainedModel) -> str:
 
 
 def is_embedder(model: PreTrainedModel) -> bool:
-    """Whether the states of a text are what comes out, to be pooled."""
-    return type(model).__name__.endswith("Model")
+    """Whether the states of a text are what comes out, to be pooled; of a GPT2LMHeadModel it is logits."""
+    is_headless = type(model).__name__.endswith("Model") and model.get_output_embeddings() is None
+    return is_headless and not model.config.is_encoder_decoder
 
 
-def longest_text(model: PreTrainedModel) -> int:
-    """Tokens that the model has positions for; RoBERTa's begin behind its padding."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 512
-    embeddings = getattr(model.base_model, "embeddings", None)
-    padding = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
-    return positions if padding is None else positions - padding - 1
+def writes_from_encoder(model: PreTrainedModel) -> bool:
+    """Whether it is an encoder-decoder that writes texts: its graph has no cache."""
+    return model.can_generate() and model.config.is_encoder_decoder
+
+
+def takes_decoder_ids(model: PreTrainedModel) -> bool:
+    """Whether its graph reads tokens for the decoder: classifiers make them of the text themselves."""
+    return model.config.is_encoder_decoder and (model.can_generate() or type(model).__name__.endswith("Model"))
+
+
+def decodes(model: PreTrainedModel) -> bool:
+    """Whether it writes texts with nothing but a decoder: its graph has a cache."""
+    return model.can_generate() and not model.config.is_encoder_decoder
 
 
 def write_readme(folder: Path, text: str) -> None:

@@ -10,14 +10,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers.exporters import DynamoConfig, ExportedModel
+from transformers.exporters.base import HfExporter
 from transformers.exporters.utils import decompose_for_generation
 from transformers.pytorch_utils import Conv1D
 
 from hf_compress.checkpoint.bits import packed_modules, unpack
+from hf_compress.formats.runtimes.agreement import random_batch, reason
+from hf_compress.formats.runtimes.readme import decodes
 from hf_compress.layers.block_sparse import BlockSparseLinear
-from hf_compress.model.inputs import example_batch
+from hf_compress.model.inputs import forward_names
 
 SAMPLE = 2, 16  # rows and tokens: a size of 1 would be taken for a constant
 
@@ -36,6 +40,17 @@ def key(array: np.ndarray) -> bytes:
     return repr(array.shape).encode() + digest.digest()
 
 
+class BiasLinear(nn.Linear):
+    """A linear map without inputs, of a layer that lost all its heads or neurons: its bias, wherever it is asked.
+
+    As a product over nothing OpenVINO gives whatever its memory holds.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.weight.new_zeros(self.out_features) if self.bias is None else self.bias
+        return bias.expand(*x.shape[:-1], self.out_features)
+
+
 @torch.no_grad()
 def traced(model: PreTrainedModel) -> Traced:
     """A copy of `model` without packed and block-sparse layers, and where their weights are."""
@@ -45,6 +60,8 @@ def traced(model: PreTrainedModel) -> Traced:
     for name, module in list(plain.named_modules()):
         if isinstance(module, BlockSparseLinear):
             plain.set_submodule(name, _dense(module))
+        elif type(module) is nn.Linear and module.in_features == 0:
+            module.__class__ = BiasLinear
     plain.hf_quantizer, plain.is_quantized = None, False
     plain.config.__dict__.pop("quantization_config", None)
     plain = plain.float().cpu().eval()
@@ -60,17 +77,40 @@ def traced(model: PreTrainedModel) -> Traced:
     return Traced(plain, found)
 
 
+def graph(
+    exporter: HfExporter, plain: PreTrainedModel, inputs: list[str] | None, config: DynamoConfig
+) -> ExportedModel:
+    """What `exporter` makes of `plain`. Raises ValueError, with the exporter's own reason, where it makes nothing."""
+    try:
+        return exporter.export(plain, sample_inputs(plain, inputs), config)
+    except (ImportError, MemoryError, OSError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"Transformers' exporter makes no {config.export_format} graph of {type(plain).__name__}: "
+            f"{reason(error)} Nothing was written. Export as 'plain'."
+        ) from error
+
+
 def sample_inputs(model: PreTrainedModel, inputs: list[str] | None) -> dict:
     """What `model` is traced with: random tokens, a segment for each where `inputs` (a tokenizer's) names them.
 
     Decoders get a cache with some tokens in it, so that one graph reads a prompt (over an empty cache) and goes on.
     """
     rows, tokens = SAMPLE
-    batch = {k: v[:rows] for k, v in example_batch(model, sequence_length=tokens).items()}
-    if model.can_generate() and not model.config.is_encoder_decoder:
+    batch = {k: v[:rows] for k, v in random_batch(model, tokens).items()}
+    if decodes(model):
+        if "attention_mask" in batch:
+            batch["attention_mask"][0, 0] = 0  # one of ones alone is left out, and the graph would know no padding
+        if getattr(model.config.get_text_config(), "sliding_window", None):
+            # one that drops tokens is shorter than the mask, and its window would be an input; the mask has it as well
+            batch["past_key_values"] = DynamicCache()
+        model = copy.copy(model)
+        # the model's own may be without a cache, as training leaves it, with one of a fixed size, or with several beams
+        model.generation_config = GenerationConfig(use_cache=True)
         return decompose_for_generation(model, batch, multi_token_decode=True)["decode"][1]
     has_segments = getattr(model.config, "type_vocab_size", 0) > 1 if inputs is None else "token_type_ids" in inputs
-    if has_segments:
+    if has_segments and "token_type_ids" in forward_names(model):
         batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
     return batch
 
