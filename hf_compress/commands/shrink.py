@@ -5,7 +5,7 @@ import sys
 from hf_compress.commands.parser import Parser, add_options
 from hf_compress.commands.run import command_line
 from hf_compress.recipe.data import DataOptions
-from hf_compress.recipe.options import option_fields, read_yaml
+from hf_compress.recipe.options import RecipeError, option_fields, read_yaml
 from hf_compress.recipe.recipe import REPORT_FILES
 from hf_compress.recipe.tasks.table import TASKS
 from hf_compress.report.tables import aligned, main_rows
@@ -29,7 +29,9 @@ def run(verb: str, arguments: list[str]) -> int:
 
 
 def _pair(change: str) -> tuple[str, str]:
-    name, _, value = change.partition("=")
+    name, equals, value = change.partition("=")
+    if not equals:
+        raise RecipeError(f"--set takes OPTION=VALUE, such as num_train_epochs=1, got {change!r}.")
     return name.rpartition(".")[2], value
 
 

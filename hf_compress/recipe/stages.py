@@ -1,5 +1,6 @@
 """The kinds of stages, their methods, and which options each takes."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from importlib import import_module
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from hf_compress import distillation, pruning, quantization
 from hf_compress.model.precision import has_fast_bfloat16
@@ -115,9 +117,9 @@ def make_stage(method: Method, given: Mapping[str, Any], where: str) -> Stage:
     for kind, values in zip(method.options, parts, strict=True):
         fixed = training_defaults(values) if issubclass(kind, TrainingArguments) else {}
         options.append(build(kind, values, where, **fixed))
-        for seed in (seed for seed in ("seed", "data_seed") if values.get(seed) is not None):
+        if issubclass(kind, TrainingArguments):
             try:
-                check_seed(seed, getattr(options[-1], seed))
+                check_training(options[-1], values)
             except ValueError as error:
                 raise RecipeError(f"{where}: {error}") from error
     if getattr(options[1], "cache_teacher", False) and (method.name != "soft-targets" or options[-1].hints):
@@ -144,6 +146,27 @@ def training_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
         use_cpu=not torch.accelerator.is_available(),
     )  # fmt: skip
     return {name: value for name, value in defaults.items() if name not in given}
+
+
+LEAST = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
+         "learning_rate": 0, "weight_decay": 0}  # fmt: skip
+
+
+def check_training(options: TrainingArguments, given: Mapping[str, Any]) -> None:
+    """Raise ValueError for numbers that a training fails on when it has begun, or passes over."""
+    for name in ("seed", "data_seed"):
+        if getattr(options, name) is not None:
+            check_seed(name, getattr(options, name))
+    for name, least in LEAST.items():
+        if not least <= getattr(options, name) < math.inf:
+            raise ValueError(f"{name} must be at least {least}, and a number, got {getattr(options, name)}.")
+    if "max_steps" in given and options.max_steps < 1 and options.max_steps != -1:
+        raise ValueError(f"max_steps must be at least 1, or -1 for num_train_epochs, got {options.max_steps}.")
+    if not 0 < options.num_train_epochs < math.inf:
+        raise ValueError(f"num_train_epochs must be above 0, and a number, got {options.num_train_epochs}.")
+    available = {"all", "none", *get_available_reporting_integrations()}
+    if missing := sorted(name for name in options.report_to or () if isinstance(name, str) and name not in available):
+        raise ValueError(f"report_to: {missing[0]} is not installed here, or none that Transformers knows.")
 
 
 TOGETHER = ("fine-tune", "distil", "prune", "quantize")

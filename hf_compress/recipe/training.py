@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,7 +143,21 @@ class StudentOptions:
     hidden_size: int | None = field(default=None, metadata={"help": "Width of the student."})
     intermediate_size: int | None = field(default=None, metadata={"help": "Neurons in each layer of the student."})
     num_attention_heads: int | None = field(default=None, metadata={"help": "Heads in each layer of the student."})
-    weights: str = field(default="copy", metadata={"help": "copy what fits from the teacher, or fresh."})
+    weights: str = field(
+        default="copy", metadata={"help": "Of a narrower matrix: copy its part of the teacher's, or fresh."}
+    )
+
+    def __post_init__(self):
+        sizes = {name: getattr(self, name) for name in ("hidden_size", "intermediate_size", "num_attention_heads")}
+        depth = self.num_hidden_layers
+        sizes["num_hidden_layers"] = int(depth) if depth is not None and re.fullmatch(r"-?\d+", depth) else None
+        for name, size in sizes.items():
+            if size is not None and size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}.")
+        if self.layers not in ("first", "last", "skip") and not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", self.layers):
+            raise ValueError(f"layers must be first, last, skip or numbers such as 0,2,5, got {self.layers!r}.")
+        if self.weights not in ("copy", "fresh"):
+            raise ValueError(f"weights must be copy or fresh, got {self.weights!r}.")
 
     def shape(self) -> dict[str, Any]:
         """The arguments of `make_student`; empty when the student is not to be made smaller."""

@@ -17,6 +17,7 @@ from hf_compress.formats.export import RUNTIMES, export, installed
 from hf_compress.measuring.counting import num_parameters
 from hf_compress.measuring.measure import load_model
 from hf_compress.model.anatomy import anatomy
+from hf_compress.model.reading import num_positions_of
 from hf_compress.recipe.data import DataOptions, RecipeData
 from hf_compress.recipe.evaluate import EvaluateOptions, evaluate
 from hf_compress.recipe.fingerprints import model_fingerprint
@@ -129,7 +130,14 @@ def shrink(
     task = task or task_of(model, options)
     check_wish(wish, task)
     texts = RecipeData(options, task, needs_labels=True)
+    check_tokens(tokens, model)
+    if not plan and Path(output).exists():
+        with Output(output) as place:
+            place.check([*REPORT_FILES, "shrink.json"])  # before anything is measured
     fine_tunes = texts.kind.is_trained_on_labels and not texts.fits(AutoConfig.from_pretrained(model))
+    method = {"method": Embeddings.name} if task == Embeddings.name else {}
+    trainings = [{"fine-tune": {}}] * fine_tunes + [{"distil": method}]
+    Recipe(_changed(trainings, changes), seed=seed)  # says which changes cannot be
     parts = layer_sizes(load_for(texts, model), texts, model) if task == Embeddings.name else None
     times = _times(texts, model, runtime, tokens) if wish.is_of_time else None
     target = first_target(wish, times)
@@ -175,6 +183,13 @@ def shrink(
 
 def _times(texts: RecipeData, model: str | Path, runtime: str, tokens: int) -> MeasuredTimes:
     return measured_times(load_for(texts, model, fresh_head=True), texts.tokenizer(model), runtime, tokens=tokens)
+
+
+def check_tokens(tokens: int, model: str | Path) -> None:
+    """Raise RecipeError for a text that the model does not read."""
+    longest = num_positions_of(AutoConfig.from_pretrained(model)) or tokens
+    if not 1 <= tokens <= longest:
+        raise RecipeError(f"tokens must lie between 1 and {longest}, which is what {model} reads, got {tokens}.")
 
 
 def check_wish(wish: Wish, task: str) -> None:

@@ -1,5 +1,6 @@
 """What was asked for: one figure, and whether a model has it."""
 
+import math
 from dataclasses import dataclass
 
 from hf_compress.recipe.options import RecipeError
@@ -30,7 +31,7 @@ class Wish:
             )
         ((kind, value),) = given.items()
         least = 1.0 if kind == "speedup" else 0.0
-        if not value > least:
+        if not least < value < math.inf:
             raise RecipeError(f"{kind} is {KINDS[kind]}, above {least:g}: got {value:g}.")
         return Wish(kind, float(value))
 

@@ -192,3 +192,23 @@ def test_an_unknown_task_is_named(given, tmp_path):
     model, data = given
     with pytest.raises(RecipeError, match="'token-clasification' is not known. Did you mean 'token-classification'"):
         hfc.shrink(model, data, output=tmp_path / "out", size_mb=1.0, task="token-clasification")
+
+
+@pytest.mark.parametrize("more, message", [
+    (["--set", "num_train_epoch=1"], "the option 'num_train_epoch' is not known. Did you mean 'num_train_epochs'?"),
+    (["--set", "num_train_epochs"], "--set takes OPTION=VALUE, such as num_train_epochs=1, got 'num_train_epochs'"),
+    (["--set", "max_steps=0"], "max_steps must be at least 1"),
+    (["--tokens", "0"], "tokens must lie between 1 and 64"), (["--tokens", "65"], "tokens must lie between 1 and 64"),
+    (["--seed", "-1"], "seed must lie between 0 and"), (["--speedup", "inf"], "speedup is times as fast"),
+    ([], "which hf_compress did not write there"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip
+def test_what_cannot_be_is_told_before_anything_is_measured(more, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shrinking, "measured_times", lambda *args, **kwargs: pytest.fail("measured"))
+    model, data = tiny_folder(tmp_path / "model"), reviews(tmp_path / "reviews.csv")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x", encoding="utf-8")
+    wish = [] if "--speedup" in more else ["--speedup", "2"]
+    command = ["shrink", str(model), "--data", str(data), "--output", str(tmp_path / ("o" if more else "mine"))]
+    assert main([*command, *wish, *more]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "o").exists()
