@@ -34,6 +34,7 @@ from hf_compress.training.callback import is_recomputing
 from hf_compress.training.progress import progress_bar
 from hf_compress.training.shards import whole, write_
 
+ONLY_ZEROS = SMALLEST_RANGE / 4  # the upper end of a range that has seen nothing else
 RANGE_MOMENTUM = 0.95  # running activation ranges keep this share of what they were
 
 
@@ -209,7 +210,8 @@ class WeightQuantizer(nn.Module):
 class ActivationQuantizer(nn.Module):
     """8-bit inputs of a layer: a running range of what it saw in training, or (`dynamic`) each token's own.
 
-    While `is_shared` the range is that of what all ranks see, which have to compute the layer together.
+    While `is_shared` the range is that of what all ranks see, which have to compute the layer together. Inputs that
+    were all zero, as behind heads without values, have no range: they stay as they are.
     """
 
     is_shared = False
@@ -225,8 +227,8 @@ class ActivationQuantizer(nn.Module):
             return round_per_token(x)
         if self.training and (x.numel() or self.is_shared) and not is_recomputing():
             self.observe(x.detach())
-        low, high = self.range()
-        return x if high - low < SMALLEST_RANGE else round_to_range(x, low, high)  # as it is: nothing seen yet
+        limits = self.range()
+        return x if limits is None else round_to_range(x, *limits)
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
@@ -242,12 +244,20 @@ class ActivationQuantizer(nn.Module):
                 f"The inputs of {self.name} reach from {float(low):g} to {float(high):g}: 8 bits hold no more than "
                 f"{LARGEST_INPUT:g}, and no NaN. Check the model on this data, or train with activation_bits=None."
             )
+        high = torch.where(high > low, high, ONLY_ZEROS)
         keep = RANGE_MOMENTUM if self.high - self.low >= SMALLEST_RANGE else 0.0
         self.low.mul_(keep).add_((1 - keep) * low)
         self.high.mul_(keep).add_((1 - keep) * high)
 
+    @property
+    def has_seen(self) -> bool:
+        """Whether there was any input, of zeros too."""
+        return bool(self.high > self.low)
+
     def range(self) -> tuple[float, float] | None:
-        return None if self.dynamic else (float(self.low), float(self.high))
+        """The ends, or None where each token has its own, and where there was nothing but zeros yet."""
+        low, high = float(self.low), float(self.high)
+        return None if self.dynamic or high - low < SMALLEST_RANGE else (low, high)
 
 
 @torch.no_grad()

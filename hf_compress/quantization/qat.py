@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_compress.layers.scheme import SMALLEST_RANGE
 from hf_compress.model.anatomy import anatomy, is_readable, matrix, out_features
 from hf_compress.model.classes import ModelT, made_class
 from hf_compress.model.record import read_part
@@ -51,8 +50,7 @@ class Quantizers:
         return self.inputs is not None and self.inputs.dynamic
 
     def check(self, name: str) -> None:
-        limits = None if self.inputs is None else self.inputs.range()
-        if limits is not None and limits[1] - limits[0] < SMALLEST_RANGE:
+        if self.inputs is not None and not (self.inputs.dynamic or self.inputs.has_seen):
             raise ValueError(f"{name} has no activation range yet: train, or run some batches in train mode.")
 
     def select(self, transaction: Transaction, rows: Sequence[int] | None, columns: Sequence[int] | None) -> None:
@@ -70,7 +68,8 @@ class Quantizers:
         delattr(module, FORM)
 
     def stored(self, module: nn.Module) -> nn.Module:
-        activation = {} if self.inputs is None else {"activation_bits": 8, "activation_range": self.inputs.range()}
+        limits = None if self.inputs is None else self.inputs.range()
+        activation = {"activation_bits": 8, "activation_range": limits} if limits or self.hears_all else {}
         return self.weights.stored(module, **activation)
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from helpers import tiny_batch, tiny_model
+from silence import logits
 
 import hf_compress as hfc
 from hf_compress.engines.rounding import grid_of_range
@@ -66,3 +67,19 @@ def test_inputs_that_are_all_but_zero_have_no_range_yet():
     assert torch.equal(quantizer(x), x)
     assert torch.equal(quantizer(x[:0]), x[:0])
     assert quantizer(torch.ones(2, 3)).eq(1).all()
+
+
+def test_a_map_that_saw_nothing_but_zeros_is_packed_and_leaves_its_inputs_as_they_are(tmp_path):
+    """As behind heads that an earlier pruning silenced: refused only when the training was over."""
+    model = tiny_model("bert").double()
+    value = model.bert.encoder.layer[0].attention.self.value.requires_grad_(False)
+    value.weight.zero_(), value.bias.zero_()
+    hfc.prepare_qat(model.train(), 4, embedding_bits=None)
+    model(**tiny_batch(model))
+    expected = logits(model.eval())
+    hfc.finish(model).save_pretrained(tmp_path)
+    assert model.bert.encoder.layer[0].attention.output.dense.scheme == WeightScheme(4)
+    assert model.bert.encoder.layer[1].attention.output.dense.scheme.activation_bits == 8
+    loaded = type(model).from_pretrained(tmp_path, dtype=torch.float64)
+    for finished in (model, loaded):
+        torch.testing.assert_close(logits(finished), expected, rtol=0, atol=1e-9)
