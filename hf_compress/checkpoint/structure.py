@@ -89,13 +89,14 @@ def prepare(model: nn.Module, part: dict[str, Any]) -> None:
     if "shapes" in part or "attributes" in part:
         fit_head_biases(model)
         check_fit(model)
-    for stored, rank in _entries(part, "ranks"):
-        if (name := _find(model, stored, names)) is not None:
+    ranks = dict(_entries(part, "ranks"))
+    of_tables = {ranks[n] for n in ranks if isinstance(_module(model, n, names), nn.Embedding)}
+    for stored, rank in ranks.items():  # a head that was tied to a table may stay behind, in a model of another task
+        if (name := _find(model, stored, names, may_lack=rank in of_tables)) is not None:
             prepare_low_rank(stored, model.get_submodule(name), rank)
     for stored, other in _entries(part, "shared"):
         if (name := _find(model, stored, names)) is not None:
-            owner = find_name(model, other, names)
-            prepare_shared(stored, model.get_submodule(name), other, owner and model.get_submodule(owner))
+            prepare_shared(stored, model.get_submodule(name), other, _module(model, other, names))
     if "ranks" in part:
         retie_low_rank(model)
     if "layers" in part:
@@ -185,11 +186,16 @@ def check_tensors(model: nn.Module, part: dict[str, Any], files: list[str]) -> N
                     )
 
 
-def _find(model: nn.Module, stored: str, names: set[str]) -> str | None:
+def _module(model: nn.Module, stored: str, names: set[str]) -> nn.Module | None:
+    name = find_name(model, stored, names)
+    return None if name is None else model.get_submodule(name)
+
+
+def _find(model: nn.Module, stored: str, names: set[str], *, may_lack: bool = False) -> str | None:
     """The name of a recorded module; None if it belongs to a part that this class of the family does not have."""
     name = find_name(model, stored, names)
     architectures = getattr(model.config, "architectures", None) or [type(model).__name__]
-    if name is None and type(model).__name__ in architectures:
+    if name is None and not may_lack and type(model).__name__ in architectures:
         raise ValueError(f"structure: {type(model).__name__} has no module {stored!r}; the record is of another model.")
     return name
 

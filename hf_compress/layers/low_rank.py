@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from hf_compress.layers.sentinel import Sentinel
@@ -47,6 +48,12 @@ class SharedLowRankLinear(LowRankLinear):
     @property
     def projection(self) -> nn.Parameter:
         return self.owner[0].projection
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_meta or not self.projection.is_meta:
+            return super().forward(x)
+        with align_module_device(self.owner[0], x.device):  # what accelerate keeps on disk or CPU comes for its own map
+            return super().forward(x)
 
 
 def share_projection(module: LowRankLinear, owner: LowRankLinear) -> None:

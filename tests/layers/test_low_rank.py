@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from helpers import TASKS, tiny_batch, tiny_model
 from silence import logits
+from transformers import AutoModel, AutoModelForSequenceClassification
 
 import hf_compress as hfc
 from hf_compress.layers.low_rank import LowRankEmbedding, LowRankLinear, factors
@@ -89,6 +91,26 @@ def test_merging_into_the_product_is_refused_not_lost():
         model.get_input_embeddings().weight.data += 1
 
 
+@pytest.mark.parametrize("family, tables", [("bert", "bert.embeddings"), ("llama", "model.embed_tokens")])
+@pytest.mark.parametrize("where", ["disk", "a map", "cpu_offload"])
+def test_a_shared_projection_comes_from_wherever_its_owner_keeps_it(family, tables, where, tmp_path):
+    """Its owner had put it away again by the time that the other maps ran: they multiplied by what memory held."""
+    model = hfc.factorise(tiny_model(family), rank=6, shared=True)
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "model")
+    if where == "cpu_offload":
+        offloaded = cpu_offload(type(model).from_pretrained(tmp_path / "model"), torch.device("cpu"))
+    else:
+        parts = {name: module for name, module in model.named_modules() if not any(module.children())}
+        owners = {name for name, module in parts.items() if "projection" in module._parameters}
+        away = (set(parts) if where == "disk" else owners) - {tables}
+        device_map = {name: "disk" if name in away else "cpu" for name in parts}
+        options = {"device_map": device_map, "offload_folder": tmp_path / "away"}
+        offloaded = type(model).from_pretrained(tmp_path / "model", **options)
+    with torch.no_grad():
+        assert torch.equal(offloaded(**tiny_batch(model)).logits, expected)
+
+
 @pytest.mark.parametrize("ranks, message", [
     ({"embeddings.word_embeddings": 33}, "beyond its shape"),
     ({"embeddings.word_embeddings": 0}, "at least 1"),
@@ -102,6 +124,23 @@ def test_bad_ranks_in_a_file_are_refused(ranks, message, tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=message):
         TASKS["classification"].from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("family, task", [("bert", "mlm"), ("llama", "clm"), ("bart", "seq2seq")])
+@pytest.mark.parametrize("kind", [AutoModel, AutoModelForSequenceClassification])
+def test_a_model_of_another_task_is_saved_and_opened_without_the_tied_head(family, task, kind, tmp_path):
+    """Its record still tells of the head that shared the table's factors."""
+    model = tiny_model(family, task, tie_word_embeddings=True)
+    hfc.factorise_embeddings(model, 8).save_pretrained(tmp_path / "language")
+    other = kind.from_pretrained(tmp_path / "language")
+    model.base_model.save_pretrained(tmp_path / "backbone")
+    other.save_pretrained(tmp_path / "saved")
+    ids = torch.tensor([[5, 6, 7, model.config.eos_token_id or 8]])
+    for again in (type(other).from_pretrained(tmp_path / "saved"), AutoModel.from_pretrained(tmp_path / "backbone")):
+        expected = other if type(again) is type(other) else model.base_model
+        with torch.no_grad():
+            found, sought = again.eval()(ids)[0], expected.eval()(ids)[0]
+            torch.testing.assert_close(found, sought, rtol=0, atol=1e-6)  # products go by the memory's alignment
 
 
 @pytest.mark.parametrize("family", ["bert", "bart"])
