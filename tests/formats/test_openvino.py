@@ -27,7 +27,7 @@ from hf_compress.engines.processor import has_int8
 ov = pytest.importorskip("openvino")
 
 from hf_compress.formats.named_weight import named_weights  # noqa: E402
-from hf_compress.formats.openvino import dynamic_group, fake_quantize, round_tokens  # noqa: E402
+from hf_compress.formats.openvino import dynamic_group, fake_quantize, round_tokens, weight_nodes  # noqa: E402
 from hf_compress.formats.runtimes import openvino_session  # noqa: E402
 from hf_compress.formats.runtimes.agreement import feed  # noqa: E402
 from hf_compress.formats.runtimes.openvino_session import WITHOUT_OVERFLOW, core, open_folder  # noqa: E402
@@ -244,6 +244,21 @@ def test_the_group_of_inputs_fits_every_weight():
     assert group(bits=4, group_size=16) == 16
     assert group(bits=4, group_size=8) == 0
     assert dynamic_group({}) == 0
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_rows_of_an_odd_number_of_columns_are_multiplied_right(symmetric):
+    model, name = (
+        with_spread(tiny_model("bert", **{**SMALL, "intermediate_size": 43})),
+        "bert.encoder.layer.0.output.dense",
+    )
+    weight = next(named_weights(hfc.quantize(model, {name: 4}, group_size=-1, symmetric=symmetric)))
+    source = ov.opset13.parameter([-1, 43], np.float32)
+    product = ov.opset13.matmul(source, weight_nodes(weight), False, True)
+    x = torch.randn(24, 43, generator=torch.Generator().manual_seed(0))
+    found = core().compile_model(ov.Model([product], [source]), "CPU", WITHOUT_OVERFLOW)(x.numpy())[0]
+    expected = x @ model.get_submodule(name).dequantize(torch.float32).T
+    torch.testing.assert_close(torch.from_numpy(found), expected, atol=0.05, rtol=0.05)  # inputs may be rounded
 
 
 def test_what_has_no_place_is_refused_before_anything_is_written(tmp_path, classifier, monkeypatch):
