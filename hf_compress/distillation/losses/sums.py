@@ -13,9 +13,7 @@ from torch import Tensor
 from hf_compress.engines.ops import kl_from_logits
 
 Unit = Literal["example", "token", "label", "prediction"]
-NO_PROBABILITY = (
-    -9e3
-)  # no logit of a model is below it, but what stands for nothing: padding, classes that a cache lacks
+NO_PROBABILITY = -9e3  # below it lies no logit, only what stands for nothing: padding, classes that a cache lacks
 
 
 class Loss(NamedTuple):
