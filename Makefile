@@ -8,7 +8,7 @@ TEACHER ?=
 DATASET ?=
 ARGS ?=
 
-.PHONY: demo test test-long gpu check style clean
+.PHONY: demo test test-long gpu check lint types structure gate style clean
 .DEFAULT_GOAL := help
 
 help:  ## what can be made
@@ -33,13 +33,21 @@ test-long: $(INSTALLED)  ## everything that needs no GPU
 gpu: $(INSTALLED)  ## tests, tiles and speeds of the kernels on the GPU that is there; without one it says so
 	$(BIN)/python scripts/checks/device.py $(ARGS)
 
-check: $(INSTALLED)  ## lint, format, types of the public names, import direction, compiled kernels, the products on this CPU
+check: lint types structure gate  ## lint, format, types of the public names, import direction, compiled kernels, the products on this CPU
+	$(BIN)/python scripts/checks/engines.py --short
+
+lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)
 	$(BIN)/mypy
+
+structure: $(INSTALLED)
 	$(BIN)/python -m pytest tests/test_project.py
+
+gate: $(INSTALLED)
 	$(BIN)/python scripts/checks/static_gate.py --short
-	$(BIN)/python scripts/checks/engines.py --short
 
 style: $(INSTALLED)  ## format and fix
 	$(BIN)/ruff check --fix .

@@ -37,12 +37,12 @@ from hf_compress.layers.scheme import WeightScheme  # noqa: E402
 from hf_compress.measuring.measure import device_name  # noqa: E402
 from hf_compress.quantization.grids import round_to_nearest  # noqa: E402
 
-CAPS = {  # name: what oneDNN and ATen are held to, and the flag of `torch.cpu` that the processor needs for it
+CAPS = {  # name: what oneDNN and ATen are held to, and the flag of `torch.cpu` of what that takes away
     "none": ({}, None),
-    "AVX512_CORE_BF16": ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}, "_is_avx512_bf16_supported"),
-    "AVX512_CORE_VNNI": ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"}, "_is_vnni_supported"),
-    "AVX512_CORE": ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}, "_is_avx512_supported"),
-    "AVX2": ({"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}, "_is_avx2_supported"),
+    "AVX512_CORE_BF16": ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}, "_is_amx_tile_supported"),
+    "AVX512_CORE_VNNI": ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"}, "_is_avx512_bf16_supported"),
+    "AVX512_CORE": ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}, "_is_vnni_supported"),
+    "AVX2": ({"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}, "_is_avx512_supported"),
 }
 SHAPES = {
     "MiniLM": [(384, 384), (1536, 384), (384, 1536)],
@@ -190,7 +190,7 @@ def run_here(args: argparse.Namespace) -> None:
 
 
 def possible_caps() -> list[str]:
-    """Caps that change something here: those whose instructions the processor has."""
+    """Caps that change something here: those that take away what the processor has."""
     return [name for name, (_, flag) in CAPS.items() if flag is None or getattr(torch.cpu, flag, bool)()]
 
 
@@ -227,7 +227,9 @@ def report(cap: str, rows: list[dict]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="Two shapes, float32 inputs, up to 128 tokens.")
-    parser.add_argument("--caps", nargs="+", choices=CAPS, help="Only these; by default all that the processor has.")
+    parser.add_argument(
+        "--caps", nargs="+", choices=CAPS, help="Only these; by default all that change something here."
+    )
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     run = run_here if args.here else check_caps

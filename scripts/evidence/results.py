@@ -4,6 +4,7 @@ import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,15 @@ def difference(reference: Row, candidate: Row, *, draws: int = DRAWS) -> Interva
 def crossed_interval(values: Tensor, *, draws: int = DRAWS, seed: int = 0) -> Interval:
     """The mean of values (seeds, texts), and its percentile interval when rows and columns are drawn again."""
     S, n = values.shape
+    of_seeds, of_texts = _counts(S, n, draws, seed)
+    drawn = ((of_seeds @ values) * of_texts).sum(1) / (S * n)
+    low, high = torch.quantile(drawn, torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
+    return Interval(values.mean().item(), low, high)
+
+
+@lru_cache(maxsize=3)  # 48 MB for 1,500 texts, and the same for every pair of rows
+def _counts(S: int, n: int, draws: int, seed: int) -> tuple[Tensor, Tensor]:
+    """How often each of S seeds and of n texts is drawn, (draws, S) and (draws, n)."""
     generator = torch.Generator().manual_seed(seed)
 
     def counts(size: int) -> Tensor:
@@ -151,6 +161,4 @@ def crossed_interval(values: Tensor, *, draws: int = DRAWS, seed: int = 0) -> In
         ones = torch.ones(draws, size, dtype=torch.double)
         return torch.zeros(draws, size, dtype=torch.double).scatter_add_(1, chosen, ones)
 
-    drawn = ((counts(S) @ values) * counts(n)).sum(1) / (S * n)
-    low, high = torch.quantile(drawn, torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
-    return Interval(values.mean().item(), low, high)
+    return counts(S), counts(n)

@@ -70,12 +70,15 @@ FAMILIES = [("bert", Pooling("cls", normalize=False)), ("mpnet", Pooling("mean")
 def test_one_command_distils_an_embedder(family, pooling, texts, tmp_path, capsys):
     teacher = embedder(tmp_path, family, pooling)
     command = ["distil", "--task", "embeddings", "--model", str(teacher), "--data", str(texts), "--num_hidden_layers",
-               "1/2", "--evaluate", "--max_length", "16", "--output", str(tmp_path / "out"), *words(TRAIN)]  # fmt: skip
+               "1/2", "--max_length", "16", "--output", str(tmp_path / "out"), *words(TRAIN)]  # fmt: skip
+    command += ["--evaluate"] * (family == "mpnet")  # half of the time
     assert main(command) == 0, capsys.readouterr().err
-    assert "rank correlation of cosines" in capsys.readouterr().out
     student = tmp_path / "out" / "model"
     assert AutoModel.from_pretrained(student).config.num_hidden_layers == 2
     assert read_vectors(student) == (pooling or Pooling(), None)
+    if family != "mpnet":
+        return
+    assert "rank correlation of cosines" in capsys.readouterr().out
     report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
     first, second = report["entries"]
     assert first["seed_qualities"][0] == pytest.approx(1.0) and second["seed_qualities"][0] < 1
