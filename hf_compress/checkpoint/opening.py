@@ -85,8 +85,11 @@ def check_files(folder: Path) -> None:
             f"{MEND}"
         )
     for name in (name for name in names if name.endswith(WEIGHTS[-1])):
-        told = json.loads((folder / name).read_text(encoding="utf-8"))
-        parts = set(told.get("weight_map", {}).values())
+        try:
+            told = json.loads((folder / name).read_text(encoding="utf-8"))
+            parts = {str(part) for part in told["weight_map"].values()}
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"{folder / name} names no files: it is damaged, or not wholly there.") from error
         if gone := sorted(part for part in parts if not (folder / part).is_file()):
             raise ValueError(f"{folder} lacks {gone[0]}, one of {len(parts)} files of its weights ({len(gone)} such).")
     for name in (name for name in names if name.endswith(WEIGHTS[0])):

@@ -95,9 +95,8 @@ def constant(values: np.ndarray, kind: ov.Type | None = None) -> ov.Node:
 def weight_nodes(weight: NamedWeight) -> ov.Node:
     """Nodes that give W (N, K), float32, from the stored integers."""
     (N, K), G = weight.q.shape, weight.num_groups
-    is_wide = (
-        weight.scheme.bits == 8 or weight.group_size % 2 == 1
-    )  # rows of an odd number of u4 are multiplied wrongly
+    is_odd = weight.group_size % 2 == 1  # rows of an odd number of u4 are multiplied wrongly
+    is_wide = weight.scheme.bits == 8 or is_odd
     shape, of_groups = ((N, G, K // G), (N, G, 1)) if G > 1 else ((N, K), (N, 1))
     scales = weight.scales.reshape(of_groups)
     if G == 1 and not weight.is_table:  # a scale a row takes little room, and products of integers want float32

@@ -18,15 +18,14 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
 
-from gptq import TEXTS, evaluate, ordinary_checkpoint, windows  # noqa: E402
-from scales import dataset, rows_of, shuffled  # noqa: E402
+from gptq import TEXTS, evaluate, windows  # noqa: E402
+from scales import begin, dataset, rows_of, shuffled  # noqa: E402
 
 import hf_compress as hfc  # noqa: E402
-from hf_compress.measuring.measure import device_name, versions  # noqa: E402
 from hf_compress.model.precision import has_fast_bfloat16  # noqa: E402
 from hf_compress.training.resume import last_complete_checkpoint  # noqa: E402
 
@@ -84,13 +83,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=12, help="Of 512 tokens, of each evaluated text.")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    args.output.mkdir(parents=True, exist_ok=True)
-    told = ", ".join(f"{name} {number}" for name, number in versions().items())
-    print(f"{device_name(torch.device('cpu'))}, {args.threads} thread(s), {told}", flush=True)
-
-    source = ordinary_checkpoint(args.output / "model")
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    source, tokenizer = begin(args)
     teacher = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     text = shuffled(rows_of(tokenizer, args.texts / "brown.txt", args.length))
     rows = dataset(text[: args.steps * args.batch])

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
 
@@ -117,6 +117,16 @@ def stored_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
+def begin(args: argparse.Namespace) -> tuple[Path, PreTrainedTokenizerBase]:
+    """The model's folder and its tokenizer; tells the machine, and holds PyTorch to `args.threads`."""
+    torch.set_num_threads(args.threads)
+    args.output.mkdir(parents=True, exist_ok=True)
+    told = ", ".join(f"{name} {number}" for name, number in versions().items())
+    print(f"{device_name(torch.device('cpu'))}, {args.threads} thread(s), {told}", flush=True)
+    source = ordinary_checkpoint(args.output / "model")
+    return source, AutoTokenizer.from_pretrained(source)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", type=Path, required=True, help="Folder written by prepare_texts.py.")
@@ -134,13 +144,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=WINDOWS, help="Of 512 tokens, of each evaluated text; 0: none.")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    args.output.mkdir(parents=True, exist_ok=True)
-    told = ", ".join(f"{name} {number}" for name, number in versions().items())
-    print(f"{device_name(torch.device('cpu'))}, {args.threads} thread(s), {told}", flush=True)
-
-    source = ordinary_checkpoint(args.output / "model")
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    source, tokenizer = begin(args)
     started = quantized(args, source, tokenizer)
     trained = distilled(args, source, started, tokenizer) if args.steps else started
     if not args.windows:

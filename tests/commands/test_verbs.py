@@ -109,6 +109,10 @@ def not_a_number(tensors):
     return {**tensors, name: tensors[name] * float("nan")}
 
 
+def index(folder, text):
+    (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
 NO_MODELS = {  # what happened to a folder -> what is said
     "adapter": (lambda f: only(f, "adapter_config.json", b"{}"), "It is an adapter of PEFT: merge it into its model"),
     "gguf": (lambda f: only(f, "model.gguf"), "A GGUF file is of llama.cpp and is not read here"),
@@ -123,9 +127,11 @@ NO_MODELS = {  # what happened to a folder -> what is said
     "torn": (lambda f: (f / "model.safetensors").write_bytes(b"\0" * 20), "is damaged, or not wholly there"),
     "pointer": (lambda f: (f / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1"),
                 "is a pointer of Git LFS"),
-    "a shard": (lambda f: (f / "model.safetensors.index.json").write_text(
-        '{"weight_map": {"a": "b.safetensors"}}', encoding="utf-8"),
+    "a shard": (lambda f: index(f, '{"weight_map": {"a": "b.safetensors"}}'),
                 "lacks b.safetensors, one of 1 files"),
+    "torn index": (lambda f: index(f, '{"weight_'), "index.json names no files: it is damaged"),
+    "an index of nothing": (lambda f: index(f, "[]"), "index.json names no files: it is damaged"),
+    "a list of files": (lambda f: index(f, '{"weight_map": ["a"]}'), "index.json names no files: it is damaged"),
 }  # fmt: skip
 HALF = {
     "a layer less": (lambda f: weights(f, lambda t: {n: x for n, x in t.items() if "layer.1" not in n}),
