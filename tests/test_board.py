@@ -217,7 +217,7 @@ MACHINE = {"device": "A", "threads": 1, "versions": {"torch": "2"}}
 def record(method, seed, answers, kind="quantization", **more):
     own = {"subject": "s", "method": method, "kind": kind, "seed": seed, "fingerprint": "f", "recipe": "", "texts": 0}
     found = {"answers": packed(answers), "examples": len(answers), "quality": sum(answers) / len(answers)}
-    return {**own, **found, **MACHINE, **more}
+    return {**own, **found, **MACHINE, "latency": [1.0, 0.9, 1.1], **more}
 
 
 def test_the_interval_draws_texts_and_seeds():
@@ -255,14 +255,18 @@ def test_the_frontier_holds_what_none_beats():
     assert frontier(points, smaller=False) == [(4.0, 4.0)]
 
 
-def test_rows_of_machines_and_models_stand_apart():
-    own = {"kind": ""}
-    made = [record("as stored", 0, [1, 1], **own), record("a", 0, [1, 0]), record("a", 1, [1, 1], device="B")]
+def test_rows_of_models_stand_apart_and_speeds_are_those_of_one_machine():
+    own, other = {"kind": ""}, {"device": "B", "latency": [9.0, 8.0, 10.0]}
+    made = [record("as stored", 0, [1, 1], **own), record("a", 0, [1, 0]), record("a", 1, [1, 1], **other)]
     made += [record("as stored", 0, [0, 1], fingerprint="g", **own), record("a", 2, [0, 0], fingerprint="g")]
     groups = groups_of(rows_of(made))
     assert {name: [(row.method, row.seeds) for row in own] for name, own in groups.items()} == {
-        "s": [("as stored", [0]), ("a", [1]), ("a", [0])], "s-2": [("as stored", [0]), ("a", [2])]}  # fmt: skip
-    assert len({row.machine for row in groups["s"]}) == 2
+        "s": [("as stored", [0]), ("a", [0, 1])], "s-2": [("as stored", [0]), ("a", [2])]}  # fmt: skip
+    assert len(groups["s"][1].machines) == 2
+    slow, fast = (record("a", seed, [1, 1], **one) for seed, one in enumerate([{}, other]))
+    for most, expected in ((slow, slow["latency"]), (fast, [9.0, 8.0, 10.0])):
+        (row,) = rows_of([slow, fast, {**most, "seed": 2}])
+        assert [*vars(row.speed("latency")).values()] == expected and row.quality == 1.0
     with pytest.raises(RecipeError, match="not the model"):
         groups_of(rows_of(made[1:3]))
 

@@ -82,10 +82,11 @@ def add_options(parser: Parser, kind: type, title: str, *, help_all: bool = Fals
         if name in training and not _is_own(kind, name):
             inherited = inherited or parser.add_argument_group("training (options of TrainingArguments)")
             group, shown = inherited, help_all or name in USUAL
-        text = _help(field, hints[name], words.get(name)) if shown else argparse.SUPPRESS
+        hint = hints[field.name]
+        text = _help(field, hint, words.get(field.name)) if shown else argparse.SUPPRESS
         group.add_argument(
-            f"--{name}", dest=name, default=argparse.SUPPRESS, help=text, metavar=_metavar(hints[name]),
-            **({"nargs": "?", "const": "true"} if hints[name] is bool else {}),
+            f"--{name}", dest=name, default=argparse.SUPPRESS, help=text, metavar=_metavar(hint),
+            **({"nargs": "?", "const": "true"} if hint is bool else {}),
         )  # fmt: skip
 
 

@@ -18,3 +18,16 @@ METHODS = {  # name on the command line -> (module, config, trainer)
     ),  # fmt: skip
     "tinybert": ("hf_compress.distillation.methods.tinybert", "TinyBertConfig", "TinyBertTrainer"),
 }
+
+TERMS = {  # name in a recipe -> (module, class): losses that any of them may learn besides
+    "bert-emd": ("hf_compress.distillation.methods.bert_emd", "LayerTransport"),
+    "distilbert": ("hf_compress.distillation.methods.distilbert", "LastStates"),
+    "fsp": ("hf_compress.distillation.methods.fsp", "Flows"),
+    "minilm": ("hf_compress.distillation.methods.minilm", "LastRelations"),
+    "neighbour-order": ("hf_compress.distillation.methods.neighbours", "NeighbourOrder"),
+    "neighbour-probabilities": ("hf_compress.distillation.methods.neighbours", "NeighbourProbabilities"),
+    "pkd": ("hf_compress.distillation.methods.pkd", "PatientStates"),
+    "relational": ("hf_compress.distillation.methods.relational", "ExampleRelations"),
+    "sobolev": ("hf_compress.distillation.sobolev", "InputGradients"),
+    "tinybert": ("hf_compress.distillation.methods.tinybert", "TinyBertLayers"),
+}

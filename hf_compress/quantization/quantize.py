@@ -106,13 +106,7 @@ def quantize(
         _check_static(activation_bits, calibration, options)
     if method == "rtn" and calibration is not None and any(p.is_meta for p in model.parameters()):
         raise ValueError("Calibration runs the whole model in memory, and some of this one is on disk.")
-    if bias_correction and grid not in CODEBOOKS:
-        raise ValueError(f"bias_correction moves the levels of a codebook: use one of {sorted(CODEBOOKS)} as grid.")
-    if grid not in ("uniform", *CODEBOOKS) or (grid != "uniform" and (method != "rtn" or symmetric or activation_bits)):
-        raise ValueError(
-            f"grid must be 'uniform' or, with method='rtn' and without symmetric and activation_bits, one of "
-            f"{sorted(CODEBOOKS)}; got {grid!r}."
-        )
+    check_grid(grid, method, symmetric=symmetric, activation_bits=activation_bits, bias_correction=bias_correction)
     check_finished(model, "quantize")
     if any(packed_modules(model)):
         raise ValueError("The model is quantized already. Call `model.dequantize()` first, or load the original.")
@@ -166,6 +160,17 @@ def quantize(
     settle_bits(model)
     finish_offloaded(model)
     return model
+
+
+def check_grid(grid: str, method: str, *, symmetric: bool, activation_bits: int | None, bias_correction: bool) -> None:
+    """Raise ValueError for a grid that is not known, or that does not go with the rest of `quantize`."""
+    if bias_correction and grid not in CODEBOOKS:
+        raise ValueError(f"bias_correction moves the levels of a codebook: use one of {sorted(CODEBOOKS)} as grid.")
+    if grid not in ("uniform", *CODEBOOKS) or (grid != "uniform" and (method != "rtn" or symmetric or activation_bits)):
+        raise ValueError(
+            f"grid must be 'uniform' or, with method='rtn' and without symmetric and activation_bits, one of "
+            f"{sorted(CODEBOOKS)}; got {grid!r}."
+        )
 
 
 def _check_static(activation_bits: int | None, calibration: Iterable | None, options: BlockOptions | None) -> None:

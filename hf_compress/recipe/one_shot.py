@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -15,6 +16,7 @@ from hf_compress.pruning.low_rank import factorise
 from hf_compress.pruning.one_shot import prune_weights
 from hf_compress.pruning.targets import StructureTimes, prune_to_size, prune_to_time
 from hf_compress.surgery import prune_heads, prune_layers, prune_neurons
+from hf_compress.surgery.merging import merge_neurons
 from hf_compress.surgery.tokenizer import used_tokens
 from hf_compress.surgery.vocabulary import prune_vocabulary
 
@@ -42,6 +44,14 @@ class StructureOptions:
     layers: float = field(default=0.0, metadata={"help": "Share of the layers that goes, evenly spread, 0 to 1."})
     heads: float = field(default=0.0, metadata={"help": "Share of each layer's heads that goes, 0 to below 1."})
     neurons: float = field(default=0.0, metadata={"help": "Share of each layer's neurons that goes, 0 to below 1."})
+    head_score: Literal["gradient", "confidence"] = field(
+        default="gradient", metadata={"help": "By which heads go: gradient or confidence."}
+    )
+    neuron_score: Literal["gradient", "entropy", "output_norm", "input_norm", "merging"] = field(
+        default="gradient",
+        metadata={"help": "By which neurons go: gradient, entropy, output_norm, input_norm; merging adds those that go "
+                          "to their likes."},
+    )  # fmt: skip
     scoring_examples: int = field(default=256, metadata={"help": "Training examples that importance is measured on."})
     scoring_batch_size: int = field(default=32, metadata={"help": "Examples that are scored at once."})
 
@@ -54,26 +64,33 @@ class StructureOptions:
 
     @property
     def needs_texts(self) -> bool:
-        return bool(self.heads or self.neurons)
+        return bool(self.heads) or bool(self.neurons) and self.neuron_score in ("gradient", "entropy")
 
     def apply(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: Samples):
         parts = anatomy(model)
         if self.layers and len(parts.stacks) > 1:
             raise ValueError("layers: a model with encoder and decoder is cut with the method `layers`, which trains.")
         keep = every_other(len(parts.layers), self.layers) if self.layers else range(len(parts.layers))
-        scores = {}
-        for kind, measured in (("heads", head_importance), ("neurons", neuron_importance)):
-            if getattr(self, kind):
-                scores[kind] = measured(model, samples.loader(self.scoring_examples, self.scoring_batch_size))
+        merges = self.neuron_score == "merging"
+        loader = samples.loader(self.scoring_examples, self.scoring_batch_size) if self.needs_texts else None
+        heads = neurons = None  # scores are those of the whole model
+        if self.heads:
+            heads = head_importance(model, loader, method=self.head_score)
+        if self.neurons and not merges:
+            neurons = neuron_importance(model, loader, method=self.neuron_score)
         if self.layers:
             prune_layers(model, keep)
-        for kind, cut in (("heads", prune_heads), ("neurons", prune_neurons)):
-            if kind in scores:
-                cut(model, self._least(scores[kind], keep, getattr(self, kind)))
+        if heads is not None:
+            prune_heads(model, self._least(heads, keep, self.heads))
+        if neurons is not None:
+            prune_neurons(model, self._least(neurons, keep, self.neurons))
+        elif self.neurons:
+            widths = [layer.feed_forward.num_neurons for layer in anatomy(model).layers]
+            merge_neurons(model, {i: int(self.neurons * width) for i, width in enumerate(widths)})
         return model, tokenizer
 
     @staticmethod
-    def _least(scores, keep: Iterable[int], share: float) -> dict[int, list[int]]:
+    def _least(scores: Tensor, keep: Iterable[int], share: float) -> dict[int, list[int]]:
         gone = {}
         for new, old in enumerate(keep):
             known = scores[old][~scores[old].isnan()]

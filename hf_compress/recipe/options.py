@@ -101,8 +101,10 @@ def split_options(given: Mapping[str, Any], classes: Sequence[type], where: str)
 
 
 def option_fields(kind: type) -> dict[str, Field]:
-    """The options of a dataclass; where checkpoints go is the recipe's to say."""
-    return {field.name: field for field in fields(kind) if field.init and field.name != "output_dir"}
+    """The options of a dataclass by their names in recipes: a field's own, or its metadata's `option` where that name
+    means something else there, as `method` does. Where checkpoints go is the recipe's to say."""
+    own = [field for field in fields(kind) if field.init and field.name != "output_dir"]
+    return {field.metadata.get("option", field.name): field for field in own}
 
 
 def build(kind: type, given: Mapping[str, Any], where: str, **fixed: Any) -> Any:
@@ -112,15 +114,16 @@ def build(kind: type, given: Mapping[str, Any], where: str, **fixed: Any) -> Any
     for name, value in given.items():
         if name not in known:
             raise unknown(name, known, f"{where}: the option")
+        field = known[name]
         try:
             # a default may be a text that would be read as something else, such as report_to="none"
-            values[name] = value if value == known[name].default else coerce(value, hints[name])
+            values[field.name] = value if value == field.default else coerce(value, hints[field.name])
         except ValueError:
-            raise RecipeError(f"{where}: {name} must be {describe(hints[name])}, got {value!r}.") from None
+            raise RecipeError(f"{where}: {name} must be {describe(hints[field.name])}, got {value!r}.") from None
     missing = [
         name
         for name, field in known.items()
-        if field.default is MISSING and field.default_factory is MISSING and name not in {**values, **fixed}
+        if field.default is MISSING and field.default_factory is MISSING and field.name not in {**values, **fixed}
     ]
     if missing:
         raise RecipeError(f"{where}: {', '.join(missing)} must be given.")

@@ -7,10 +7,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.model.precision import cast, check_dtype
 from hf_compress.quantization.allocation import allocate_bits
+from hf_compress.quantization.codebooks import CODEBOOKS, WIDTHS, num_codebook_levels
 from hf_compress.quantization.gptq_model import GPTQOptions
 from hf_compress.quantization.modules import is_linear
 from hf_compress.quantization.qat import QuantizationAware, prepare_qat
-from hf_compress.quantization.quantize import quantize
+from hf_compress.quantization.quantize import check_grid, quantize
 from hf_compress.quantization.sensitivity import hessian_sensitivity
 from hf_compress.quantization.signround import SignRoundOptions
 from hf_compress.recipe.one_shot import Samples
@@ -42,10 +43,20 @@ class RoundOptions:
     static_activations: bool = field(
         default=False, metadata={"help": "One range for the inputs of a layer, seen over calibration_examples."}
     )
-    calibration_examples: int = field(default=128, metadata={"help": "Training rows for static_activations."})
+    calibration_examples: int = field(
+        default=128, metadata={"help": "Training rows for static_activations and weighted."}
+    )
     heads_too: bool = field(default=False, metadata={"help": "Pack the pooler and the head of the task as well."})
     skip_modules: str | None = field(default=None, metadata={"help": "Regular expressions of names, with commas."})
     range_method: str = field(default="mse", metadata={"help": "mse, minmax, percentile, kl or aciq."})
+    grid: str = field(
+        default="uniform",
+        metadata={"help": f"uniform, or levels of their own: {', '.join(CODEBOOKS)}; ternary in 2 bits, binary in 1."},
+    )
+    bias_correction: bool = field(default=False, metadata={"help": "Of such levels: keep a group's mean and spread."})
+    weighted: bool = field(
+        default=False, metadata={"help": "Of kmeans: weigh errors by the inputs of calibration_examples."}
+    )
     scale_dtype: str = field(
         default="auto", metadata={"help": "float16, float32, or auto: float32 where float16 cannot hold the scales."}
     )
@@ -57,15 +68,27 @@ class RoundOptions:
 
     def __post_init__(self):
         check_dtype(self.dtype)
+        check_grid(self.grid, self.method, symmetric=self.symmetric, activation_bits=self.activation_bits,
+                   bias_correction=self.bias_correction)  # fmt: skip
+        if self.grid != "uniform" and self.average_bits is None:
+            num_codebook_levels(self.grid, self.bits, "the stage")
+        if self.grid in WIDTHS and self.average_bits is not None:
+            raise ValueError(f"a {self.grid} grid has one width: leave out average_bits, got {self.average_bits}.")
+        if self.weighted and self.grid != "kmeans":
+            raise ValueError(f"weighted is of grid=kmeans, got {self.grid}.")
 
     @property
     def needs_texts(self) -> bool:
-        return self.method != "rtn" or self.average_bits is not None or self.static_activations
+        return self.method != "rtn" or self.average_bits is not None or self._calibrates
+
+    @property
+    def _calibrates(self) -> bool:
+        return self.static_activations or self.weighted
 
     def apply(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: Samples):
         options = {field.name: getattr(self, field.name) for field in fields(RoundOptions)}
         for name in ("bits", "average_bits", "skip_modules", "heads_too", "sensitivity_examples", "sensitivity_method",
-                     "dtype", "calibration_examples"):  # fmt: skip
+                     "dtype", "calibration_examples", "weighted"):  # fmt: skip
             options.pop(name)
         skip = self.skip_modules.split(",") if self.skip_modules else []
         quantize(
@@ -85,7 +108,7 @@ class RoundOptions:
         return {**linear_maps(model, HEAD_BITS), **bits} if self.heads_too else bits
 
     def extra(self, samples: Samples) -> dict[str, Any]:
-        return {"calibration": samples.some(self.calibration_examples)} if self.static_activations else {}
+        return {"calibration": samples.some(self.calibration_examples)} if self._calibrates else {}
 
 
 def linear_maps(model: PreTrainedModel, bits: int) -> dict[str, int]:

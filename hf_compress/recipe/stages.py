@@ -122,6 +122,8 @@ def make_stage(method: Method, given: Mapping[str, Any], where: str) -> Stage:
                 check_training(options[-1], values)
             except ValueError as error:
                 raise RecipeError(f"{where}: {error}") from error
+    if getattr(options[1], "terms", None):
+        check_terms(method, options, where)
     if getattr(options[1], "cache_teacher", False) and (method.name != "soft-targets" or options[-1].hints):
         raise RecipeError(
             f"{where}: cache_teacher keeps the teacher's logits alone, which is enough for soft-targets without hints. "
@@ -131,6 +133,17 @@ def make_stage(method: Method, given: Mapping[str, Any], where: str) -> Stage:
         raise RecipeError(f"{where}: scales trains the packed model that enters: leave out student and its sizes.")
     name = name_of(method.kind, method.name, options[0].name)
     return method.stage(method.kind, name, method, tuple(options), {"method": method.name, **given})
+
+
+def check_terms(method: Method, options: Sequence[Any], where: str) -> None:
+    """Raise RecipeError for losses of inner layers that the method, or what else was given, leaves no room for."""
+    student = options[1]
+    if not method.trainer.takes_terms:
+        raise RecipeError(f"{where}: {method.name} takes no terms. Give them to soft-targets, or leave them out.")
+    if student.cache_teacher:
+        raise RecipeError(f"{where}: cache_teacher keeps the teacher's logits alone, and terms read inner layers.")
+    if method.name in student.named_terms:
+        raise RecipeError(f"{where}: {method.name} is learned already: leave it out of the terms.")
 
 
 def name_of(kind: str, method: str | None, given: str | None) -> str:

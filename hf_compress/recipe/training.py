@@ -5,6 +5,7 @@ import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,19 @@ import torch
 from datasets import Dataset
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
+from hf_compress.distillation import TERMS
 from hf_compress.distillation.methods.embeddings import EmbeddingDistillationTrainer
 from hf_compress.distillation.students import make_student
 from hf_compress.distillation.teachers.cache import cache_teacher
 from hf_compress.distillation.teachers.cached_teacher import CachedTeacher
+from hf_compress.distillation.terms import Term
 from hf_compress.measuring.metrics import metric_for
 from hf_compress.measuring.quality import example_scores, usable_rows
 from hf_compress.model.pooling import copy_pooling
 from hf_compress.model.precision import cast, fast_forward
 from hf_compress.recipe.data import CLASSIFICATION, RecipeData
 from hf_compress.recipe.one_shot import Samples
-from hf_compress.recipe.options import RecipeError
+from hf_compress.recipe.options import RecipeError, build, unknown
 from hf_compress.recipe.quantizing import QATOptions
 from hf_compress.recipe.stage import Made, Past, Stage, Work
 from hf_compress.recipe.tasks.embedding import Embeddings
@@ -69,6 +72,9 @@ class Train(Change):
 
     def make(self, work: Work, tokenizer: PreTrainedTokenizerBase) -> tuple:
         model, teacher = self.models(work)
+        terms = self.terms()
+        if any(term.needs_graph for term in terms):  # they differentiate the model twice, which fused attention cannot
+            model.set_attn_implementation("eager")
         rows = work.data.tokenized(tokenizer, model.config, unlabelled=self.unlabelled)
         if self.caches_teacher:
             teacher = kept_outputs(teacher, rows, work, tokenizer, bf16=self.own.bf16)
@@ -77,7 +83,7 @@ class Train(Change):
         for one in qat:
             model = one.prepare(model)
         callbacks = [one.callback() for one in sorted(others, key=lambda one: one in qat)]  # pruning first
-        extra = {"callbacks": callbacks or None, "teacher_model": teacher}
+        extra = {"callbacks": callbacks or None, "teacher_model": teacher, "terms": terms or None}
         arguments = self.arguments(work)
         trainer = with_own_bar(self.method.trainer(
             model, arguments, train_dataset=rows["train"], eval_dataset=rows["validation"], processing_class=tokenizer,
@@ -100,6 +106,10 @@ class Train(Change):
     def models(self, work: Work) -> tuple[PreTrainedModel, PreTrainedModel | None]:
         """What is trained, and its teacher."""
         return work.load(work.source, fresh_head=self.tunes), None
+
+    def terms(self) -> list[Term]:
+        """Losses of inner layers besides the method's own."""
+        return []
 
     def arguments(self, work: Work) -> TrainingArguments:
         """What was asked for, within the stage's folder, with the recipe's seed where the stage gives none."""
@@ -146,8 +156,14 @@ class StudentOptions:
     weights: str = field(
         default="copy", metadata={"help": "Of a narrower matrix: copy its part of the teacher's, or fresh."}
     )
+    terms: dict | str | None = field(
+        default=None,
+        metadata={"help": f"Losses of inner layers to learn besides, with commas: {', '.join(TERMS)}. In a recipe also "
+                          "a mapping of such names to their settings."},
+    )  # fmt: skip
 
     def __post_init__(self):
+        self.make_terms()  # checks the names and settings
         sizes = {name: getattr(self, name) for name in ("hidden_size", "intermediate_size", "num_attention_heads")}
         depth = self.num_hidden_layers
         sizes["num_hidden_layers"] = int(depth) if depth is not None and re.fullmatch(r"-?\d+", depth) else None
@@ -169,6 +185,26 @@ class StudentOptions:
         if not self.layers.isalpha():
             chosen = [int(number) for number in self.layers.split(",")]
         return {**shape, "layers": chosen, "weights": self.weights}
+
+    @property
+    def named_terms(self) -> Mapping[str, Any]:
+        """name -> settings, as they were written."""
+        if isinstance(self.terms, Mapping):
+            return self.terms
+        return {name.strip(): {} for name in (self.terms or "").split(",") if name.strip()}
+
+    def make_terms(self) -> list[Term]:
+        """Those that were named, new for each training. Raises ValueError for what is no term, or no setting of it."""
+        made = []
+        for name, given in self.named_terms.items():
+            if name not in TERMS:
+                raise unknown(str(name), TERMS, "the term")
+            if not isinstance(given or {}, Mapping):
+                raise ValueError(f"the settings of the term {name} must be a mapping, got {given!r}.")
+            module, kind = TERMS[name]
+            term = getattr(import_module(module), kind)
+            made.append(term(build(term.options_class, given or {}, f"the term {name}")))
+        return made
 
 
 class Distil(Train):
@@ -200,6 +236,9 @@ class Distil(Train):
             return work.load(work.past.find(self.roles.student).source, teacher=teacher.config), teacher
         model, shape = work.load(work.source), self.roles.shape()
         return make_student(model, **shape) if shape else model, teacher
+
+    def terms(self) -> list[Term]:
+        return self.roles.make_terms()
 
 
 def kept_outputs(

@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -52,7 +53,7 @@ def machine_of(record: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """All seeds of a method on a subject, that began with the same model and were made on the same machine."""
+    """All seeds of a method on a subject that began with the same model, whatever machine made them."""
 
     subject: str
     method: str
@@ -65,8 +66,9 @@ class Row:
         return self.records[0]["fingerprint"]
 
     @property
-    def machine(self) -> str:
-        return machine_of(self.records[0])
+    def machines(self) -> list[str]:
+        """What made them, the one that made most of them first: speeds are its own."""
+        return [machine for machine, _ in Counter(map(machine_of, self.records)).most_common()]
 
     @property
     def answers(self) -> Tensor:
@@ -96,16 +98,17 @@ class Row:
         return statistics.fmean(record[name] for record in self.records)
 
     def speed(self, name: str) -> Interval:
-        """The median over seeds of a ratio, and the widest of their intervals' ends."""
-        values, lows, highs = zip(*(record[name] for record in self.records), strict=True)
+        """The median over seeds of a ratio on one machine, and the widest of their intervals' ends."""
+        alike = (record[name] for record in self.records if machine_of(record) == self.machines[0])
+        values, lows, highs = zip(*alike, strict=True)
         return Interval(statistics.median(values), min(lows), max(highs))
 
 
 def rows_of(records: Iterable[Mapping[str, Any]]) -> list[Row]:
-    """A row for each method, model that it began with and machine; the subject first, then by kind and quality."""
+    """A row for each method and model that it began with; the subject first, then by kind and quality."""
     groups: dict[tuple, list[Mapping[str, Any]]] = {}
     for record in sorted(records, key=_key):
-        key = record["subject"], record["method"], record["fingerprint"], machine_of(record)
+        key = record["subject"], record["method"], record["fingerprint"]
         groups.setdefault(key, []).append(record)
     rows = [Row(key[0], key[1], found[0]["kind"], tuple(found)) for key, found in groups.items()]
     return sorted(rows, key=lambda row: (row.subject, row.kind, -row.quality, row.method))

@@ -52,7 +52,8 @@ def _conditions(rows: Sequence[Row]) -> str:
 
 def _letters(rows: Sequence[Row]) -> dict[str, str]:
     """Machine -> the letter that marks its rows."""
-    return {machine: chr(ord("A") + i) for i, machine in enumerate(dict.fromkeys(row.machine for row in rows))}
+    machines = dict.fromkeys(machine for row in rows for machine in row.machines)
+    return {machine: chr(ord("A") + i) for i, machine in enumerate(machines)}
 
 
 def _overlap_sentence(facts: Mapping[str, Any]) -> str:
@@ -64,7 +65,8 @@ def _overlap_sentence(facts: Mapping[str, Any]) -> str:
 def numbered_rows(rows: Sequence[Row], methods: Mapping[str, Method]) -> list[list[str]]:
     """The table of one subject, whose own row is the first, with the numbers of the picture."""
     letters = _letters(rows)
-    return [[str(number), *_cells(row, rows[0], methods), letters[row.machine]] for number, row in enumerate(rows)]
+    made_on = [", ".join(letters[machine] for machine in row.machines) for row in rows]
+    return [[str(i), *_cells(row, rows[0], methods), made_on[i]] for i, row in enumerate(rows)]
 
 
 def _cells(row: Row, subject: Row, methods: Mapping[str, Method]) -> list[str]:

@@ -8,7 +8,11 @@ from recipe_run import QUICK, TRAIN, reviews, tiny_folder
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
+import hf_compress as hfc
+from hf_compress.layers.codebook_linear import CodebookLinear
 from hf_compress.recipe import Recipe, RecipeError
+from hf_compress.recipe.options import option_fields
+from hf_compress.recipe.stages import KINDS
 from hf_compress.recipe.store import Store
 from hf_compress.recipe.training import Change
 
@@ -159,6 +163,13 @@ MISTAKES = [
     ([], "at least one stage"),
     ("fine-tune", "stages must be a list"),
     ([{"fine-tune": {"name": "../x"}}], "letters, digits"),
+    ([{"prune": {"method": "weights", "score": "taylor"}}], "must be one of magnitude, movement, wanda, got 'taylor'"),
+    ([{"prune": {"method": "structure", "heads": 0.5, "head_score": "entropy"}}], "head_score must be one of gradient"),
+    ([{"quantize": {"bits": 4, "grid": "ternary"}}], "a ternary grid is stored in 2 bits a weight, got bits=4"),
+    ([{"quantize": {"average_bits": 3, "grid": "ternary"}}], "a ternary grid has one width: leave out average_bits"),
+    ([{"quantize": {"method": "gptq", "grid": "kmeans"}}], "grid must be 'uniform' or, with method='rtn'"),
+    ([{"quantize": {"bias_correction": True}}], "bias_correction moves the levels of a codebook"),
+    ([{"quantize": {"weighted": True}}], "weighted is of grid=kmeans, got uniform"),
 ]  # fmt: skip
 
 
@@ -166,6 +177,64 @@ MISTAKES = [
 def test_mistakes_are_named_before_anything_runs(stages, message):
     with pytest.raises(RecipeError, match=message):
         Recipe(stages)
+
+
+def test_no_option_hides_behind_what_recipes_call_otherwise():
+    """`method` names a stage's method, so the score by which weights go has another name; no two options share one."""
+    for kind, methods in KINDS.items():
+        for load in methods.values():
+            method = load()
+            names = [name for options in method.options for name in option_fields(options)]
+            assert "method" not in names and len(names) == len(set(names)), (kind, method.name)
+    stages = [{"prune": {"method": "weights", "score": "movement"}}, {"prune": {"method": "blocks", "score": "norm"}}]
+    assert [stage.own.callback().score.__class__.__name__ for stage in Recipe(stages).stages] == [
+        "Movement",
+        "Magnitude",
+    ]
+
+
+@pytest.mark.parametrize("options", [
+    {"bits": 2, "grid": "kmeans", "weighted": True, "calibration_examples": 8}, {"bits": 1, "grid": "binary"},
+    {"bits": 2, "grid": "ternary", "bias_correction": True}, {"bits": 3, "grid": "power_of_two"},
+], ids=lambda o: o["grid"])  # fmt: skip
+def test_levels_of_their_own_are_those_of_quantize(work, options):
+    stage = {"quantize": {**options, "group_size": -1}}
+    found = Recipe([stage], model=work["model"], data=work["data"]).run(work["folder"] / options["grid"])
+    made = AutoModelForSequenceClassification.from_pretrained(found.model)
+    assert any(isinstance(module, CodebookLinear) for module in made.modules())
+    if "weighted" not in options:
+        model = AutoModelForSequenceClassification.from_pretrained(work["model"])
+        given = {name: options[name] for name in ("grid", "bias_correction") if name in options}
+        hfc.quantize(model, options["bits"], group_size=-1, **given)
+        expected, found = model.state_dict(), made.state_dict()
+        assert expected.keys() == found.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+@pytest.mark.parametrize("score", ["entropy", "output_norm", "merging"])
+def test_a_share_of_the_neurons_goes_by_the_score_that_was_named(work, score):
+    stage = {"prune": {"method": "structure", "neurons": 0.5, "neuron_score": score, "scoring_examples": 8}}
+    recipe = Recipe([stage], model=work["model"], data=work["data"])
+    assert recipe.stages[0].reads == (score == "entropy")
+    found = load_file(recipe.run(work["folder"] / score).model / "model.safetensors")
+    model = AutoModelForSequenceClassification.from_pretrained(work["model"])
+    widths = [layer.intermediate.dense.out_features for layer in model.bert.encoder.layer]
+    if score == "merging":
+        hfc.merge_neurons(model, {i: width // 2 for i, width in enumerate(widths)})
+    elif score == "output_norm":
+        scores = hfc.neuron_importance(model, method=score)
+        hfc.prune_neurons(
+            model, {i: row.argsort(stable=True)[: len(row) // 2].tolist() for i, row in enumerate(scores)}
+        )
+    for name, weight in model.state_dict().items():
+        assert found[name].shape == weight.shape or score == "entropy" and "dense" in name
+        assert score == "entropy" or torch.equal(found[name], weight), name
+
+
+def test_heads_go_by_confidence(work):
+    stage = {"prune": {"method": "structure", "heads": 0.5, "head_score": "confidence"}}
+    found = Recipe([stage], model=work["model"], data=work["data"]).run(work["folder"] / "confidence")
+    model = AutoModelForSequenceClassification.from_pretrained(found.model)
+    assert all(layer.attention.self.query.out_features == 16 for layer in model.bert.encoder.layer)
 
 
 def test_labels_of_another_task_are_refused(work, tmp_path):

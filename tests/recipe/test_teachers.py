@@ -5,6 +5,9 @@ import torch
 from recipe_run import TRAIN, reviews, tiny_folder
 from safetensors.torch import load_file
 
+import hf_compress as hfc
+from hf_compress.distillation import TERMS
+from hf_compress.distillation.terms import Term
 from hf_compress.recipe import Recipe, RecipeError
 
 
@@ -49,3 +52,35 @@ def test_a_student_named_by_its_stage_starts_from_that_model(work, student, expe
 def test_logits_alone_are_not_enough_for_what_reads_more(options, what):
     with pytest.raises(RecipeError, match=f"cache_teacher keeps the teacher's logits alone.*{what}"):
         Recipe([{"distil": {**options, "cache_teacher": True}}])
+
+
+def test_losses_of_inner_layers_are_learned_besides(work):
+    """Named with commas, or with settings; gradients of the input need attention that is not fused."""
+    written = {"sobolev": {"sobolev_weight": 0.5}, "neighbour-order": None}
+    distil = {**TRAIN, "num_hidden_layers": 2, "logging_steps": 1}
+    named = run(work, "terms", {"distil": {**distil, "terms": "fsp, pkd"}}, {"distil": {**distil, "terms": written}})
+    losses = [named[name][0]["figures"]["last_losses"] for name in ("distil", "distil-2")]
+    assert losses[0]["fsp_loss"] > 0 and losses[0]["patient_loss"] > 0
+    assert losses[1]["sobolev_loss"] > 0 and losses[1]["order_loss"] > 0
+
+
+def test_every_term_has_a_name_in_recipes():
+    """A class of hf_compress that is a term, but for hints, which all methods take, and what embedders learn."""
+    named = {name for _, name in TERMS.values()}
+    kinds = (getattr(hfc, name) for name in hfc.__all__)
+    found = {kind.__name__ for kind in kinds if isinstance(kind, type) and issubclass(kind, Term)}
+    assert found - named - {"Term"} <= {"Hints", "SentenceVectors"} and named <= found
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"terms": "fps"}, "the term 'fps' is not known. Did you mean 'fsp'"),
+    ({"terms": {"fsp": {"weight": 1}}}, "the term fsp: the option 'weight' is not known"),
+    ({"terms": {"sobolev": {"sobolev_weight": 0}}}, "the term sobolev: sobolev_weight must be above 0"),
+    ({"terms": {"fsp": 2}}, "the settings of the term fsp must be a mapping, got 2"),
+    ({"terms": "pkd", "method": "pkd"}, "pkd is learned already"),
+    ({"terms": "pkd", "method": "theseus"}, "theseus takes no terms"),
+    ({"terms": "pkd", "cache_teacher": True}, "keeps the teacher's logits alone, and terms read inner layers"),
+])  # fmt: skip
+def test_terms_that_cannot_be_learned_are_named_before_anything_runs(options, message):
+    with pytest.raises(RecipeError, match=message):
+        Recipe([{"distil": options}])

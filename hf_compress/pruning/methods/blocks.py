@@ -77,7 +77,10 @@ class BlockPruning(Pruning):
 class BlockPruningConfig(PruningConfig):
     sparsity: float = field(default=0.75, metadata={"help": "Share of the blocks that go, at least 0 and below 1."})
     block_size: int = field(default=16, metadata={"help": "Side of a block, usually 4 to 64."})
-    method: str = field(default="taylor", metadata={"help": f"Score by which blocks go: {', '.join(METHODS)}."})
+    method: str = field(
+        default="taylor",
+        metadata={"help": f"Score by which blocks go: {', '.join(METHODS)}.", "option": "score"},
+    )
     scope: str = field(
         default="class-blind", metadata={"help": "The share is one of: class-blind, class-uniform, row, bank."}
     )
