@@ -1,6 +1,7 @@
 """docs/methods.md names what is there: each file, class, option and test of its table exists, and no row is empty."""
 
 import ast
+import json
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "methods.md"
 NAMED = re.compile(r"`((?:[\w.-]+/)*[\w.-]+\.(?:py|yaml|md))(?:::([\w.]+))?`")
+MADE = {json.loads(line)["method"] for line in (ROOT / "docs" / "board.jsonl").read_text(encoding="utf-8").splitlines()}
 ABSENT = ("left out: ", "not built: ")
 
 
@@ -47,9 +49,11 @@ def faults(row):
     """What is wrong with a row, in words."""
     if len(row) != 5:
         return [f"{row[0]}: expected five cells, got {len(row)}"]
-    method, survey, where, test, _ = row
+    method, survey, where, test, figure = row
     found = [f"{method}: no {file}{'::' * bool(name)}{name or ''}"
              for cell in (where, test) for file, name in NAMED.findall(cell) if not is_there(file, name)]  # fmt: skip
+    if figure.startswith("board: "):
+        found += [f"{method}: no {name} on the board" for name in re.findall(r"`(.+?)`", figure) if name not in MADE]
     if not survey:
         found.append(f"{method}: in which section?")
     if where.startswith(ABSENT):
@@ -76,6 +80,7 @@ def test_the_table_is_that_of_three_surveys():
 
 
 @pytest.mark.parametrize("row, fault", [
+    ("| a | 1 | left out: b | | board: `nowhere`, `rtn-8` |", "no nowhere on the board"),
     ("| a | 1 | `hf_compress/nowhere.py` | `tests/helpers.py` | |", "no hf_compress/nowhere.py"),
     ("| a | 1 | `hf_compress/quantization/quantize.py::quantize.gird` | `tests/helpers.py` | |", "quantize.gird"),
     ("| a | 1 | `hf_compress/pruning/methods/weights.py::WeightPruning.proximal` | `tests/helpers.py::test_no` | |",

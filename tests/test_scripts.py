@@ -172,21 +172,48 @@ def test_the_table_of_distillation_methods(tmp_path, monkeypatch):
     assert (tmp_path / "methods.png").stat().st_size > 5000
 
 
+def films(folder):
+    """A folder of train, validation and test files."""
+    rows = [f"the film was {'good' if i % 2 else 'bad'},{i % 2}" for i in range(40)]
+    folder.mkdir()
+    for split in ("train", "validation", "test"):
+        (folder / f"{split}.csv").write_text("\n".join(["text,label", *rows]), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.long
+def test_methods_of_several_models_are_held_against_one_another(tiny_folder, tmp_path):
+    data, output = films(tmp_path / "data"), tmp_path / "several"
+    command = [
+        "scripts/benchmarks/several_models.py",
+        "--data",
+        data,
+        "--output",
+        output,
+        "--seeds",
+        "0",
+        "--steps",
+        "2",
+    ]
+    printed = run(*command, "--model", tiny_folder).splitlines()
+    made = [json.loads(line)["run"] for line in printed if line.startswith('{"run"')]
+    assert made[0] == "teacher" and len(made) == len(set(made)) == 9
+    told = run(*command, "--report").splitlines()
+    assert [line.partition(":")[0] for line in told] == made
+    assert re.search(r"^mutual: [\d.]+% \(1 seeds\), [+-][\d.]+ points over labels alone \(", "\n".join(told), re.M)
+
+
 @pytest.mark.long
 def test_runtimes_beside_the_packed_model(tiny_folder, tmp_path):
     pytest.importorskip("openvino")
-    rows = [f"the film was {'good' if i % 2 else 'bad'},{i % 2}" for i in range(40)]
-    for split in ("train", "validation", "test"):
-        (tmp_path / "data").mkdir(exist_ok=True)
-        (tmp_path / "data" / f"{split}.csv").write_text("\n".join(["text,label", *rows]), encoding="utf-8")
-    models = tmp_path / "models"
-    command = ["scripts/benchmarks/runtimes_models.py", "--data", tmp_path / "data", "--output", models]
+    data, models = films(tmp_path / "data"), tmp_path / "models"
+    command = ["scripts/benchmarks/runtimes_models.py", "--data", data, "--output", models]
     run(*command, "--model", tiny_folder)
     begun = {path: path.stat().st_mtime_ns for path in models.rglob("*.safetensors")}
     assert {"full", "half", "full-8-bit", "half-8-bit"} <= {path.name for path in models.iterdir()}
     run(*command, "--model", tiny_folder)
     assert begun == {path: path.stat().st_mtime_ns for path in models.rglob("*.safetensors")}
-    run("scripts/benchmarks/runtimes.py", "--models", models, "--texts", tmp_path / "data" / "test.csv", "--structures",
+    run("scripts/benchmarks/runtimes.py", "--models", models, "--texts", data / "test.csv", "--structures",
         "half", "--rounds", "2", "--limit", "20")  # fmt: skip
     results = json.loads(next(models.glob("results-1-*.json")).read_text(encoding="utf-8"))
     names = [
