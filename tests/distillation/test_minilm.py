@@ -9,8 +9,9 @@ from helpers import tiny_model
 
 from distillation.data import rows
 from distillation.training import assert_gradient_is_the_same_however_cut, padded, pair, random, trainer_of
-from hf_compress.distillation.methods import minilm
-from hf_compress.distillation.methods.minilm import MiniLMConfig, MiniLMTrainer, distribution_loss, relation_loss
+from hf_compress.distillation.losses import relations as losses
+from hf_compress.distillation.losses.relations import distribution_loss, relation_loss
+from hf_compress.distillation.methods.minilm import MiniLMConfig, MiniLMTrainer
 from hf_compress.distillation.students import make_student
 
 V1 = {"eval_attention_loss", "eval_value_relation_loss"}
@@ -94,7 +95,7 @@ def test_a_batch_cut_into_parts_gives_the_same_loss_and_gradient(monkeypatch):
     allowed = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
     results = []
     for score_bytes in (2**20, 2 * 4 * 4 * 8 * 2):  # all examples at once; two at a time
-        monkeypatch.setattr(minilm, "CPU_SCORE_BYTES", score_bytes)
+        monkeypatch.setattr(losses, "CPU_SCORE_BYTES", score_bytes)
         loss = relation_loss(student, teacher, 2, mask)
         scores = distribution_loss(student @ student.mT, teacher[:, :2] @ teacher[:, :2].mT, allowed, mask)
         results.append((loss.detach(), scores.detach(), *torch.autograd.grad(loss + scores, student)))
