@@ -27,7 +27,7 @@ from hf_compress.recipe.evaluate import EvaluateOptions, evaluate
 from hf_compress.recipe.options import build
 from hf_compress.report.headline import headline
 from hf_compress.report.report import Report
-from hf_compress.report.tables import aligned, main_rows
+from hf_compress.report.tables import fitted, main_rows
 
 ALONE = {"name": "without-teacher", "num_train_epochs": 4, "learning_rate": 3e-4}
 SPEED = {"sequence_length": 32, "latency_rounds": 60, "throughput_rounds": 12}
@@ -73,7 +73,7 @@ def run(args: DemoArguments, output: Path) -> None:
     report = compared(result.output, RecipeData(DataOptions(**data), CLASSIFICATION), options, place)
     python = Path(sys.executable)
     python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python.name
-    print("\n".join(["", *aligned(main_rows(report)), "", headline(report), ""]))
+    print("\n".join(["", *fitted(main_rows(report)), "", headline(report), ""]))
     print(f"picture            {place}/report/report.png\npage               {place}/report/report.html")
     print(f"try a sentence     {python} scripts/demo.py --output_dir {output} --say 'a film to forget'")
     print("your own data      make demo TEACHER=bert-base-uncased DATASET=reviews.csv")

@@ -8,7 +8,7 @@ from hf_compress.recipe.data import DataOptions
 from hf_compress.recipe.options import RecipeError, option_fields, read_yaml
 from hf_compress.recipe.recipe import REPORT_FILES
 from hf_compress.recipe.tasks.table import TASKS
-from hf_compress.report.tables import aligned, main_rows
+from hf_compress.report.tables import fitted, main_rows
 from hf_compress.shrinking.run import RUNTIMES_OF_SHRINK, TOKENS, Shrunk, shrink
 from hf_compress.shrinking.wish import KINDS
 
@@ -41,7 +41,7 @@ def show(done: Shrunk, output: str) -> None:
         return
     kept = "reached" if done.is_met else "missed"
     lines = [f"asked   {done.wish.text(done.wish.value)}", f"{kept}  {done.wish.text(done.reached)}"]
-    lines += ["", *aligned(main_rows(done.report)), ""]
+    lines += ["", *fitted(main_rows(done.report)), ""]
     lines += [f"model   {done.model}", f"report  {output}/{next(f for f in REPORT_FILES if f.endswith('.html'))}"]
     sys.stdout.write("\n".join(lines) + "\n")
 

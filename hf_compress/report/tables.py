@@ -2,13 +2,15 @@
 
 import csv
 import io
+import shutil
+import sys
 
 from hf_compress.report.result import Entry, Interval, Results
 from hf_compress.report.score import is_share
 
 
 def terminal_table(report: Results) -> str:
-    lines = aligned(main_rows(report))
+    lines = fitted(main_rows(report))
     further = [f"{one.name}: {', '.join(f'{name} {value:.4f}' for name, value in one.scores.items())}."
                for one in report.entries if one.scores]  # fmt: skip
     return "\n".join([*lines, "", *further, *verdicts(report), *report.notes, conditions(report)])
@@ -19,6 +21,16 @@ def aligned(rows: list[list[str]]) -> list[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
     return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
+
+
+def fitted(rows: list[list[str]]) -> list[str]:
+    """`aligned`, with a column for each model where that alone is as narrow as the terminal."""
+    lines = aligned(rows)
+    if not sys.stdout.isatty():
+        return lines
+    turned = aligned([list(cells) for cells in zip(*rows, strict=True)])
+    columns = shutil.get_terminal_size().columns
+    return turned if len(turned[1]) <= columns < len(lines[1]) else lines
 
 
 def markdown(report: Results) -> str:

@@ -42,6 +42,7 @@ from hf_compress.shrinking.plan import (
     stages,
 )
 from hf_compress.shrinking.times import MeasuredTimes, measured_times
+from hf_compress.shrinking.told import plan_text
 from hf_compress.shrinking.wish import Wish
 from hf_compress.surgery.tokenizer import needed_tokens, token_counts, used_tokens
 
@@ -144,7 +145,7 @@ def shrink(
     cuts_rare = wish.kind == "size_mb" and task not in (Embeddings.name, *LANGUAGE)
     written = partial(stages, wish, texts=_counts(texts), times=times, task=task, fine_tunes=fine_tunes, parts=parts,
                       min_count=_min_count(wish, texts, model) if cuts_rare else 1)  # fmt: skip
-    told = _told(wish, target, times, runtime, texts, written(target=target))
+    told = plan_text(wish, target, times, runtime, texts.task, _counts(texts), written(target=target))
     if plan:
         return Shrunk(wish, None, False, None, None, told)
     logger.warning("%s", told)
@@ -229,34 +230,6 @@ def _counts(texts: RecipeData) -> Texts:
     rows = texts.texts["train"]
     unlabelled = sum(label is None for label in rows["label"]) if texts.task == Classification.name else 0
     return Texts(len(rows) - unlabelled, unlabelled)
-
-
-def _told(
-    wish: Wish, target: float, times: MeasuredTimes | None, runtime: str, texts: RecipeData, written: list[dict]
-) -> str:
-    counts = _counts(texts)
-    lines = [f"wanted    {wish.text(wish.value)}, in {runtime}"]
-    if times is not None:
-        parts, here = times.structure, runtime if runtime != "torch" else "8 bit"
-        lines.append(f"measured  {times.original:.2f} ms in PyTorch; {here}: {parts.fixed:.2f} and {parts.layer:.2f} a "
-                     f"layer, heads {parts.heads:.2f}, neurons {parts.neurons:.2f}; {times.machine}")  # fmt: skip
-        lines.append(f"aim       {target:.2f} ms for a text of what is chosen")
-    kind = texts.kind
-    told = f" with a label, {counts.unlabelled:,} without" if kind.name == Classification.name else f" for {kind.name}"
-    lines.append(f"texts     {counts.labelled:,}{told}")
-    names = [*map(_in_words, written), *([f"export to {runtime}"] if runtime in RUNTIMES else []), "compare"]
-    return "\n".join([*lines, f"stages    {', '.join(names)}"])
-
-
-def _in_words(stage: dict) -> str:
-    ((kind, options),) = stage.items()
-    layers = options.get("num_hidden_layers")
-    return {
-        "prune": "cut structure" if options.get("method") != "vocabulary" else "cut vocabulary" + (
-            f" to what occurs {options['min_count']} times" if options["min_count"] > 1 else ""),
-        "distil": "distil" if layers is None else f"distil into {layers} layer{'s' * (layers > 1)}",
-        "quantize": "8 bit",
-    }.get(kind, kind)  # fmt: skip
 
 
 def _changed(written: list[dict], changes: dict[str, Any] | None) -> list[dict]:

@@ -48,7 +48,8 @@ def measured_times(
 ) -> MeasuredTimes:
     """The times of 8-bit structures of `model` in `runtime`, kept for this machine, its threads and versions."""
     capped = f", {CAP}={os.environ[CAP]}" if CAP in os.environ else ""
-    machine = f"{device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads{capped}"
+    threads = torch.get_num_threads()
+    machine = f"{device_name(torch.device('cpu'))}, {threads} thread{'s' * (threads != 1)}{capped}"
     of = {
         "config": model.config.to_dict(),
         "class": type(model).__name__,
@@ -79,8 +80,8 @@ def _measure(
     with tempfile.TemporaryDirectory() as place:
         models = [model]
         for number, shape in enumerate(shapes):
-            logger.warning("measuring %d layers, %.0f%% of heads, %.0f%% of neurons in %s",
-                           shape[0], 100 * shape[1], 100 * shape[2], runtime)  # fmt: skip
+            logger.warning("measuring %d layer%s, %.0f%% of heads, %.0f%% of neurons in %s",
+                           shape[0], "s" * (shape[0] > 1), 100 * shape[1], 100 * shape[2], runtime)  # fmt: skip
             served = packed(cut_evenly(model, *shape))
             if runtime in RUNTIMES:
                 folder = Path(place) / str(number)

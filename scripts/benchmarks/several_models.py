@@ -46,10 +46,9 @@ class Bench(ClassifierBench):
             search = name.startswith("layers by search")
             keep = search_layers(teacher, self.validated, layers // 2) if search else every_other(layers, 0.5)
             return hfc.prune_layers(teacher, keep=keep)
-        if name == "self-distillation":  # of the base, whose exit is the student
-            base = AutoModelForSequenceClassification.from_pretrained(self.args.model)
+        if name == "self-distillation":  # whose exit is the student
             args = self.config(hfc.SelfDistillationConfig, **settings, exits="2")
-            trainer = hfc.SelfDistillationTrainer(base, args, **self.data_arguments())
+            trainer = hfc.SelfDistillationTrainer(teacher, args, **self.data_arguments())
             trainer.train()
             return trainer.exit_model(2)
         student = hfc.make_student(teacher, num_hidden_layers=2)

@@ -13,6 +13,7 @@ import hf_compress as hfc
 from hf_compress.measuring.metrics import accuracy
 from hf_compress.measuring.quality import example_scores, padding_collator, unknown_tokens, usable_rows
 from hf_compress.report import report as report_module
+from hf_compress.report import tables
 
 NUM_LABELS = 3
 QUICK = dict(sequence_length=8, latency_rounds=5, throughput_rounds=5)
@@ -306,3 +307,18 @@ def test_tokens_that_a_tokenizer_does_not_know_are_told_everywhere(tokenizer):
     assert same["again"].num_tokens == 7 and not same.notes, "nothing was lost: nothing to say"
     gpt = BertTokenizer(vocab=tokenizer.get_vocab(), unk_token="[SEP]")
     assert unknown_tokens(known, gpt) is None, "a token that ends texts as well is no sign of unknown words"
+
+
+@pytest.mark.parametrize("columns", [300, 60, 10])
+def test_a_narrow_terminal_gets_a_column_for_each_model(columns, monkeypatch):
+    """As wide as it is, where it is wide, or too narrow for either way; in a file always a line for each model."""
+    rows = [["model", "accuracy", "parameters", "latency, batch 1", "throughput, batch 32"],
+            ["a", "0.81", "22.7 M", "12.9 ms", "180/s"], ["b", "0.8", "6.3 M (3.6x)", "1.9 ms", "1,792/s"]]  # fmt: skip
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert tables.fitted(rows) == tables.aligned(rows)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    lines = tables.fitted(rows)
+    assert len(lines) == (6 if columns == 60 else 4)
+    if columns == 60:
+        assert lines[0].split() == ["model", "a", "b"] and max(map(len, lines)) <= 60
+        assert lines[3].split("  ")[0] == "parameters" and lines[3].endswith("6.3 M (3.6x)")

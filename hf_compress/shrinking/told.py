@@ -1,0 +1,39 @@
+"""What a plan says of itself before it starts."""
+
+from textwrap import fill
+
+from hf_compress.formats.export import RUNTIMES
+from hf_compress.recipe.tasks.classification import Classification
+from hf_compress.shrinking.plan import Texts
+from hf_compress.shrinking.times import MeasuredTimes
+from hf_compress.shrinking.wish import Wish
+
+WIDTH = 80
+
+
+def plan_text(
+    wish: Wish, target: float, times: MeasuredTimes | None, runtime: str, task: str, texts: Texts, written: list[dict]
+) -> str:
+    """Lines for a terminal: the wish, what was measured for it, and the stages that are to meet it."""
+    lines = [f"wanted    {wish.text(wish.value)}, in {runtime}"]
+    if times is not None:
+        parts, here = times.structure, runtime if runtime != "torch" else "8 bit"
+        lines += [f"measured  {times.original:.2f} ms in PyTorch, on {times.machine}",
+                  f"{here:<9} {parts.fixed:.2f} ms and {parts.layer:.2f} a layer: heads {parts.heads:.2f}, neurons "
+                  f"{parts.neurons:.2f}"]  # fmt: skip
+        lines.append(f"aim       {target:.2f} ms for a text of what is chosen")
+    told = f" with a label, {texts.unlabelled:,} without" if task == Classification.name else f" for {task}"
+    lines.append(f"texts     {texts.labelled:,}{told}")
+    names = [*map(_in_words, written), *([f"export to {runtime}"] if runtime in RUNTIMES else []), "compare"]
+    return "\n".join([*lines, fill(f"stages    {', '.join(names)}", WIDTH, subsequent_indent=" " * 10)])
+
+
+def _in_words(stage: dict) -> str:
+    ((kind, options),) = stage.items()
+    layers = options.get("num_hidden_layers")
+    return {
+        "prune": "cut structure" if options.get("method") != "vocabulary" else "cut vocabulary" + (
+            f" to what occurs {options['min_count']} times" if options["min_count"] > 1 else ""),
+        "distil": "distil" if layers is None else f"distil into {layers} layer{'s' * (layers > 1)}",
+        "quantize": "8 bit",
+    }.get(kind, kind)  # fmt: skip
