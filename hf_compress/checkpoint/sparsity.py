@@ -11,12 +11,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from hf_compress.layers.block_sparse import BlockSparseLinear
 from hf_compress.layers.packed_blocks import PackedBlocksLinear, packed_blocks
 from hf_compress.layers.packed_linear import PackedLinear
-from hf_compress.model.anatomy import in_features, out_features
+from hf_compress.model.anatomy import in_features, is_plain, out_features
 from hf_compress.model.record import find_name, stored_name, write_part
 
 ENTRIES = {"format", "block_size", "num_blocks"}
@@ -81,8 +80,8 @@ def prepare(model: nn.Module, part: dict[str, Any]) -> None:
                 )
             continue
         module = model.get_submodule(name)
-        kinds = (PackedLinear,) if entry["format"] == "packed" else (nn.Linear, Conv1D)
-        if type(module) not in kinds:
+        is_fit = type(module) is PackedLinear if entry["format"] == "packed" else is_plain(module)
+        if not is_fit:
             raise ValueError(f"sparsity: {stored!r} is a {type(module).__name__}, which cannot be stored in blocks so.")
         N, K = out_features(module), in_features(module)
         (Bn, Bk), num_blocks = entry["block_size"], entry["num_blocks"]

@@ -115,9 +115,9 @@ def check_loaded(model: nn.Module, stored: dict[str, Stored], sentinels: Collect
     """Raise ValueError, naming the tensor, for one that no file filled or that holds NaN or infinity.
 
     What another task's class adds (a new head, a pooler) may be new, as with any checkpoint; so may the pooler of a
-    backbone that was saved without one.
+    backbone that was saved without one, and what no file of the family ever has (Marian's positions, which are computed).
     """
-    pooler = _new_pooler(model, stored)
+    pooler, never_saved = _new_pooler(model, stored), set(model._keys_to_ignore_on_save or ())
     is_whole = type(model).__name__ in (getattr(model.config, "architectures", None) or ())
     own = [name for name, module in model.named_modules() if isinstance(module, (PackedModule, Sentinel))]
     for name, tensor in model.state_dict().items():
@@ -125,7 +125,7 @@ def check_loaded(model: nn.Module, stored: dict[str, Stored], sentinels: Collect
             continue
         is_new = not getattr(_tensor(model, name), "_is_hf_initialized", False)
         is_resized = stored_as(model, name, stored) is not None  # with ignore_mismatched_sizes
-        is_needed = name.rpartition(".")[0] in own or (is_whole and not is_resized)
+        is_needed = name.rpartition(".")[0] in own or (is_whole and not is_resized and name not in never_saved)
         if is_new and is_needed and name not in getattr(model, "all_tied_weights_keys", {}):
             raise ValueError(f"{name} is in none of the checkpoint's files: it is damaged, or of another model.")
         if tensor.is_floating_point() and tensor.numel():

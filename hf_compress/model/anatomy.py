@@ -21,7 +21,9 @@ PROJECTION_NAMES = {
     "value": re.compile(r"v|value|v_proj|v_lin|value_proj"),
     "fused": re.compile(r"c_attn|qkv|Wqkv|qkv_proj|query_key_value|in_proj"),
 }
-POSITIONAL = re.compile(r"pos_((key|query|k|q)_)?proj|(query|key|value)_global")  # DeBERTa, Longformer: with the heads
+POSITIONAL = re.compile(  # DeBERTa, Longformer, LUKE: their rows go with the heads
+    r"pos_((key|query|k|q)_)?proj|(query|key|value)_global|(w2e|e2w|e2e)_query"
+)
 HEAD_DIM_NAMES = ("head_dim", "attention_head_size", "key_value_proj_dim", "dim_per_head", "head_size")
 
 OTHER_LAYERS = ("MPNetLayer",)  # layers that are no `GradientCheckpointingLayer`
@@ -151,7 +153,8 @@ def anatomy(model: nn.Module) -> Anatomy:
                 raise _not_found(model, f"query, key and value projections in {layer.name}")
     first = stacks[0].layers[0]
     width = model.config.hidden_size if first.has_own_attention else out_features(first.feed_forward.output)
-    return Anatomy(stacks, width, _embeddings(model), _head(model))
+    table = input_embeddings(model)
+    return Anatomy(stacks, width, table if isinstance(table, nn.Embedding) else None, _head(model))
 
 
 def is_readable(model: nn.Module) -> bool:
@@ -204,7 +207,11 @@ def describe_layer(model: nn.Module, name: str, block: nn.Module) -> Layer:
     rest = [m for m in projections.values() if m not in used]
     hidden_size = in_features(attentions[0].query if attentions else rest[0])
     # The last one leads back to the hidden size, the others away from it: this also holds for square matrices.
-    if len(rest) < 2 or out_features(rest[-1]) != hidden_size or any(in_features(m) != hidden_size for m in rest[:-1]):
+    widths = {out_features(m) for m in rest[:-1]}
+    if (
+        len(rest) < 2 or out_features(rest[-1]) != hidden_size or len(widths) > 1
+        or any(in_features(m) != hidden_size for m in rest[:-1])
+    ):  # fmt: skip
         shapes = {n: (out_features(m), in_features(m)) for n, m in projections.items() if m in rest}
         raise _not_found(
             model, f"a feed-forward (D -> F -> D, D={hidden_size}) in {name}, whose other weights are {shapes}"
@@ -260,12 +267,12 @@ def _leads_back(output: Projection, query: Projection) -> bool:
     return out_features(output) == in_features(query) and (not is_fused or in_features(output) < out_features(query))
 
 
-def _embeddings(model: nn.Module) -> nn.Module | None:
+def input_embeddings(model: nn.Module) -> nn.Module | None:
+    """What the model looks its tokens up in; None where it has no one table of them, as CANINE."""
     try:
-        embeddings = model.get_input_embeddings()
+        return model.get_input_embeddings()
     except (AttributeError, NotImplementedError):
         return None
-    return embeddings if isinstance(embeddings, nn.Embedding) else None
 
 
 def _head(model: nn.Module) -> nn.Module | None:

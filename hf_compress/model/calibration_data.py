@@ -16,6 +16,7 @@ from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import has_length
 
+from hf_compress.model.anatomy import input_embeddings
 from hf_compress.model.inputs import forward_names
 from hf_compress.model.reading import num_positions
 
@@ -216,7 +217,7 @@ def _has_position_table(model: PreTrainedModel) -> bool:
 
 
 def _check_tokens(rows: Sequence[Row], model: PreTrainedModel) -> None:
-    embeddings = model.get_input_embeddings()
+    embeddings = input_embeddings(model)
     largest = embeddings.num_embeddings if isinstance(embeddings, nn.Embedding) else None
     for ids in (row[name] for row in rows for name in ("input_ids", "decoder_input_ids") if name in row):
         if ids.numel() == 0:

@@ -4,6 +4,7 @@ from torch import nn
 
 from hf_compress.checkpoint.factors import retie_low_rank
 from hf_compress.layers.low_rank import factors, low_rank_class, make_low_rank
+from hf_compress.model.anatomy import input_embeddings
 from hf_compress.model.classes import ModelT
 from hf_compress.model.unfinished import check_finished, check_loaded
 from hf_compress.model.weights import check_no_adapters
@@ -21,8 +22,10 @@ def factorise_embeddings(model: ModelT, rank: int) -> ModelT:
     check_loaded(model, "factorise_embeddings")
     check_finished(model, "factorise_embeddings")
     check_no_adapters(model)
-    embeddings = model.get_input_embeddings()
+    embeddings = input_embeddings(model)
     weight = getattr(embeddings, "_parameters", {}).get("weight")
+    if embeddings is None:
+        raise ValueError(f"{type(model).__name__} has no one table of tokens that could be factorised.")
     if weight is None:
         raise ValueError(f"{type(embeddings).__name__} holds no plain table; factorise before quantizing, and once.")
     tied = {name: module for name, module in model.named_modules() if module._parameters.get("weight") is weight}

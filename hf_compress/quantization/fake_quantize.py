@@ -215,6 +215,7 @@ class ActivationQuantizer(nn.Module):
     """
 
     is_shared = False
+    was_called = False  # in training, whatever became of the range
 
     def __init__(self, *, dynamic: bool = False, name: str = "a layer"):
         super().__init__()
@@ -226,6 +227,7 @@ class ActivationQuantizer(nn.Module):
         if self.dynamic:
             return round_per_token(x)
         if self.training and (x.numel() or self.is_shared) and not is_recomputing():
+            self.was_called = True
             self.observe(x.detach())
         limits = self.range()
         return x if limits is None else round_to_range(x, *limits)
@@ -253,6 +255,11 @@ class ActivationQuantizer(nn.Module):
     def has_seen(self) -> bool:
         """Whether there was any input, of zeros too."""
         return bool(self.high > self.low)
+
+    @property
+    def is_idle(self) -> bool | None:
+        """Whether nothing came in training; None where nothing has to."""
+        return None if self.dynamic else not (self.has_seen or self.was_called)
 
     def range(self) -> tuple[float, float] | None:
         """The ends, or None where each token has its own, and where there was nothing but zeros yet."""

@@ -49,6 +49,10 @@ class Quantizers:
     def hears_all(self) -> bool:
         return self.inputs is not None and self.inputs.dynamic
 
+    @property
+    def is_idle(self) -> bool | None:
+        return None if self.inputs is None else self.inputs.is_idle
+
     def check(self, name: str) -> None:
         if self.inputs is not None and not (self.inputs.dynamic or self.inputs.has_seen):
             raise ValueError(f"{name} has no activation range yet: train, or run some batches in train mode.")
@@ -102,8 +106,7 @@ class FakeQuantLinear(FakeQuantized, nn.Linear):
 
 
 class FakeQuantConv1D(FakeQuantized, Conv1D):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.fake_input(x), self.fake_weight(), self.bias)
+    forward = FakeQuantLinear.forward
 
 
 class FakeQuantEmbedding(FakeQuantized, nn.Embedding):
@@ -177,10 +180,9 @@ def prepare_qat(
     check_loaded(model, "prepare_qat")
     if any(isinstance(m, FakeQuantized) for m in model.modules()):
         raise ValueError("The model is prepared already.")
-    layers = ()
-    if is_readable(model):
+    layers = anatomy(model).layers if is_readable(model) else ()
+    if layers:
         check_writable(anatomy(model), "prepare_qat")
-        layers = anatomy(model).layers
     heads = {m: a.head_dim for layer in layers for a in layer.attentions for m in (a.query, a.key, a.value)}
     chosen = choose_modules(model, bits, embedding_bits=embedding_bits, skip_modules=skip_modules)
     for name, width in chosen.items() if grid == "ternary" else ():
@@ -268,8 +270,7 @@ class QuantizationAware(PieceCallback):
 
     def training_state_entries(self, model: nn.Module) -> dict[str, nn.Module]:
         entries = {}
-        for name, module in fake_modules(model):
-            name = name.replace(".", "__")
+        for name, module in ((n.replace(".", "__"), m) for n, m in fake_modules(model)):
             entries[f"{name}__weight_grid"] = module.weight_quantizer
             if module.input_quantizer is not None:
                 entries[f"{name}__input_range"] = module.input_quantizer

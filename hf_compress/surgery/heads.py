@@ -14,6 +14,10 @@ from hf_compress.surgery.position_bias import BIASED, has_unknown_bias, keep_pos
 from hf_compress.surgery.stand_ins import BIAS_TABLE, COUNTS_HEADS, NEEDS_A_HEAD, HeadlessAttention, config_of_heads
 from hf_compress.surgery.transaction import Transaction
 
+BY_WIDTH = (  # beside Longformer's, which have projections of what sees all tokens
+    "GPTBigCodeAttention", "LEDDecoderAttention", "MvpAttention", "TrOCRAttention", "XGLMAttention",
+)  # fmt: skip
+
 
 def prune_heads(model: ModuleT, heads: Mapping[int, Iterable[int]]) -> ModuleT:
     """Remove attention heads. Changes `model` and its config, and returns it.
@@ -95,7 +99,8 @@ def head_obstacle(attention: Attention, names: Mapping[nn.Module, str]) -> str |
             f"{attention.name}, a {type(attention.module).__name__}, adds a position bias per head that layers share: "
             f"how it takes its part of it is known only for {', '.join(BIASED)}."
         )
-    if any(names[projection].endswith("_global") for projection in attention.positional):
+    is_by_width = type(attention.module).__name__ in BY_WIDTH
+    if is_by_width or any(names[projection].endswith("_global") for projection in attention.positional):
         return (
             f"{attention.name} puts its heads together by the width of the model (as in Longformer): it cannot run "
             "with fewer in one layer."

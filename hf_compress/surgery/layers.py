@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_compress.model.anatomy import Anatomy, anatomy, is_readable
+from hf_compress.model.anatomy import Anatomy, anatomy, in_features, is_readable
 from hf_compress.model.classes import ModuleT
 from hf_compress.model.record import read_part, stored_name
 from hf_compress.model.unfinished import check_finished
@@ -14,6 +14,9 @@ from hf_compress.surgery.depth import DEPTH_FIELDS, cache_depth, per_layer_chang
 from hf_compress.surgery.other_layers import prune_other_layers
 from hf_compress.surgery.position_bias import first_may_go, move_position_bias
 from hf_compress.surgery.transaction import Transaction
+
+OF_ENCODER = "attention_window"  # the list that LED has, of its encoder's layers alone
+OF_EACH_HEAD = "contact_head.regression"  # what ESM has beside its layers: it reads the attention of every head
 
 
 def prune_layers(model: ModuleT, keep: Sequence[int]) -> ModuleT:
@@ -45,6 +48,10 @@ def cut_layers(
             transaction.structure[part] = _renumbered(entries, model, parts, kept)
     for field, value in (changes | cache_depth(model.config, [len(numbers) for numbers in kept])).items():
         transaction.set(model.config, field, value)
+    for name, module in model.named_modules():
+        if name.endswith(OF_EACH_HEAD) and len(kept) == 1:
+            heads = range(in_features(module) // len(parts.layers))
+            transaction.select(module, columns=[i * len(heads) + head for i in kept[0] for head in heads])
     for stack, numbers in zip(parts.stacks, kept, strict=True):
         blocks = [stack.modules[i] for i in numbers]
         transaction.replace(stack.name, lambda old, blocks=blocks: type(old)(blocks))
@@ -112,4 +119,5 @@ def _config_changes(config, parts: Anatomy, kept: list[list[int]]) -> dict[str, 
             f"{type(config).__name__} has no field that says the model has {depths} layers (looked for {DEPTH_FIELDS})."
         )
     changes: dict[str, Any] = {name: len(numbers) for name, numbers in zip(fields, kept, strict=True)}
-    return changes | (per_layer_changes(config, depths[0], kept[0]) if len(depths) == 1 else {})
+    listed = per_layer_changes(config, depths[0], kept[0])
+    return changes | (listed if len(depths) == 1 else {n: v for n, v in listed.items() if n == OF_ENCODER})

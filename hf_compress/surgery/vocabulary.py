@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_compress.model.anatomy import input_embeddings
 from hf_compress.model.record import read_part
 from hf_compress.model.unfinished import check_finished
 from hf_compress.surgery.settle import build_twin
@@ -32,7 +33,9 @@ def prune_vocabulary(
     Raises ValueError, and changes nothing, for tokens that do not exist and models whose table cannot be cut.
     """
     check_finished(model, "prune_vocabulary")
-    table = model.get_input_embeddings()
+    table = input_embeddings(model)
+    if table is None:
+        raise ValueError(f"{type(model).__name__} has no one table of tokens that could be cut.")
     if not isinstance(table, nn.Embedding) or "weight" not in table._parameters:
         raise ValueError(f"{type(table).__name__} is no table of tokens that can be cut.")
     size = table.num_embeddings

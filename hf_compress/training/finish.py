@@ -40,15 +40,16 @@ def finish(model: ModelT) -> ModelT:
     A model that FSDP2 has cut over the ranks is whole on each of them afterwards, so all have to call this. Weights
     that are packed are gathered one by one; where heads, neurons, layers or blocks go, each rank gathers all first.
 
+    A map that training never reached, as Longformer's `query_global` where no token is global, is stored without a
+    range of inputs; a warning names it.
+
     Raises ValueError, and leaves the model in its training form, where a part cannot be stored: an activation range
     that has seen no batch yet, say.
     """
     pieces, forms = pieces_of(model), forms_of(model)
     if not pieces and not forms:
         return model
-    names = {module: name for name, module in model.named_modules()}
-    for module, form in forms.items():
-        form.check(names[module])
+    _check_forms(model, forms)
     put_away(model)
     for piece in pieces:
         piece.settle()
@@ -73,17 +74,35 @@ def finish(model: ModelT) -> ModelT:
     return model
 
 
+def _check_forms(model: nn.Module, forms: Mapping[nn.Module, Form]) -> None:
+    """Raise ValueError for what cannot be stored yet; name what training passed by while it ran through the rest."""
+    names = {module: name for name, module in model.named_modules()}
+    is_trained = any(form.is_idle is False for form in forms.values())
+    idle = [module for module, form in forms.items() if is_trained and form.is_idle]
+    for module, form in forms.items():
+        if module not in idle:
+            form.check(names[module])
+    if idle:
+        logger.warning(
+            "No input reached %s in training (%d such maps): their weights are packed, their inputs stay as they are.",
+            names[idle[0]], len(idle),
+        )  # fmt: skip
+
+
 def _cut(model: PreTrainedModel, pieces: Sequence[Piece], forms: Mapping[nn.Module, Form]) -> None:
     """Cut heads, neurons and layers, and what belongs to their weights, in one transaction."""
-    parts = anatomy(model)
     removed = set().union(*(piece.removed_layers(model) for piece in pieces))
+    if not removed and not any(piece.cuts_silent for piece in pieces):
+        return  # of a model that is only quantized nothing has to be known: ALBERT, XLM
+    parts = anatomy(model)
     stays = [i for i in range(len(parts.layers)) if i not in removed]
     heads, neurons = _silent(model, parts, pieces, forms, stays) if any(p.cuts_silent for p in pieces) else ({}, {})
     if not (heads or neurons or removed):
         return
     with Transaction(model, forms) as transaction:
         keep = {n: _rest(parts.attentions[n].num_heads, gone) for n, gone in heads.items()}
-        cut_heads(transaction, parts, keep)
+        if keep:  # there may be no attention: FNet
+            cut_heads(transaction, parts, keep)
         for number, gone in neurons.items():
             layer = parts.layers[number]
             cut_neurons(transaction, layer, _rest(layer.feed_forward.num_neurons, gone))

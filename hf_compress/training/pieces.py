@@ -19,10 +19,12 @@ class Form(Protocol):
 
     column_unit   so many neighbouring columns of the weight can only be cut together
     hears_all     whether an input counts although its column is zero: in the largest value of a token, say
+    is_idle       whether no input has come in training of which something should be known; None if nothing should
     """
 
     column_unit: int
     hears_all: bool
+    is_idle: bool | None
 
     def check(self, name: str) -> None:
         """Raise ValueError, with the module's name, for what cannot be stored yet."""
