@@ -115,7 +115,7 @@ def check_loaded(model: nn.Module, stored: dict[str, Stored], sentinels: Collect
     """Raise ValueError, naming the tensor, for one that no file filled or that holds NaN or infinity.
 
     What another task's class adds (a new head, a pooler) may be new, as with any checkpoint; so may the pooler of a
-    backbone that was saved without one, and what no file of the family ever has (Marian's positions, which are computed).
+    backbone that was saved without one, and what no file of the family ever has (the positions of Marian).
     """
     pooler, never_saved = _new_pooler(model, stored), set(model._keys_to_ignore_on_save or ())
     is_whole = type(model).__name__ in (getattr(model.config, "architectures", None) or ())

@@ -1,4 +1,4 @@
-"""What training leaves open is finished in families that differ: no attention, no readable layers, maps that stay idle."""
+"""What training leaves open is finished in families that differ: without heads, read otherwise, with idle maps."""
 
 import pytest
 import torch
