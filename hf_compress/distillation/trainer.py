@@ -245,7 +245,8 @@ class DistillationTrainer(RunsTeacher, PredictionLosses, Phased, ItemsMixin, Tra
                 noise = (self.args.teacher_noise, self.args.teacher_noise_share, self.args.teacher_noise_form)
                 teacher.logits = noisy_teacher(teacher.logits, *noise)
             if model.training:
-                require_gradients([*run.hidden_states.values(), *(a.query for a in run.attention.values())])
+                inner = [*run.hidden_states.values(), *(a.query for a in run.attention.values())]
+                require_gradients(student, inner)
             losses = self.prediction_losses if by_predictions else self.distillation_losses
             losses = losses(run, teacher, flat_choices(inputs))
             loss = self.total(losses, self.task.count(inputs), training=model.training)

@@ -16,7 +16,7 @@ from hf_compress.model.unfinished import FORM
 class TrainedForm(nn.Module):
     """The form (see `training.pieces`) of one packed layer, and what is learned for it."""
 
-    column_unit, hears_all = 1, True
+    column_unit, hears_all, is_idle = 1, True, None
     read: Callable  # stored tensors of a layer -> what is kept of them between passes
 
     def __init__(self, layer: Multiplies):

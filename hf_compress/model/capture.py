@@ -209,10 +209,21 @@ def _record_hidden_states(model: nn.Module, wanted: list[int], signals: Signals)
     ]
 
 
-def require_gradients(tensors: Iterable[Tensor]) -> None:
-    """Raise RuntimeError when a captured tensor of a student carries no gradient: its loss would teach nothing."""
-    if torch.is_grad_enabled() and any(not t.requires_grad for t in tensors):
+def require_gradients(student: nn.Module, tensors: Iterable[Tensor]) -> None:
+    """Raise RuntimeError when captured tensors of `student` carry no gradient: their loss would teach nothing.
+
+    Some may be without, where what makes them does not learn: embeddings that are frozen, or beneath adapters.
+    """
+    learns = [tensor.requires_grad for tensor in tensors]
+    if torch.is_grad_enabled() and not all(learns) and (not any(learns) or _is_reentrant(student)):
         raise RuntimeError(
             "A captured signal of the student carries no gradient. With gradient checkpointing, set "
             "gradient_checkpointing_kwargs={'use_reentrant': False}; a frozen student cannot learn from inner layers."
         )
+
+
+def _is_reentrant(model: nn.Module) -> bool:
+    """Whether gradient checkpointing hides from the graph what happens within a layer."""
+    running = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    functions = [getattr(module, "_gradient_checkpointing_func", None) for module in running]
+    return any(getattr(function, "keywords", {}).get("use_reentrant", True) for function in functions)

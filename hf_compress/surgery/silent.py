@@ -14,6 +14,7 @@ from hf_compress.model.anatomy import Anatomy, FeedForward, Layer, Stack, matrix
 from hf_compress.model.attention import Attention, Projection
 from hf_compress.surgery.heads import head_obstacle
 from hf_compress.surgery.neurons import neuron_obstacle
+from hf_compress.surgery.stand_ins import NEEDS_A_HEAD
 
 Gone = dict[int, list[int]]  # as `prune_heads` and `prune_neurons` take it
 
@@ -35,9 +36,9 @@ def silent_parts(
                             token is such a look), so that only those go that are zero themselves
     layers                  the layers that stay, by default all; heads and neurons of the others are not looked at
 
-    Heads that share a key and value go together. Each encoder or decoder keeps a head in one of its self-attentions and
-    in one of its cross-attentions, and a model with a cache one in a layer of the first type; all layers together keep
-    a neuron. What surgery cannot cut stays.
+    Heads that share a key and value go together. An attention that cannot run without a head keeps one, as OPT's; so
+    does each encoder or decoder in one of its self-attentions and in one of its cross-attentions, and a model with a
+    cache in a layer of the first type; all layers together keep a neuron. What surgery cannot cut stays.
     """
     stays = range(len(parts.layers)) if layers is None else sorted(layers)
     mine = [parts.layers[i] for i in stays]
@@ -48,7 +49,9 @@ def silent_parts(
             unit, heard = head_unit(attention.output), is_heard(attention.output)
             heads[attention.name] = silent_heads(attention, unit=unit, is_heard=heard)
     for stack in parts.stacks:
-        for together in _needed(model, stack, [layer for layer in stack.layers if layer in mine]):
+        own = [layer for layer in stack.layers if layer in mine]
+        alone = [[a] for layer in own for a in layer.attentions if type(a.module).__name__ in NEEDS_A_HEAD]
+        for together in [*alone, *_needed(model, stack, own)]:
             if all(len(heads[a.name]) == a.num_heads for a in together) and any(a.num_heads for a in together):
                 first = next(a for a in together if a.num_heads)
                 del heads[first.name][: _run_of_heads(first, head_unit(first.output))]

@@ -12,7 +12,7 @@ from hf_compress.model.classes import plain_class
 WITHOUT_HEADS = "without_heads"  # among the attention functions of Transformers
 BIAS_TABLE = "relative_attention_bias"  # of T5's first layers, for all that follow
 COUNTS_HEADS = ("DisentangledSelfAttention",)  # DeBERTa-v2 splits a width into a number of heads: not into zero
-NEEDS_A_HEAD = ("MultiHeadAttention",)  # XLM and FlauBERT
+NEEDS_A_HEAD = ("MultiHeadAttention", "OPTAttention")  # the first of XLM and FlauBERT
 READS_CONFIG = ("Phi3Attention",)  # where the queries end is told by the config
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import default_task, tiny_batch
+from peft import LoraConfig, get_peft_model
 
 import hf_compress as hfc
 from distillation.data import rows
@@ -65,6 +66,26 @@ def test_a_stage_is_the_training_of_a_model_whose_layers_are_frozen_by_hand(tmp_
     assert own_norm == pytest.approx(norm, rel=1e-6)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("kind", [hfc.TinyBertTrainer, hfc.FSPTrainer], ids=["tinybert", "flows"])
+@pytest.mark.parametrize("is_adapted", [False, True], ids=["frozen", "adapters"])
+def test_losses_of_embeddings_that_do_not_learn_are_no_hindrance(kind, is_adapted, tmp_path):
+    """Where nothing of what is read learns, the training is refused; checkpointing that hides layers, too."""
+    student, teacher = pair()
+    if is_adapted:
+        lora = LoraConfig(r=2, target_modules=["query", "value"], task_type="SEQ_CLS")
+        student = get_peft_model(student, lora)
+    else:
+        student.bert.embeddings.requires_grad_(False)
+    before = copies(student)
+    trainer_of(kind, tmp_path, student, teacher, max_steps=2).train()
+    found = moved(student, before)
+    assert found and not any("embeddings" in name for name in found)
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_("classifier" in name)
+    with pytest.raises(RuntimeError, match="a frozen student cannot learn from inner layers"):
+        trainer_of(kind, tmp_path, student, teacher, max_steps=2).train()
 
 
 def test_one_layer_after_the_other(tmp_path):

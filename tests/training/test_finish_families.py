@@ -131,6 +131,17 @@ def test_heads_that_are_put_together_by_the_width_are_refused(kind, family, size
         hfc.prune_heads(model, {len(anatomy(model).attentions) - 1: [0]})
 
 
+def test_an_attention_that_cannot_run_without_a_head_keeps_one(tmp_path):
+    """OPT's, whose heads all fell silent."""
+    model = train(tiny_model("opt"), ("heads",), tmp_path, kind="clm").double()
+    torch.nn.init.zeros_(anatomy(model).attentions[2].output.weight)
+    expected = logits(model)
+    torch.testing.assert_close(logits(hfc.finish(model)), expected, rtol=0, atol=1e-9)
+    assert anatomy(model).attentions[2].num_heads == 1
+    with pytest.raises(ValueError, match="cannot run without a head: keep one of its 1"):
+        hfc.prune_heads(model, {2: [0]})
+
+
 def test_a_model_without_one_table_of_tokens_says_so():
     """CANINE looks characters up in many small tables."""
     model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("canine", **BERT_LIKE))
