@@ -31,7 +31,8 @@ def is_stale(model: nn.Module, record: Mapping[str, dict], stored: Mapping[str, 
 
 
 def _is_ordinary(model: nn.Module, name: str, stored: Mapping[str, Stored]) -> bool:
-    weight, found = getattr(model.get_submodule(name), "weight", None), stored_as(model, f"{name}.weight", stored)
+    weight, key = getattr(model.get_submodule(name), "weight", None), f"{name}.weight"
+    found = stored_as(model, key, stored) or stored_as(model, model.all_tied_weights_keys.get(key, key), stored)
     return weight is not None and found is not None and found.shape == list(weight.shape)
 
 

@@ -18,12 +18,18 @@ def opaque_product(rows: Tensor, bias: Tensor | None, stored: Tensor, out_featur
     return torch.ops.hf_compress.product(rows, bias, stored, out_features)
 
 
+def _product(rows: Tensor, bias: Tensor | None, stored: Tensor, out_features: int) -> Tensor:
+    layer = _layers.get(stored.data_ptr())
+    if layer is None:
+        raise RuntimeError(
+            "A compiled graph holds the product of a layer whose stored weight was put elsewhere by hand "
+            "(`.data = ...`): load it with load_state_dict or move it with .to(), which the layer notices."
+        )
+    return layer.infer(rows, bias)
+
+
 torch.library.define("hf_compress::product", "(Tensor rows, Tensor? bias, Tensor stored, int out_features) -> Tensor")
-torch.library.impl(
-    "hf_compress::product",
-    "cpu",
-    lambda rows, bias, stored, out_features: _layers[stored.data_ptr()].infer(rows, bias),
-)
+torch.library.impl("hf_compress::product", "cpu", _product)
 torch.library.register_fake(
     "hf_compress::product", lambda rows, bias, stored, out_features: rows.new_empty(rows.shape[0], out_features)
 )

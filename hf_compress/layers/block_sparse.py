@@ -23,6 +23,7 @@ class BlockSparseLinear(Sentinel, nn.Linear):
     blocks, to the bias and to x; blocks that are not stored stay away.
     """
 
+    FORM, PARTS = "block-sparse", "its stored blocks `values`"
     _made = None  # the blocks, their version, and the run made of them
 
     def __init__(self, in_features: int, out_features: int, block_size: tuple[int, int], num_blocks: int, *,
@@ -78,7 +79,21 @@ class BlockSparseLinear(Sentinel, nn.Linear):
         )
         for name in _INDEX:
             setattr(self, name, getattr(index, name))
-        register(self, self.values)
+        self._lies_elsewhere()
+
+    def _lies_elsewhere(self) -> None:
+        """Let compiled graphs find this layer by its blocks, wherever these lie now."""
+        if len(self.values) and self.values.device.type == "cpu":
+            register(self, self.values)
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        self._lies_elsewhere()
+        return self
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._lies_elsewhere()
 
     def forward(self, x: Tensor) -> Tensor:
         x, values, bias = as_autocast(x), self.values, self.bias
@@ -86,7 +101,7 @@ class BlockSparseLinear(Sentinel, nn.Linear):
         learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, values, bias))
         if learns or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or not len(rows):
             y = self._plain(rows)
-        elif torch.compiler.is_compiling():
+        elif torch.compiler.is_compiling() and len(values):
             y = opaque_product(rows, bias, values, self.out_features)
         else:
             y = self.infer(rows, bias)

@@ -14,6 +14,7 @@ FACTORS = ("table", "projection")
 class LowRank(Sentinel):
     """weight (N, K) = table (N, R) @ projection (K, R)^T; the table has a row for each token or output."""
 
+    FORM, PARTS = "factorised", "its factors `table` and `projection`"
     table: nn.Parameter
     projection: nn.Parameter
 

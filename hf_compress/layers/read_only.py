@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-MESSAGE = "A packed weight is read-only: call `model.dequantize()` first, then merge or change weights."
+PACKED = "A packed weight is read-only: call `model.dequantize()` first, then merge or change weights."
 WITHOUT_TRACE = ("requires_grad_", "share_memory_", "rename_", "retain_grad")  # change no number
 OPERATORS = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "mod", "and", "or", "xor")}
 
@@ -15,6 +15,7 @@ class ReadOnlyWeight(Tensor):
     """
 
     _is_hf_initialized = True  # Transformers initialises what no file holds, and asks for it by this name
+    why = PACKED  # what is told to those that write
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -22,29 +23,32 @@ class ReadOnlyWeight(Tensor):
         written = [kwargs.get("out")]
         if _is_in_place(getattr(func, "__name__", "")) or kwargs.get("inplace"):
             written += [*args[:1], kwargs.get("tensor"), kwargs.get("input")]
-        if any(isinstance(tensor, ReadOnlyWeight) for tensor in written):
-            raise RuntimeError(MESSAGE)
+        for tensor in written:
+            if isinstance(tensor, ReadOnlyWeight):
+                raise RuntimeError(tensor.why)
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
-            own = {t.untyped_storage().data_ptr() for t in args[:1] if isinstance(t, ReadOnlyWeight)} - {0}  # meta
+            own = {t.untyped_storage().data_ptr(): t.why for t in args[:1] if isinstance(t, ReadOnlyWeight)}
+            own.pop(0, None)  # meta
             if isinstance(result, (tuple, list)):
                 return type(result)(_kept(part, own) for part in result)
             return _kept(result, own)
 
     @property
     def data(self):
-        raise RuntimeError(MESSAGE)
+        raise RuntimeError(self.why)
 
     @data.setter
     def data(self, value):
-        raise RuntimeError(MESSAGE)
+        raise RuntimeError(self.why)
 
 
-def read_only(weight: Tensor) -> Tensor:
-    """`weight` as a `ReadOnlyWeight`; as it is in a traced graph, and where FSDP2 has cut it over ranks."""
+def read_only(weight: Tensor, why: str = PACKED) -> Tensor:
+    """`weight` as a `ReadOnlyWeight`, `why` for those that write into it; as it is in a traced graph, and where FSDP2 has cut it over ranks."""
     if torch.compiler.is_compiling() or hasattr(weight, "device_mesh"):
         return weight
     weight = weight.as_subclass(ReadOnlyWeight)
+    weight.why = why
     weight._is_hf_initialized = True  # Transformers asks by this name before it fills what no file holds
     return weight
 
@@ -55,7 +59,10 @@ def _is_in_place(name: str) -> bool:
     return name.endswith("_") and not name.endswith("__") and name not in WITHOUT_TRACE
 
 
-def _kept(result, own: set[int]):
+def _kept(result, own: dict[int, str]):
     """A view of a read-only weight is one as well."""
-    is_view = type(result) is Tensor and result.untyped_storage().data_ptr() in own
-    return result.as_subclass(ReadOnlyWeight) if is_view else result
+    why = own.get(result.untyped_storage().data_ptr()) if type(result) is Tensor else None
+    if why is not None:
+        result = result.as_subclass(ReadOnlyWeight)
+        result.why = why
+    return result

@@ -28,11 +28,16 @@ class Sentinel:
     """
 
     is_loading = False  # True from the time the empty module is made until its tensors are there: then none is expected
+    FORM, PARTS = "", ""  # how the weight is stored, and the parameters that train in its place, for those that write
 
     @property
     def weight(self) -> Tensor:
         """The weight that the stored tensors stand for: a copy, which cannot be written to."""
-        return awaited(self) if self.is_loading else read_only(self.dense_weight())
+        why = (
+            f"A {self.FORM} weight is read-only, but for {self.PARTS}, which train in its place: change or merge "
+            f"weights, or resize tables, before the model is {self.FORM}; adapters on top of it can be kept apart."
+        )
+        return awaited(self) if self.is_loading else read_only(self.dense_weight(), why)
 
     def dense_weight(self) -> Tensor:
         """The weight (N, K), computed from the stored tensors."""

@@ -19,6 +19,8 @@ COMPRESSED = {
     "bits and structure": lambda: hfc.quantize(prune_heads(tiny_model("bert"), {0: [1], 2: [0, 3]}), 8),
     "structure": lambda: prune_neurons(prune_heads(tiny_model("bert"), {1: [0, 1, 2, 3]}), {3: [1, 2]}),
     "ranks": lambda: factorise_embeddings(tiny_model("bert"), 4),
+    "tied ranks": lambda: factorise_embeddings(tiny_model("gpt2"), 4),
+    "bits and tied ranks": lambda: hfc.quantize(factorise_embeddings(tiny_model("bart"), 4), 4, embedding_bits=None),
     "other layers": lambda: prune_layers(tiny_model("modernbert"), [1, 2, 3]),
     "a decoder": lambda: hfc.quantize(tiny_model("llama"), 4, embedding_bits=4),
 }
@@ -27,7 +29,8 @@ COMPRESSED = {
 def from_config(name, tmp_path):
     """A new model of the config that the compressed one saved."""
     COMPRESSED[name]().save_pretrained(tmp_path / "compressed")
-    kind = TASKS["clm" if name == "a decoder" else "classification"]
+    tasks = {"a decoder": "clm", "tied ranks": "clm", "bits and tied ranks": "seq2seq"}
+    kind = TASKS[tasks.get(name, "classification")]
     config = kind.from_pretrained(tmp_path / "compressed").config
     assert hasattr(config, "quantization_config")
     torch.manual_seed(1)

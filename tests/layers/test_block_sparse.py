@@ -1,6 +1,7 @@
 """A block-sparse layer computes, and learns, what the dense layer with the same zeros does."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -144,6 +145,25 @@ def test_lora_on_top_comes_back_and_is_not_merged_into_a_copy(tmp_path):
     assert torch.equal(logits(again), logits(model))
     with pytest.raises(RuntimeError, match="read-only"):
         again.merge_and_unload()
+
+
+MOVES = {
+    "copied": copy.deepcopy,
+    "pickled": lambda model: pickle.loads(pickle.dumps(model)),
+    "cast": lambda model: model.to(torch.bfloat16),
+    "cast there and back": lambda model: model.double().float(),
+}
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_a_layer_whose_blocks_lie_elsewhere_is_compiled(move):
+    """Graphs find a layer by where its blocks lie; where they lay, others may lie by now."""
+    model = MOVES[move](hfc.to_block_sparse(block_pruned("bert"), 16)).eval()
+    expected = logits(model)
+    torch.compiler.reset()
+    with torch.no_grad():
+        found = torch.compile(model, backend="eager")(**tiny_batch(model)).logits
+    torch.testing.assert_close(found, expected)
 
 
 def test_autocast_runs_it_in_the_lower_precision():

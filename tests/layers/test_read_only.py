@@ -5,6 +5,7 @@ import torch
 from distillation.data import rows
 from helpers import tiny_batch, tiny_model
 from pruning.test_callbacks import OurTrainer, arguments
+from silence import logits
 from torch import nn
 from torch.nn import functional as F
 from transformers import Trainer
@@ -60,6 +61,32 @@ def test_no_way_leads_into_a_dequantized_copy(kind):
     assert torch.equal(module.weight, before)
     assert type(module.weight * 2) is torch.Tensor  # what is computed of it is an ordinary tensor
     assert torch.zeros_like(before).copy_(module.weight).equal(before)
+
+
+ADVICE = {"block-sparse": "its stored blocks `values`.*before the model is block-sparse",
+          "low-rank": "its factors `table` and `projection`.*before the model is factorised"}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_what_to_do_instead_can_be_done(kind):
+    """`dequantize` brings back what is packed, and knows nothing of blocks and factors."""
+    weight, message = WEIGHTS[kind]().weight, ADVICE.get(kind, "model.dequantize")
+    for write in (lambda: weight.mul_(2), lambda: weight.T[1:].zero_(), lambda: weight.chunk(2)[0].data):
+        with pytest.raises(RuntimeError, match=message):
+            write()
+
+
+@pytest.mark.parametrize("make", [factorised, lambda: hfc.quantize(tiny_model("bert"), 8, embedding_bits=8)],
+                         ids=["factorised", "packed"])  # fmt: skip
+@pytest.mark.parametrize("size", [60, 70])
+def test_a_table_that_is_not_resized_leaves_the_model_as_it_was(make, size, tmp_path):
+    model = make()
+    expected = logits(model)
+    with pytest.raises(RuntimeError, match="read-only"):
+        model.resize_token_embeddings(size)
+    model.save_pretrained(tmp_path)
+    assert model.config.vocab_size == 64 and torch.equal(logits(model), expected)
+    assert torch.equal(logits(type(model).from_pretrained(tmp_path)), expected)
 
 
 REFUSED = {
