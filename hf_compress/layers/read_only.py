@@ -44,7 +44,10 @@ class ReadOnlyWeight(Tensor):
 
 
 def read_only(weight: Tensor, why: str = PACKED) -> Tensor:
-    """`weight` as a `ReadOnlyWeight`, `why` for those that write into it; as it is in a traced graph, and where FSDP2 has cut it over ranks."""
+    """`weight` as a `ReadOnlyWeight`, with what is told to those who write into it.
+
+    As it is in a traced graph, and where FSDP2 has cut it over ranks.
+    """
     if torch.compiler.is_compiling() or hasattr(weight, "device_mesh"):
         return weight
     weight = weight.as_subclass(ReadOnlyWeight)

@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 
 WHOLE = re.compile(r"[-+]?\d+(\.0*)?")
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+COMMA = re.compile(r"[-+]?\d[\d.']*,\d+")  # 0,5 and 1.234,5
 LIST = re.compile(r"[\[{(].*[\])}]", re.DOTALL)  # as CSV keeps a list of Python or JSON
 TRUTH = ("false", "true")  # what are 0 and 1 to everyone else
 
@@ -22,6 +23,13 @@ def written(label: Any) -> str | None:
 
 def are_whole(labels: Iterable[str]) -> bool:
     return all(WHOLE.fullmatch(label) for label in labels)
+
+
+def have_commas(labels: Iterable[str]) -> bool:
+    """Whether all are numbers, and some of them written with a decimal comma."""
+    labels = list(labels)
+    are_numbers = all(NUMBER.fullmatch(label) or COMMA.fullmatch(label) for label in labels)
+    return are_numbers and any(COMMA.fullmatch(label) for label in labels)
 
 
 def without_point(label: str) -> str:
@@ -41,6 +49,11 @@ def in_order(names: Iterable[str], source: str) -> tuple[list[str], bool]:
         raise ValueError(
             f"The labels of {source} are lists written as texts, such as {min(names)}. Give them as JSON lines "
             "or parquet, or in a column of 0 and 1 for each label, named with commas as label_column."
+        )
+    if have_commas(names):
+        raise ValueError(
+            f"The labels of {source} are numbers with a decimal comma, such as {sorted(names)[:5]}, and no classes. "
+            "Write numbers to predict with a point, and give classes other names."
         )
     if are_whole(names):
         return sorted(names, key=lambda name: (int(without_point(name)), name)), True

@@ -130,7 +130,9 @@ def build(kind: type, given: Mapping[str, Any], where: str, **fixed: Any) -> Any
     try:
         return kind(**{**fixed, **values})
     except ValueError as error:
-        raise RecipeError(f"{where}: {error}") from error
+        told, _, rest = str(error).partition(" ")
+        written = next((name for name, field in known.items() if field.name == told), told)  # `score`, not `method`
+        raise RecipeError(f"{where}: {written} {rest}") from error
 
 
 def coerce(value: Any, hint: Any) -> Any:

@@ -41,12 +41,13 @@ def test_a_label_that_training_never_saw(work, tmp_path, capsys):
 @pytest.mark.parametrize("stages, message", [
     ([{"fine-tune": {"learning_rat": 1e-4}}], "the option 'learning_rat' is not known. Did you mean 'learning_rate'?"),
     ([{"quantise": {}}], "the kind 'quantise' is not known. Did you mean 'quantize'?"),
+    ([{"prune": {"method": "weights", "score": "movment"}}], "score must be one of magnitude, movement, wanda, got"),
     ([{"quantize": {}}, {"fine-tune": {}}], "Quantize last, or put both under `together:`"),
     ([{"quantize": {}}, {"distil": {}}], "afterwards only scales train, by `distil: {method: scales}`"),
     ([{"together": [{"distil": {"method": "scales"}}, {"prune": {"method": "heads"}}]}], "scales train after"),
     ([{"distil": {"method": "scales", "num_hidden_layers": 2}}], "leave out student and its sizes"),
     ([{"quantize": {}}, {"prune": {"heads": 0.5}}], "changes or trains weights, but stage 1 packs them"),
-], ids=["option", "kind", "training after packing", "distilling after packing", "scales together",
+], ids=["option", "kind", "a score by its own name", "training after packing", "distilling after packing", "scales together",
         "scales of a new student", "pruning after packing"])  # fmt: skip
 def test_recipes_with_typos_and_stages_that_do_not_fit(stages, message, work, capsys):
     assert run(work, stages, work / "reviews.csv", "--output", str(work / "nothing")) == 2

@@ -4,9 +4,12 @@ import json
 
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from recipe_run import tiny_folder
 from transformers import BertConfig
 
+from hf_compress.recipe.data import DataOptions
 from hf_compress.recipe.labels import numbers_in
+from hf_compress.recipe.tasks.table import TASKS, task_of
 from hf_compress.recipe.texts import label_names, load_texts, open_texts
 
 
@@ -49,6 +52,20 @@ def test_numbers_that_an_empty_field_made_fractions_stay_whole(tmp_path):
 def test_fractions_are_no_classes(tmp_path):
     with pytest.raises(ValueError, match=r"fractions, such as \['0.5', '1', '3.25'\]: numbers to predict, not classes"):
         open_texts(table(tmp_path / "scores.csv", ["0.5", "1", "3.25"]))
+
+
+def test_numbers_with_a_decimal_comma_are_no_classes_and_no_words(tmp_path):
+    """Of a score a masked language model would be made, and of a label as many classes as there are numbers."""
+    base = tiny_folder(tmp_path / "base", task="mlm")
+    for column in ("score", "label"):
+        rows = [f"film {i};{i % 5},5" for i in range(40)]
+        file = tmp_path / f"{column}.csv"
+        file.write_text("\n".join([f"text;{column}", *rows]), encoding="utf-8")
+        assert task_of(base, DataOptions(str(file))) == "regression"
+        with pytest.raises(ValueError, match="must hold numbers, and holds '0,5': write it with a point"):
+            TASKS["regression"]().open(DataOptions(str(file)), "used")
+    with pytest.raises(ValueError, match=r"numbers with a decimal comma, such as \['0,5'.*Write .* with a point"):
+        open_texts(str(file))
 
 
 @pytest.mark.parametrize("word", ["None", "NA", "n/a", "N/A", "null", "NULL", "nan", "NaN", "<NA>", "#N/A", "-nan"])

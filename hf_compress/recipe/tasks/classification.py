@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 
 from hf_compress.model.reading import IGNORED
 from hf_compress.recipe.columns import LABEL_COLUMNS, find_text_columns, named_column
-from hf_compress.recipe.labels import NUMBER, in_order, numbers_in, written
+from hf_compress.recipe.labels import NUMBER, have_commas, in_order, numbers_in, written
 from hf_compress.recipe.options import RecipeError
 from hf_compress.recipe.tasks.task import Columns, Task, find_columns, labels_head, text_in
 from hf_compress.recipe.texts import Texts, open_texts, text_columns, tokenize
@@ -131,7 +131,8 @@ class Regression(_TextTask):
     def label(self, given, columns):
         found = written(given[columns["label"]])
         if found is not None and not NUMBER.fullmatch(found):
-            raise RecipeError(f"The column {columns['label']!r} must hold numbers, and holds {found!r}: {self.name}.")
+            advice = "write it with a point" if have_commas([found]) else self.name
+            raise RecipeError(f"The column {columns['label']!r} must hold numbers, and holds {found!r}: {advice}.")
         if found is not None and abs(float(found)) > LARGEST:
             raise RecipeError(f"The column {columns['label']!r} holds {found}, which is too large for float32.")
         return None if found is None else float(found)
@@ -231,6 +232,8 @@ def told_by_values(train: Dataset, label: str) -> type[Task]:
     if any(isinstance(value, (list, tuple)) for value in values):
         return SeveralLabels
     texts: Sequence[str] = [text for value in values if (text := written(value)) is not None]
+    if have_commas(texts):
+        return Regression  # which says how they are written
     numbers = [float(text) for text in texts if NUMBER.fullmatch(text)]
     are_numbers = len(numbers) == len(texts) > 0
     is_score = label.strip().lower() == SCORE
