@@ -47,8 +47,8 @@ def test_a_label_that_training_never_saw(work, tmp_path, capsys):
     ([{"together": [{"distil": {"method": "scales"}}, {"prune": {"method": "heads"}}]}], "scales train after"),
     ([{"distil": {"method": "scales", "num_hidden_layers": 2}}], "leave out student and its sizes"),
     ([{"quantize": {}}, {"prune": {"heads": 0.5}}], "changes or trains weights, but stage 1 packs them"),
-], ids=["option", "kind", "a score by its own name", "training after packing", "distilling after packing", "scales together",
-        "scales of a new student", "pruning after packing"])  # fmt: skip
+], ids=["option", "kind", "a score by its own name", "training after packing", "distilling after packing",
+        "scales together", "scales of a new student", "pruning after packing"])  # fmt: skip
 def test_recipes_with_typos_and_stages_that_do_not_fit(stages, message, work, capsys):
     assert run(work, stages, work / "reviews.csv", "--output", str(work / "nothing")) == 2
     told = capsys.readouterr().err

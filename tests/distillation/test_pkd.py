@@ -87,3 +87,13 @@ def test_bad_input_is_refused_before_training(tmp_path):
         trainer(tmp_path, *pair("bart"), rows(kind="seq2seq"))
     with pytest.raises(ValueError, match="beta must be 0 or more, got -1"):
         PKDConfig(str(tmp_path), beta=-1.0)
+
+
+@pytest.mark.parametrize("family", ["fnet", "mobilebert", "convbert"])
+def test_models_without_heads_have_a_first_token(family, tmp_path):
+    """Hidden states are imitated, and no attention."""
+    data = rows().remove_columns("attention_mask") if family == "fnet" else rows()
+    run = trainer(tmp_path, *pair(family), data)
+    run.train()
+    assert all(entry["patient_loss"] > 0 for entry in run.state.log_history if "patient_loss" in entry)
+    assert any("patient_loss" in entry for entry in run.state.log_history)

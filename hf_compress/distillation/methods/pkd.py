@@ -85,7 +85,8 @@ class PatientStates(Term):
                 f"PKD leaves the student's last layer out, so it needs 2 or more: the student has {depth}, the teacher "
                 f"{teacher_depth}. Give the student more layers, or use DistillationTrainer."
             )
-        if any(getattr(layer.attention.module, "is_causal", False) for layer in anatomy(student).layers):
+        firsts = [attention.module for layer in anatomy(student).layers for attention in layer.attentions[:1]]
+        if any(getattr(module, "is_causal", False) for module in firsts):  # there may be none: FNet
             raise ValueError(
                 f"PKD imitates the first token, which in {type(plain_model(student)).__name__} reads nothing but "
                 "itself. Use DistillationTrainer with hints."
