@@ -59,6 +59,8 @@ CLAIMS = (
           "weights-75", -POINT),
     Claim("Hassibi and Stork, 1993", "optimal brain surgeon beats damage at 60%", "weights-60-surgeon",
           "weights-60-damage"),
+    Claim("Kurtic et al., 2023", "pieces by importance over cost beat even ones, at a sixth of the multiply-adds",
+          "sixth-chosen", "sixth-even"),
     Claim("Srinivas and Babu, 2015", "merging neurons beats cutting those of small weights", "neurons-50-merged",
           "neurons-50-norms"),
     Claim("Jacob et al., 2018", "8 bits cost no more than a point without training", "rtn-8", SUBJECT, -POINT),
