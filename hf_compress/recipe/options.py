@@ -101,10 +101,10 @@ def split_options(given: Mapping[str, Any], classes: Sequence[type], where: str)
 
 
 def option_fields(kind: type) -> dict[str, Field]:
-    """The options of a dataclass by their names in recipes: a field's own, or its metadata's `option` where that name
-    means something else there, as `method` does. Where checkpoints go is the recipe's to say."""
-    own = [field for field in fields(kind) if field.init and field.name != "output_dir"]
-    return {field.metadata.get("option", field.name): field for field in own}
+    """The options of a dataclass by their names in recipes: a field's own, or that of the class's `option_names` where
+    its own means something else there, as `method` does. Where checkpoints go is the recipe's to say."""
+    own, names = (f for f in fields(kind) if f.init and f.name != "output_dir"), getattr(kind, "option_names", {})
+    return {names.get(field.name, field.name): field for field in own}
 
 
 def build(kind: type, given: Mapping[str, Any], where: str, **fixed: Any) -> Any:

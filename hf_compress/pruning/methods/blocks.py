@@ -77,10 +77,7 @@ class BlockPruning(Pruning):
 class BlockPruningConfig(PruningConfig):
     sparsity: float = field(default=0.75, metadata={"help": "Share of the blocks that go, at least 0 and below 1."})
     block_size: int = field(default=16, metadata={"help": "Side of a block, usually 4 to 64."})
-    method: str = field(
-        default="taylor",
-        metadata={"help": f"Score by which blocks go: {', '.join(METHODS)}.", "option": "score"},
-    )
+    method: str = field(default="taylor", metadata={"help": f"Score by which blocks go: {', '.join(METHODS)}."})
     scope: str = field(
         default="class-blind", metadata={"help": "The share is one of: class-blind, class-uniform, row, bank."}
     )
@@ -88,6 +85,7 @@ class BlockPruningConfig(PruningConfig):
     group_lasso: float = field(default=0.0, metadata={"help": "Strength of the group lasso; 0 for none."})
 
     callback_class = BlockPruning
+    option_names = {"method": "score"}  # in recipes, where `method` names the stage's
 
 
 class BlockPruningTrainer(PruningTrainer):

@@ -89,10 +89,7 @@ def check_bank(scope: str, bank_size: int | None, matrices: list[Blocks] | None 
 @dataclass
 class WeightPruningConfig(PruningConfig):
     sparsity: float = field(default=0.5, metadata={"help": "Share of the weights that go, at least 0 and below 1."})
-    method: str = field(
-        default="magnitude",
-        metadata={"help": f"Score by which weights go: {', '.join(METHODS)}.", "option": "score"},
-    )
+    method: str = field(default="magnitude", metadata={"help": f"Score by which weights go: {', '.join(METHODS)}."})
     scope: str = field(
         default="class-blind",
         metadata={"help": "The share is one of: class-blind, class-uniform, class-distribution, row, bank."},
@@ -107,6 +104,7 @@ class WeightPruningConfig(PruningConfig):
     )
 
     callback_class = WeightPruning
+    option_names = {"method": "score"}  # in recipes, where `method` names the stage's
 
 
 class WeightPruningTrainer(PruningTrainer):
