@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
@@ -18,6 +19,7 @@ from hf_compress.model.anatomy import Anatomy, anatomy
 from hf_compress.model.classes import ModelT
 from hf_compress.model.inputs import example_batch
 from hf_compress.model.unfinished import check_finished
+from hf_compress.pruning.importance import every_other
 from hf_compress.pruning.masks import check_prunable
 from hf_compress.pruning.units import Unit, units
 from hf_compress.surgery import prune_heads, prune_layers, prune_neurons
@@ -27,6 +29,7 @@ logger = logging.getLogger(__name__)
 METRICS = ("parameters", "multiply_adds", "latency")
 LATENCY_STEPS = 6  # halvings of the interval in which the right number of multiply-adds is sought
 LATENCY_ROUNDS = 20
+LEAST_SHARE = 0.25  # of two layers, for which they stay both
 
 
 def prune(
@@ -89,8 +92,42 @@ def share_that_goes(sparsity: float | None, target: float | None) -> float:
 def choose(parts: Anatomy, pieces: Sequence[Unit], surplus: int) -> list[Unit]:
     """The first of `pieces` whose costs reach `surplus`, but for those that need not go: the last may be a whole layer.
 
-    Raises ValueError if all together do not.
+    Where that would leave one layer alone, two stay that are as wide together: worth is of each layer in the whole
+    model, and does not tell how little one can do by itself. Raises ValueError if all together do not reach it.
     """
+    chosen = _first(parts, pieces, surplus)
+    is_alone = len(parts.stacks) == 1 and len({unit.layer for unit in chosen if unit.is_layer}) == len(parts.layers) - 1
+    return (is_alone and _of_two_layers(parts, pieces, surplus)) or chosen
+
+
+def _of_two_layers(parts: Anatomy, pieces: Sequence[Unit], surplus: int) -> list[Unit] | None:
+    """All layers but two, evenly spaced, and of these the same share of the heads and of the neurons, those worth least.
+
+    None for a model of two layers, and where less than a quarter of both would stay.
+    """
+    if len(parts.layers) < 3:
+        return None
+    kept = every_other(len(parts.layers), 1 - 2 / len(parts.layers))
+    chosen = [unit for unit in pieces if unit.is_layer and unit.layer not in kept]
+    inner = [unit for unit in pieces if not unit.is_layer and unit.layer in kept]
+    left = surplus - _cost(chosen)
+    if left > (1 - LEAST_SHARE) * _cost(inner):
+        return None
+    heads, neurons = [u for u in inner if u.heads], [u for u in inner if u.neurons]
+    for group, others, rounded in ((heads, neurons, math.floor), (neurons, [], math.ceil)):  # neurons make up for heads
+        share = max(left, 0) / max(_cost([*group, *others]), 1)
+        for i in kept:
+            own = sorted((unit for unit in group if unit.layer == i), key=lambda unit: unit.importance)
+            chosen += own[: min(rounded(share * len(own)), len(own) - 1)]
+        left = surplus - _cost(chosen)
+    return chosen if left <= 0 else None
+
+
+def _cost(chosen: Sequence[Unit]) -> int:
+    return sum(unit.cost for unit in chosen)
+
+
+def _first(parts: Anatomy, pieces: Sequence[Unit], surplus: int) -> list[Unit]:
     keepers = _Keepers(parts)
     chosen: list[tuple[Unit, int]] = []  # with what each saved
     spent: dict[int, int] = {}  # layer -> cost of what was taken from it

@@ -107,6 +107,24 @@ def test_pieces_go_in_the_order_of_worth_for_cost():
         choose(parts, order, 121)
 
 
+@pytest.mark.parametrize("surplus, layers, heads, neurons", [
+    (200, {0, 1}, 0, 0), (260, {1, 3}, 1, 2), (300, {1, 3}, 2, 2), (350, {1, 3}, 3, 3), (351, {0, 1, 2}, 3, 1),
+])  # fmt: skip
+def test_one_layer_is_left_alone_only_where_two_would_be_too_narrow(surplus, layers, heads, neurons):
+    """Four layers of 100, each of four heads of 15 and four bundles of 10, all worth more for their cost than it is."""
+    parts = anatomy(tiny_model("bert", num_attention_heads=4))
+    own = [Unit(i, ((i, j),), (), cost=15, importance=10.0 + j) for i in range(4) for j in range(4)]
+    own += [Unit(i, (), (j,), cost=10, importance=9.0 + j) for i in range(4) for j in range(4)]
+    pieces = [Unit(i, (), (), cost=100, importance=1.0) for i in range(4)] + own
+    chosen = choose(parts, pieces, surplus)
+    assert {unit.layer for unit in chosen if unit.is_layer} == layers
+    inner = [unit for unit in chosen if unit.layer not in layers]
+    assert 100 * len(layers) + sum(unit.cost for unit in inner) >= surplus
+    for i in (set(range(4)) - layers) if heads else ():  # the same share of each, those worth least
+        assert {unit.heads[0][1] for unit in inner if unit.layer == i and unit.heads} == set(range(heads))
+        assert {unit.neurons[0] for unit in inner if unit.layer == i and unit.neurons} == set(range(neurons))
+
+
 def test_something_of_each_stack_stays():
     model = tiny_model("bart")
     pieces = units(model, labelled(model), None)
