@@ -101,7 +101,7 @@ def choose(parts: Anatomy, pieces: Sequence[Unit], surplus: int) -> list[Unit]:
 
 
 def _of_two_layers(parts: Anatomy, pieces: Sequence[Unit], surplus: int) -> list[Unit] | None:
-    """All layers but two, evenly spaced, and of these the same share of the heads and of the neurons, those worth least.
+    """All layers but two, evenly spaced, and of these the same share of heads and of neurons, those worth least.
 
     None for a model of two layers, and where less than a quarter of both would stay.
     """
@@ -120,7 +120,7 @@ def _of_two_layers(parts: Anatomy, pieces: Sequence[Unit], surplus: int) -> list
             own = sorted((unit for unit in group if unit.layer == i), key=lambda unit: unit.importance)
             chosen += own[: min(rounded(share * len(own)), len(own) - 1)]
         left = surplus - _cost(chosen)
-    return chosen if left <= 0 else None
+    return _needed([(unit, unit.cost) for unit in chosen], -left) if left <= 0 else None
 
 
 def _cost(chosen: Sequence[Unit]) -> int:
