@@ -61,6 +61,9 @@ class StructureOptions:
                 raise ValueError(f"{name} is the share that goes, at least 0 and below 1, got {getattr(self, name)}.")
         if not (self.layers or self.heads or self.neurons):
             raise ValueError("give a share of layers, heads or neurons that goes.")
+        for share, score in (("heads", self.head_score), ("neurons", self.neuron_score)):
+            if score != "gradient" and not getattr(self, share):
+                raise ValueError(f"{share[:-1]}_score={score} scores nothing: give the share of {share} that goes.")
 
     @property
     def needs_texts(self) -> bool:

@@ -165,6 +165,7 @@ MISTAKES = [
     ([{"fine-tune": {"name": "../x"}}], "letters, digits"),
     ([{"prune": {"method": "weights", "score": "taylor"}}], "must be one of magnitude, movement, wanda, got 'taylor'"),
     ([{"prune": {"method": "structure", "heads": 0.5, "head_score": "entropy"}}], "head_score must be one of gradient"),
+    ([{"prune": {"method": "structure", "heads": 0.5, "neuron_score": "merging"}}], "give the share of neurons that"),
     ([{"quantize": {"bits": 4, "grid": "ternary"}}], "a ternary grid is stored in 2 bits a weight, got bits=4"),
     ([{"quantize": {"average_bits": 3, "grid": "ternary"}}], "a ternary grid has one width: leave out average_bits"),
     ([{"quantize": {"method": "gptq", "grid": "kmeans"}}], "grid must be 'uniform' or, with method='rtn'"),
