@@ -200,7 +200,7 @@ def test_methods_of_several_models_are_held_against_one_another(tiny_folder, tmp
     assert made[0] == "teacher" and len(made) == len(set(made)) == 9
     told = run(*command, "--report").splitlines()
     assert [line.partition(":")[0] for line in told] == made
-    assert re.search(r"^mutual: [\d.]+% \(1 seeds\), [+-][\d.]+ points over labels alone \(", "\n".join(told), re.M)
+    assert re.search(r"^mutual: [\d.]+% \(1 seed\), [+-][\d.]+ points over labels alone \(", "\n".join(told), re.M)
 
 
 @pytest.mark.long

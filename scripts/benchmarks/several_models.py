@@ -37,10 +37,8 @@ class Bench(ClassifierBench):
         self.record(name, seed, self.made(name, seed), start)
 
     def made(self, name: str, seed: int):
-        teacher, settings = (
-            self.teacher(),
-            {"seed": seed, "learning_rate": 3e-4, "epochs": 1, "max_steps": self.args.steps},
-        )
+        settings = {"seed": seed, "learning_rate": 3e-4, "epochs": 1, "max_steps": self.args.steps}
+        teacher = self.teacher()
         if name.endswith("at once"):
             layers = teacher.config.num_hidden_layers
             search = name.startswith("layers by search")
@@ -90,7 +88,7 @@ class Bench(ClassifierBench):
         lines = {name: [line for line in self.results() if line["run"] == name] for name in ("teacher", *RUNS)}
         for name, own in lines.items():
             if own:
-                text = f"{name}: {fmean(line['accuracy'] for line in own):.1%} ({len(own)} seeds)"
+                text = f"{name}: {fmean(line['accuracy'] for line in own):.1%} ({len(own)} seed{'s' * (len(own) > 1)})"
                 if (against := RUNS.get(name)) and lines[against]:
                     found = paired_difference(answers(lines[against]), answers(own))
                     value, low, high = (100 * one for one in vars(found.interval).values())
