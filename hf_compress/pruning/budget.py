@@ -54,8 +54,9 @@ def prune(
     target           what `sparsity` was called when it meant the share that is left; it goes with the next version
 
     Each piece is a head (with all that share its key and value), a bundle of neurons, or a whole layer. They go in the
-    order of importance over cost, but no layer is left alone where two narrower ones cost as much (`choose`). Raises ValueError, and changes nothing, for a share that cannot be reached:
-    embeddings and heads of the task stay, and something of each encoder and decoder.
+    order of importance over cost, but no layer is left alone where two narrower ones cost as much (`choose`). Raises
+    ValueError, and changes nothing, for a share that cannot be reached: embeddings and heads of the task stay, and
+    something of each encoder and decoder.
     """
     if metric not in METRICS:
         raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}.")
@@ -92,8 +93,9 @@ def share_that_goes(sparsity: float | None, target: float | None) -> float:
 def choose(parts: Anatomy, pieces: Sequence[Unit], surplus: int) -> list[Unit]:
     """The first of `pieces` whose costs reach `surplus`, but for those that need not go: the last may be a whole layer.
 
-    Where that would leave one layer of a model of one stack alone, two stay that are as wide together: worth is of each layer in the whole
-    model, and does not tell how little one can do by itself. Raises ValueError if all together do not reach it.
+    Where that would leave one layer alone, in a model of one stack, two stay that are as wide together: worth is of
+    each layer in the whole model, and does not tell how little one can do by itself. Raises ValueError if all together
+    do not reach it.
     """
     chosen = _first(parts, pieces, surplus)
     is_alone = len(parts.stacks) == 1 and len({unit.layer for unit in chosen if unit.is_layer}) == len(parts.layers) - 1
