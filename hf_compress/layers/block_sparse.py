@@ -6,7 +6,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_compress.engines import block_sparse, ops
 from hf_compress.engines.opaque import opaque_product, register
-from hf_compress.layers.packed_module import as_autocast
+from hf_compress.layers.packed_module import as_autocast, without_autocast
 from hf_compress.layers.sentinel import Sentinel
 
 _INDEX = ("crow", "col", "crow_t", "col_t", "perm_t")  # made from the stored indices, for the kernels
@@ -125,7 +125,7 @@ class BlockSparseLinear(Sentinel, nn.Linear):
                 run = block_sparse.make_run(self._sparse(values.detach()), self.density)
             self._made = values, values._version, run
         run = self._made[2]
-        return self._plain(rows) if run is None else run(rows, bias)
+        return self._plain(rows) if run is None else without_autocast(run, rows, bias)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_made": None}

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from hf_compress.engines.opaque import opaque_product, register
 from hf_compress.engines.packed_weight import PackedWeight, Stored
-from hf_compress.engines.routes import FewAndMany, choose
+from hf_compress.engines.routes import FewAndMany, Run, choose
 from hf_compress.layers.read_only import read_only
 from hf_compress.layers.scheme import WeightScheme
 from hf_compress.layers.sentinel import awaited
@@ -101,7 +101,7 @@ class Multiplies(PackedModule):
     def infer(self, rows: Tensor, bias: Tensor | None) -> Tensor:
         """rows (M, K) -> (M, N), outside of autograd and compilation."""
         run = self._current()
-        return run(rows if run.rounds or not self.rounds else self.rounded(rows), bias)
+        return without_autocast(run, rows if run.rounds or not self.rounds else self.rounded(rows), bias)
 
     def _differentiable(self, rows: Tensor, bias: Tensor | None) -> Tensor:
         if torch.compiler.is_compiling():  # the plain path, which the compiler differentiates
@@ -157,13 +157,21 @@ def as_autocast(x: Tensor) -> Tensor:
     return x
 
 
+def without_autocast(run: Run, rows: Tensor, bias: Tensor | None) -> Tensor:
+    """run(rows, bias) in the dtypes that it chooses itself: the rows already are what autocast asks for."""
+    if not torch.is_autocast_enabled(rows.device.type):
+        return run(rows, bias)
+    with torch.autocast(rows.device.type, enabled=False):
+        return run(rows, bias)
+
+
 class _FrozenWeight(torch.autograd.Function):
     """The product of inference; its gradients dequantize the weight, which is not kept for them."""
 
     @staticmethod
     def forward(ctx, rows: Tensor, bias: Tensor | None, module: Multiplies) -> Tensor:
         ctx.module, ctx.bias_dtype = module, None if bias is None else bias.dtype
-        return module._current()(rows, bias)
+        return without_autocast(module._current(), rows, bias)
 
     @staticmethod
     def backward(ctx, grad: Tensor):

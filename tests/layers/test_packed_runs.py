@@ -198,10 +198,34 @@ def test_two_layers_compiled_by_one_code_keep_their_weights_apart():
         assert torch.equal(torch.compile(layer, backend="eager")(x), layer(x))
 
 
-def test_autocast_runs_it_in_the_lower_precision():
-    layer = packed_layer(SCHEMES["4-bit"])
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert layer(torch.randn(2, K)).dtype is torch.bfloat16
+@pytest.mark.parametrize("mode", ["auto", "exact", "reference"])
+@pytest.mark.parametrize("decodes", [False, True], ids=["encoder", "decoder"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_autocast_gives_what_inputs_of_that_dtype_give(scheme, decodes, mode, monkeypatch):
+    """The product of a layer keeps its own dtypes inside: `exact` stays float32 there."""
+    monkeypatch.setenv(processor.VARIABLE, mode)
+    check_autocast(packed_layer(SCHEMES[scheme], decodes=decodes), K)
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("share", [0.05, 0.95], ids=["sparse", "nearly-dense"])
+def test_autocast_gives_what_inputs_of_that_dtype_give_to_blocks(share, fast, monkeypatch):
+    """Float32 blocks of few are MKL's, which has no such product in bfloat16."""
+    monkeypatch.setattr(processor, "has_bfloat16", lambda: fast)
+    mask = torch.rand(16, 16, generator=torch.Generator().manual_seed(1)) < share
+    check_autocast(BlockSparseLinear.from_dense(nn.Linear(256, 256), mask, (16, 16)), 256)
+
+
+def check_autocast(layer: nn.Module, columns: int) -> None:
+    for M in (1, 40):
+        x = torch.randn(M, columns)
+        for learns in (False, True):  # inference, and gradients that pass the layer on
+            inputs = x.clone().requires_grad_(learns)
+            with torch.set_grad_enabled(learns):
+                expected = layer(inputs.bfloat16())
+                with torch.autocast("cpu", dtype=torch.bfloat16):
+                    found = layer(inputs)
+            assert found.dtype is torch.bfloat16 and torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("scheme", ["4-bit", "8-bit-rows", "8-bit-groups"])
