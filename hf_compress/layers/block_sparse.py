@@ -110,7 +110,9 @@ class BlockSparseLinear(Sentinel, nn.Linear):
     def _plain(self, rows: Tensor) -> Tensor:
         """By the operator, which is differentiable: a kernel on a GPU, the dense product elsewhere."""
         dtype, bias = rows.dtype, self.bias
-        return ops.bsr_linear(rows, self._sparse(self.values.to(dtype)), None if bias is None else bias.to(dtype))
+        weight = self._sparse(self.values.to(dtype))
+        product = lambda rows, bias: ops.bsr_linear(rows, weight, bias)  # noqa: E731
+        return without_autocast(product, rows, None if bias is None else bias.to(dtype))
 
     def infer(self, rows: Tensor, bias: Tensor | None) -> Tensor:
         """rows (M, K) -> (M, N) on the CPU, outside of autograd and compilation.
