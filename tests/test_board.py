@@ -73,7 +73,7 @@ def run(place, *words):
 
 
 def records(place):
-    return Records(place / "board.jsonl").all
+    return {key[:3]: record for key, record in Records(place / "board.jsonl").all.items()}
 
 
 def test_cells_are_made_once_and_remade_alike(place, capsys):
@@ -211,6 +211,7 @@ def test_answers_are_kept_as_bits():
         packed([0.5])
 
 
+BASE = {"kind": "", "recipe": "made so", "test_texts": "these"}
 MACHINE = {"device": "A", "threads": 1, "versions": {"torch": "2"}}
 
 
@@ -218,6 +219,10 @@ def record(method, seed, answers, kind="quantization", **more):
     own = {"subject": "s", "method": method, "kind": kind, "seed": seed, "fingerprint": "f", "recipe": "", "texts": 0}
     found = {"answers": packed(answers), "examples": len(answers), "quality": sum(answers) / len(answers)}
     return {**own, **found, **MACHINE, "latency": [1.0, 0.9, 1.1], **more}
+
+
+def base(answers, fingerprint="f", **more):
+    return record(SUBJECT_ROW, 0, answers, fingerprint=fingerprint, **{**BASE, **more})
 
 
 def test_the_interval_draws_texts_and_seeds():
@@ -228,21 +233,24 @@ def test_the_interval_draws_texts_and_seeds():
     deviation = (0.1 * 0.9 / 400) ** 0.5  # of the mean of 400 texts
     assert alone.high - alone.low == pytest.approx(2 * 1.96 * deviation, rel=0.15)  # 4000 draws of both ends
     assert both.low == pytest.approx(0.0, abs=1e-9) and both.high > 0.1  # both draws one seed twice, now and then
+    apart = crossed_interval(values[:1], values)  # the rows that are taken off are drawn too
+    assert apart.value == pytest.approx(0.05) and apart.high - apart.low > alone.high - alone.low
 
 
 def test_verdicts_follow_the_intervals():
     good, bad, little = [1] * 100, [1] * 60 + [0] * 40, [1] * 59 + [0] * 40 + [1]
-    rows = rows_of([record("a", 0, good), record("b", 0, bad), record("c", 0, little)])
+    rows = rows_of([base(good), record("a", 0, good), record("b", 0, bad), record("c", 0, little)])
     words = [verdict(Claim("", "", *names, margin), rows)[0][1] for names, margin in [
         (("a", "b"), 0.0), (("b", "a"), 0.0), (("c", "b"), 0.0), (("a", "b"), -0.01), (("b", "a"), -0.01)]]  # fmt: skip
     assert words == ["reproduced", "refuted", "not decided", "reproduced", "refuted"]
-    trained = rows_of([record("a", 0, good, texts=16), record("b", 0, bad)])
+    trained = rows_of([base(good), record("a", 0, good, texts=16), record("b", 0, bad)])
     assert verdict(Claim("", "", "a", "b"), trained)[0][1] == "reproduced, by one training"
     assert verdict(Claim("", "", "a", "missing"), rows) == []
 
 
 def test_seeds_are_paired_where_both_have_them():
     found = [record("a", 0, [1, 0, 1]), record("a", 1, [0, 1, 1]), record("b", 0, [1, 0, 0]), record("b", 1, [0, 1, 0])]
+    found.append(base([1, 1, 1]))
     rows = {row.method: row for row in rows_of(found)}
     same = torch.tensor([[0, 0, 1], [0, 0, 1]], dtype=torch.double)  # what each pair of seeds differs by
     assert difference(rows["b"], rows["a"]) == crossed_interval(same)
@@ -255,20 +263,44 @@ def test_the_frontier_holds_what_none_beats():
     assert frontier(points, smaller=False) == [(4.0, 4.0)]
 
 
-def test_rows_of_models_stand_apart_and_speeds_are_those_of_one_machine():
-    own, other = {"kind": ""}, {"device": "B", "latency": [9.0, 8.0, 10.0]}
-    made = [record("as stored", 0, [1, 1], **own), record("a", 0, [1, 0]), record("a", 1, [1, 1], **other)]
-    made += [record("as stored", 0, [0, 1], fingerprint="g", **own), record("a", 2, [0, 0], fingerprint="g")]
-    groups = groups_of(rows_of(made))
-    assert {name: [(row.method, row.seeds) for row in own] for name, own in groups.items()} == {
-        "s": [("as stored", [0]), ("a", [0, 1])], "s-2": [("as stored", [0]), ("a", [2])]}  # fmt: skip
-    assert len(groups["s"][1].machines) == 2
+def test_rows_join_machines_and_speeds_are_those_of_one():
+    other = {"device": "B", "latency": [9.0, 8.0, 10.0]}
     slow, fast = (record("a", seed, [1, 1], **one) for seed, one in enumerate([{}, other]))
     for most, expected in ((slow, slow["latency"]), (fast, [9.0, 8.0, 10.0])):
-        (row,) = rows_of([slow, fast, {**most, "seed": 2}])
-        assert [*vars(row.speed("latency")).values()] == expected and row.quality == 1.0
+        _, row = rows_of([base([1, 1]), slow, fast, {**most, "seed": 2}])
+        assert [*vars(row.speed("latency")).values()] == expected and row.quality == 1.0 and len(row.machines) == 2
+
+
+def test_a_row_is_held_against_the_model_that_each_seed_began_with():
+    """A model that another machine remakes is better or worse than the first; that is no merit of a method."""
+    first, better = [1] * 60 + [0] * 40, [1] * 80 + [0] * 20
+    lost = {"f": [1] * 50 + [0] * 50, "g": [1] * 70 + [0] * 30}  # each a tenth less than its own
+    made = [
+        base(first),
+        base(better, "g"),
+        *(record("a", i, lost[name], fingerprint=name) for i, name in enumerate("fg")),
+    ]
+    made += [record("b", i, first) for i in range(2)]  # as good as the model that both seeds began with
+    subject, a, b = sorted(rows_of(made), key=lambda row: row.method != SUBJECT_ROW)[:1] + [
+        row for name in "ab" for row in rows_of(made) if row.method == name]  # fmt: skip
+    assert difference(subject, a).value == pytest.approx(-0.1) and difference(subject, b).value == 0
+    assert difference(b, a).value == pytest.approx(-0.1) and difference(b, a).high < 0  # -0.05 of the answers as such
+    assert [list(groups_of(rows_of(made))), subject.quality] == [["s"], pytest.approx(0.7)]
+
+
+def test_models_of_other_terms_stand_apart(tmp_path):
+    made = [base([1, 1]), record("a", 0, [1, 0]), base([0, 1], "g", test_texts="others"),
+            record("a", 2, [0, 0], fingerprint="g")]  # fmt: skip
+    groups = groups_of(rows_of(made))
+    assert {name: [(row.method, row.seeds) for row in own] for name, own in groups.items()} == {
+        "s": [(SUBJECT_ROW, [0]), ("a", [0])], "s-2": [(SUBJECT_ROW, [0]), ("a", [2])]}  # fmt: skip
     with pytest.raises(RecipeError, match="not the model"):
-        groups_of(rows_of(made[1:3]))
+        rows_of(made[1:2])
+    records = Records(tmp_path / "records.jsonl")
+    for one in (*made, base([1, 0], "h")):  # h: of the terms of f, by another machine
+        records.keep(one)
+    known = {name: records.of({**made[1], "fingerprint": name}) for name in "fgh"}
+    assert known == {"f": made[1], "g": None, "h": made[1]} and len(Records(records.file).all) == 5
 
 
 METHODS = sorted((ROOT / "scripts" / "evidence" / "recipes").glob("*/*.yaml"))

@@ -53,7 +53,7 @@ class Cell:
     @property
     def key(self) -> dict[str, Any]:
         """What makes a record the record of this cell, once its subject is made."""
-        method = {"method": SUBJECT, "kind": "", "recipe": ""}
+        method = {"method": SUBJECT, "kind": "", "recipe": self.subject.facts["recipe"]}
         if self.method:
             method = {"method": self.method.name, "kind": self.method.kind, "recipe": self.method.digest}
         return {"subject": self.subject.name, **method, "seed": self.seed,
@@ -73,9 +73,9 @@ class Cell:
                 raise RecipeError(f"{self.name}, {self.method.kind}/{self.method.name}.yaml: {error}") from error
             seconds, model = sum(stage["seconds"] for stage in result.stages), Path(result.model)
         memory = peak_memory_bytes()
-        overlap = {} if self.method else {"overlap": facts["overlap"]}
+        of_texts = {} if self.method else {name: facts[name] for name in ("overlap", "test_texts")}
         return {**self.key, "texts": self.method.trained_texts if self.method else None, "seconds": round(seconds, 1),
-                  "peak_memory_bytes": memory, **overlap, **self._quality(model), **self._cost(model)}  # fmt: skip
+                  "peak_memory_bytes": memory, **of_texts, **self._quality(model), **self._cost(model)}  # fmt: skip
 
     def forget(self) -> None:
         """Delete what the recipe left, once the record is kept."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from evidence.cells import SUBJECT
-from evidence.results import Row, difference
+from evidence.results import Row, difference, groups_of
 
 POINT = 0.01
 
@@ -69,16 +69,16 @@ CLAIMS = (
 
 
 def verdict(claim: Claim, rows: Sequence[Row]) -> list[tuple[str, str, str]]:
-    """(subject, verdict, figures) of each subject that has both rows, begun with the same model.
+    """(subject, verdict, figures) of each subject that has both rows.
 
     Decided where all of the interval lies on one side of the margin. That of one training knows the chance of the texts
     alone, which is told.
     """
     found = []
-    by_name = {(row.subject, row.began, row.method): row for row in rows}
-    for (subject, began, method), row in by_name.items():
-        reference = by_name.get((subject, began, claim.reference))
-        if method != claim.candidate or reference is None:
+    for subject, own in groups_of(rows).items():
+        by_name = {row.method: row for row in own}
+        row, reference = by_name.get(claim.candidate), by_name.get(claim.reference)
+        if row is None or reference is None:
             continue
         interval = difference(reference, row)
         word = "not decided"

@@ -23,7 +23,11 @@ KEY = ("subject", "method", "seed")
 
 
 class Records:
-    """The records in a file of JSON lines: one for each subject, method and seed, the last one made."""
+    """The records in a file of JSON lines: one for each subject, method and seed, the last one made.
+
+    A machine remakes a subject with other last bits than the next one, so a subject has a record for each model that
+    something began with, and a cell is known by its `fingerprint` to have begun with one of them.
+    """
 
     def __init__(self, file: Path):
         self.file = file
@@ -31,9 +35,14 @@ class Records:
         self.all = {_key(record): record for record in map(json.loads, lines)}
 
     def of(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The record of a cell; None where it was not made, or by another recipe or from another model."""
+        """The record of a cell; None where it was not made, or by another recipe or from another subject."""
         record = self.all.get(_key(key))
-        return record if record and all(record[name] == value for name, value in key.items()) else None
+        if record is None or record["method"] == SUBJECT:
+            return record
+        base = self.all.get(_key({**key, "method": SUBJECT, "seed": 0, "fingerprint": record["fingerprint"]}))
+        own = self.all.get(_key({**key, "method": SUBJECT, "seed": 0}))
+        is_known = base is not None and own is not None and terms_of(base) == terms_of(own)
+        return record if is_known and record["recipe"] == key["recipe"] else None
 
     def keep(self, record: Mapping[str, Any]) -> None:
         """Write the file anew, whole, with this record in its place."""
@@ -43,7 +52,12 @@ class Records:
 
 
 def _key(record: Mapping[str, Any]) -> tuple:
-    return tuple(record[name] for name in KEY)
+    return *(record[name] for name in KEY), record["fingerprint"] if record["method"] == SUBJECT else ""
+
+
+def terms_of(base: Mapping[str, Any]) -> tuple[str, str]:
+    """What makes two models one subject, made on two machines: its recipe and the texts that it is tested on."""
+    return base["recipe"], base["test_texts"]
 
 
 def machine_of(record: Mapping[str, Any]) -> str:
@@ -53,17 +67,16 @@ def machine_of(record: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """All seeds of a method on a subject that began with the same model, whatever machine made them."""
+    """All seeds of a method on a subject, whatever machine made them.
+
+    `bases` are the records of the subject's models that they began with, one for each of `records`.
+    """
 
     subject: str
     method: str
     kind: str
     records: tuple[Mapping[str, Any], ...]
-
-    @property
-    def began(self) -> str:
-        """Fingerprint of the model that it began with."""
-        return self.records[0]["fingerprint"]
+    bases: tuple[Mapping[str, Any], ...]
 
     @property
     def machines(self) -> list[str]:
@@ -71,10 +84,14 @@ class Row:
         return [machine for machine, _ in Counter(map(machine_of, self.records)).most_common()]
 
     @property
-    def answers(self) -> Tensor:
-        """(seeds, texts), 1 where right."""
-        rows = [unpacked(record["answers"], record["examples"]) for record in self.records]
-        return torch.tensor(rows, dtype=torch.double)
+    def relative(self) -> Tensor:
+        """(seeds, texts), 1 where right, less the same of the model that each began with."""
+        return _answers(self.records) - _answers(self.bases)
+
+    @property
+    def began(self) -> list[tuple[int, str]]:
+        """Seed and model of each record."""
+        return [(record["seed"], record["fingerprint"]) for record in self.records]
 
     @property
     def quality(self) -> float:
@@ -104,64 +121,77 @@ class Row:
         return Interval(statistics.median(values), min(lows), max(highs))
 
 
+def _answers(records: Iterable[Mapping[str, Any]]) -> Tensor:
+    return torch.tensor([unpacked(record["answers"], record["examples"]) for record in records], dtype=torch.double)
+
+
 def rows_of(records: Iterable[Mapping[str, Any]]) -> list[Row]:
-    """A row for each method and model that it began with; the subject first, then by kind and quality."""
+    """A row for each method and subject; the subject first, then by kind and quality.
+
+    Raises RecipeError where the record of a model that a cell began with is not there.
+    """
+    records = sorted(records, key=_key)
+    bases = {(one["subject"], one["fingerprint"]): one for one in records if one["method"] == SUBJECT}
     groups: dict[tuple, list[Mapping[str, Any]]] = {}
-    for record in sorted(records, key=_key):
-        key = record["subject"], record["method"], record["fingerprint"]
-        groups.setdefault(key, []).append(record)
-    rows = [Row(key[0], key[1], found[0]["kind"], tuple(found)) for key, found in groups.items()]
+    for record in records:
+        base = bases.get((record["subject"], record["fingerprint"]))
+        if base is None:
+            raise RecipeError(f"The records hold cells of {record['subject']}, but not the model that they began with.")
+        groups.setdefault((record["subject"], terms_of(base), record["method"]), []).append(record)
+    rows = []
+    for (subject, _, method), found in groups.items():
+        began = tuple(bases[subject, one["fingerprint"]] for one in found)
+        rows.append(Row(subject, method, found[0]["kind"], tuple(found), began))
     return sorted(rows, key=lambda row: (row.subject, row.kind, -row.quality, row.method))
 
 
 def groups_of(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """name -> the rows that began with one model, its own first; a subject's second model is called SUBJECT-2.
-
-    Raises RecipeError where the row of the model itself is not there.
-    """
-    groups: dict[tuple[str, str], list[Row]] = {}
+    """name -> the rows of one subject, its own first; one of that name but of other terms is called SUBJECT-2."""
+    groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.subject, row.began), []).append(row)
+        groups.setdefault((row.subject, terms_of(row.bases[0])), []).append(row)
     named: dict[str, list[Row]] = {}
     for (subject, _), own in groups.items():
-        if own[0].method != SUBJECT:
-            raise RecipeError(f"The records hold cells of {subject}, but not the model that they began with.")
         number = 1 + sum(found[0].subject == subject for found in named.values())
         named[subject if number == 1 else f"{subject}-{number}"] = own
     return named
 
 
 def difference(reference: Row, candidate: Row, *, draws: int = DRAWS) -> Interval:
-    """Of quality, candidate less reference, with its 95% interval: both the texts and the seeds are drawn again.
+    """Of quality, candidate less reference, each less the model that it began with, with its 95% interval.
 
-    Seeds that both have are paired, else each is held against the mean of the reference. With one seed the interval is
-    of the texts alone.
+    Both the texts and the seeds are drawn again. Seeds that began with the same model are paired, where all of one row
+    are so in the other; else each row's are drawn by themselves. With one seed each the interval is of the texts alone.
     """
-    shared = sorted(set(reference.seeds) & set(candidate.seeds))
-    if shared and len(reference.seeds) > 1:
-        mine, theirs = (row.answers[[row.seeds.index(seed) for seed in shared]] for row in (candidate, reference))
-    else:
-        mine, theirs = candidate.answers, reference.answers.mean(0, keepdim=True)
-    return crossed_interval(mine - theirs, draws=draws)
+    mine, theirs = candidate.began, reference.began
+    shared = [pair for pair in mine if pair in theirs]
+    if len(shared) == min(len(mine), len(theirs)) and len(theirs) > 1:
+        candidates, references = (
+            row.relative[[row.began.index(pair) for pair in shared]] for row in (candidate, reference)
+        )
+        return crossed_interval(candidates - references, draws=draws)
+    return crossed_interval(candidate.relative, reference.relative, draws=draws)
 
 
-def crossed_interval(values: Tensor, *, draws: int = DRAWS, seed: int = 0) -> Interval:
-    """The mean of values (seeds, texts), and its percentile interval when rows and columns are drawn again."""
-    S, n = values.shape
-    of_seeds, of_texts = _counts(S, n, draws, seed)
-    drawn = ((of_seeds @ values) * of_texts).sum(1) / (S * n)
+def crossed_interval(values: Tensor, less: Tensor | None = None, *, draws: int = DRAWS, seed: int = 0) -> Interval:
+    """The mean of values (seeds, texts), and its percentile interval when rows and columns are drawn again.
+
+    less  (other seeds, the same texts), whose mean is taken off, with its rows drawn by themselves
+    """
+    n = values.shape[1]
+    of_texts = _counts(n, draws, seed)
+    means = _counts(len(values), draws, seed + 1) @ values / len(values)  # (draws, texts)
+    if less is not None:
+        means = means - _counts(len(less), draws, seed + 2) @ less / len(less)
+    drawn = (means * of_texts).sum(1) / n
     low, high = torch.quantile(drawn, torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
-    return Interval(values.mean().item(), low, high)
+    value = values.mean() - (0 if less is None else less.mean())
+    return Interval(value.item(), low, high)
 
 
-@lru_cache(maxsize=3)  # 48 MB for 1,500 texts, and the same for every pair of rows
-def _counts(S: int, n: int, draws: int, seed: int) -> tuple[Tensor, Tensor]:
-    """How often each of S seeds and of n texts is drawn, (draws, S) and (draws, n)."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def counts(size: int) -> Tensor:
-        chosen = torch.randint(size, (draws, size), generator=generator)
-        ones = torch.ones(draws, size, dtype=torch.double)
-        return torch.zeros(draws, size, dtype=torch.double).scatter_add_(1, chosen, ones)
-
-    return counts(S), counts(n)
+@lru_cache(maxsize=8)  # 48 MB for 1,500 texts, and the same for every pair of rows
+def _counts(size: int, draws: int, seed: int) -> Tensor:
+    """How often each of `size` seeds or texts is drawn, (draws, size)."""
+    chosen = torch.randint(size, (draws, size), generator=torch.Generator().manual_seed(seed))
+    ones = torch.ones(draws, size, dtype=torch.double)
+    return torch.zeros(draws, size, dtype=torch.double).scatter_add_(1, chosen, ones)

@@ -61,8 +61,8 @@ class Subject:
     def prepare(self) -> dict[str, Any]:
         """Write the texts and make the model, where that has not been done; an interrupted training goes on.
 
-        Returns its facts: a `fingerprint` of model and texts, `seconds` of its training, and of `overlap` what
-        `write_texts` found.
+        Returns its facts: a `fingerprint` of model and texts, the digest of the `test_texts`, `seconds` of its
+        training, and of `overlap` what `write_texts` found.
         """
         if self.is_made:
             return self.facts
@@ -75,6 +75,7 @@ class Subject:
         files = {file.name: file_digest(file) for file in sorted(texts.iterdir())}
         facts = {
             "recipe": self._digest(), "fingerprint": digest([model_fingerprint(self.model), files]),
+            "test_texts": files["test.jsonl"],
             "seconds": sum(stage["seconds"] for stage in result.stages),
             "overlap": json.loads((texts / FACTS).read_text(encoding="utf-8")),
         }  # fmt: skip
