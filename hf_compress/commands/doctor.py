@@ -16,7 +16,7 @@ from hf_compress.engines.routes import FewAndMany
 from hf_compress.layers.packed_linear import PackedLinear
 from hf_compress.layers.scheme import WeightScheme
 from hf_compress.measuring.measure import device_name
-from hf_compress.model.precision import CAP, cpu_has_bfloat16
+from hf_compress.model.precision import CAP, cpu_has_bfloat16, is_amd
 from hf_compress.version import __version__
 
 LABEL = 14  # columns before the text
@@ -166,6 +166,8 @@ def _advice() -> Iterator[str]:
                "time: cut layers, heads and neurons for speed (hf-compress shrink).")  # fmt: skip
     if cpu_has_bfloat16():
         yield "Load models with dtype=torch.bfloat16: attention and norms then run in it as well."
+    elif processor.instructions()["AVX512-BF16"] and not processor.instructions()["AMX"] and not is_amd():
+        yield "Load models in float32: without AMX, Intel's products of bfloat16 take twice as long."
     if not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
         yield "No C++ compiler is found: hfc.compiled_decoding(), and torch.compile on the CPU, need one."
     if torch.cuda.is_available():

@@ -56,7 +56,7 @@ class Stored(NamedTuple):
     by_rows True:  a table's, words (N, K * bits / 32), scales (N, G), zeros (N, G) or None
     """
 
-    words: Tensor
+    words: Tensor | None  # None where only a layout of the kernels holds them
     scales: Tensor
     zeros: Tensor | None
     g_idx: Tensor | None
@@ -66,7 +66,7 @@ class Stored(NamedTuple):
 
     @property
     def out_features(self) -> int:
-        return self.words.shape[0 if self.by_rows else 1]
+        return self.scales.shape[0 if self.by_rows else 1]
 
     @property
     def num_groups(self) -> int:
@@ -85,13 +85,21 @@ class Stored(NamedTuple):
         if self.by_rows:
             return self
         zeros = None if self.zeros is None else unpack_zeros(self.zeros, self.bits, self.out_features).t()
-        return self._replace(words=self.words.t(), scales=self.scales.t(), zeros=zeros, by_rows=True)
+        words = None if self.words is None else self.words.t()
+        return self._replace(words=words, scales=self.scales.t(), zeros=zeros, by_rows=True)
 
     def weight(self, rows: slice | None = None) -> PackedWeight:
         """The numbers of some rows (outputs), by default all of them."""
         words, scales, zeros = self.turned()[:3]
         if rows is not None:
             words, scales, zeros = words[rows], scales[rows], None if zeros is None else zeros[rows]
+        return self._weight(unpack_rows(words, self.bits, self.in_features), scales, zeros)
+
+    def weight_of(self, q: Tensor) -> PackedWeight:
+        """The numbers with the integers q (N, K), which the words need not be read for."""
+        return self._weight(q, *self.turned()[1:3])
+
+    def _weight(self, q: Tensor, scales: Tensor, zeros: Tensor | None) -> PackedWeight:
         if zeros is None:
             zeros = torch.full_like(scales, 2 ** (self.bits - 1), dtype=torch.uint8)
-        return PackedWeight(unpack_rows(words, self.bits, self.in_features), scales, zeros, self.g_idx, self.bits)
+        return PackedWeight(q, scales, zeros, self.g_idx, self.bits)

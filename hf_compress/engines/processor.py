@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from hf_compress.model.precision import cpu_has_bfloat16, is_x86_with_onednn
+from hf_compress.model.precision import cpu_has_bfloat16, is_amd, is_x86_with_onednn
 
 logger = logging.getLogger(__name__)
 
@@ -82,11 +82,7 @@ def has_bfloat16() -> bool:
 @cache
 def has_slow_mkl() -> bool:
     """Whether `F.linear` in float32 goes through MKL on a processor of another maker, which oneDNN serves better."""
-    if not is_x86_with_onednn() or not torch.backends.mkl.is_available():
-        return False
-    cpuinfo = Path("/proc/cpuinfo")
-    told = cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else platform.processor()
-    return "AuthenticAMD" in told
+    return is_x86_with_onednn() and torch.backends.mkl.is_available() and is_amd()
 
 
 def has_avx512() -> bool:

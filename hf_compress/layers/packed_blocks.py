@@ -37,8 +37,9 @@ class PackedBlocksLinear(PackedLinear):
         q, zero_points, groups = layer.integers()
         blocks = stored_blocks(q != zero_points[groups].t(), block_size)
         words = words_per_row(int(blocks.sum()) * block_size**2, layer.scheme.bits)
-        if words + blocks.shape[0] + 1 + int(blocks.sum()) >= layer.qweight.numel():
+        if words + blocks.shape[0] + 1 + int(blocks.sum()) >= layer.words().numel():
             return None
+        layer.hold_words()
         made = cls._empty(layer, layer.scheme, block_size)
         for name in ("qweight", "scales", "qzeros", "g_idx"):
             setattr(made, name, getattr(layer, name))
@@ -69,14 +70,19 @@ class PackedBlocksLinear(PackedLinear):
         q, zero_points, groups = self.integers()
         return int(stored_blocks(q != zero_points[groups].t(), self.block_size).sum())
 
+    @property
+    def _waits(self) -> bool:
+        """Whether the blocks of a file are still to become its weight."""
+        return STORED[0] in self._buffers
+
     def prepare(self, **options) -> None:
-        if self.qweight is not None:  # else its tensors are not there yet
+        if not self._waits:
             super().prepare(**options)
 
     def check(self, name: str) -> None:
         """As of a packed layer; then the blocks that were loaded become its weight."""
         super().check(name)
-        if self.qweight is None:
+        if self._waits:
             try:
                 self._take(*(getattr(self, part) for part in STORED))
             except ValueError as error:
@@ -104,14 +110,15 @@ class PackedBlocksLinear(PackedLinear):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.qweight is not None:
+        if not self._waits:
             del destination[f"{prefix}qweight"]
             for name, tensor in zip(STORED, self._blocks(), strict=True):
                 destination[prefix + name] = tensor
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         blocks = None
-        if f"{prefix}qblocks" in state_dict and self.qweight is not None:
+        if f"{prefix}qblocks" in state_dict and not self._waits:
+            self.hold_words()
             blocks = [state_dict.pop(prefix + name).to(self.scales.device) for name in STORED]
             state_dict[f"{prefix}qweight"] = self.qweight
         super()._load_from_state_dict(state_dict, prefix, *args)

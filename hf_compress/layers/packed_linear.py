@@ -4,11 +4,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_compress.engines import gpu
 from hf_compress.engines.ops import pack_gptq, pack_zeros, words_per_row
 from hf_compress.engines.packed_weight import Stored
 from hf_compress.engines.rounding import grid_of_range, rounded_rows
 from hf_compress.layers.activations import needs_gradient, round_per_token, round_to_grid
+from hf_compress.layers.kernel_layout import KernelLayout
 from hf_compress.layers.packed_module import Multiplies
 from hf_compress.layers.scheme import SCALE_DTYPES, WeightScheme
 
@@ -25,10 +25,10 @@ def unpacked_linear(layer: nn.Linear, weight: Tensor, *, is_conv1d: bool) -> nn.
     return module
 
 
-class PackedLinear(Multiplies, nn.Linear):
+class PackedLinear(KernelLayout, Multiplies, nn.Linear):
     """y = x W^T + bias with a packed W (N, K). Takes the place of an `nn.Linear` or a `Conv1D`.
 
-    qweight  (K * bits / 32, N)         int32, rounded up
+    qweight  (K * bits / 32, N)         int32, rounded up; None where a kernel's layout holds the integers
     scales   (G, N)                     float16 or float32, kept when the model is cast
     qzeros   (G, N * bits / 32)         int32, the zero points as they are (GPTQ's v2); None when symmetric
     g_idx    (K,)                       int32, group of each column; None when groups are neighbouring columns
@@ -69,7 +69,7 @@ class PackedLinear(Multiplies, nn.Linear):
 
     def fill(self, q: Tensor, scales: Tensor, zero_points: Tensor, g_idx: Tensor | None = None) -> "PackedLinear":
         """Pack integers (N, K) with their scales and zero points (G, N), in place. `g_idx` (K,) is for `desc_act`."""
-        device, bits = self.qweight.device, self.scheme.bits
+        device, bits = self.scales.device, self.scheme.bits
         self.qweight = pack_gptq(q, bits).to(device)
         self.scales = scales.to(device, self.scales.dtype)
         if self.qzeros is not None:
@@ -85,10 +85,8 @@ class PackedLinear(Multiplies, nn.Linear):
     def in_columns(self) -> int:
         return self.in_features
 
-    def stored(self) -> Stored:
-        return Stored(
-            self.qweight, self.scales, self.qzeros, self.g_idx, self.scheme.bits, self.in_features, by_rows=False
-        )
+    def _stored(self, words: Tensor | None) -> Stored:
+        return Stored(words, self.scales, self.qzeros, self.g_idx, self.scheme.bits, self.in_features, by_rows=False)
 
     def unpacked(self, dtype: torch.dtype | None = None) -> nn.Linear | Conv1D:
         return unpacked_linear(self, self.dequantize(dtype), is_conv1d=self.is_conv1d)
@@ -97,15 +95,6 @@ class PackedLinear(Multiplies, nn.Linear):
         """q (N, K) uint8, zero points (G, N) uint8, and the group of each column (K,) int64."""
         weight = self.packed_weight()
         return weight.q, weight.zeros.t(), weight.groups
-
-    def prepare(self, *, decodes: bool | None = None) -> None:
-        super().prepare(decodes=decodes)
-        if self.qweight.device.type != "cuda":  # ROCm says so too; other devices dequantize
-            return
-        run = gpu.make_run(self.stored(), self.compute_dtype, int8=self.is_int8)
-        if run is not None:
-            self.route = lambda stored: run
-            self._current()
 
     @property
     def is_int8(self) -> bool:

@@ -53,7 +53,7 @@ class Multiplies(PackedModule):
     route = None  # makes the run; None: the weight is dequantized in each call
     run = None  # made by the first call in need of it: what is only saved never pays
     rounds = False  # whether the record asks for inputs of 8 bits
-    _made_of = ()  # the stored tensors that it was made of, each with its version
+    _made_of = ()  # the stored tensors, or None, that it was made of, each with its version
 
     def stored(self) -> Stored:
         raise NotImplementedError
@@ -132,11 +132,14 @@ class Multiplies(PackedModule):
                 return self.run
         with torch.inference_mode(False), torch.no_grad():
             run = self.route(self.stored())
-        self._made_of = tuple(
-            (name, tensor, _version(tensor)) for name, tensor in self._buffers.items() if tensor is not None
-        )
         self.run = run
+        self._note_buffers()
         return run
+
+    def _note_buffers(self) -> None:
+        self._made_of = tuple(
+            (name, tensor, -1 if tensor is None else _version(tensor)) for name, tensor in self._buffers.items()
+        )
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "run": None, "route": None, "_made_of": ()}

@@ -86,3 +86,15 @@ def test_products_of_integers_that_are_not_exact_are_said(capsys, monkeypatch):
     for there in (True, False):
         monkeypatch.setattr(processor, "has_int8", lambda there=there: there)
         assert ("Products of 8-bit integers are not exact" in said(capsys)) is not there
+
+
+@pytest.mark.parametrize(("fast", "amd", "advice"), [
+    (True, True, "Load models with dtype=torch.bfloat16"), (False, False, "Load models in float32: without AMX"),
+    (False, True, None),
+])  # fmt: skip
+def test_the_dtype_that_is_fast_is_said(fast, amd, advice, capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "cpu_has_bfloat16", lambda: fast)
+    monkeypatch.setattr(doctor, "is_amd", lambda: amd)
+    monkeypatch.setattr(processor, "instructions", lambda: {"AVX512-BF16": True, "AMX": False})
+    text = said(capsys)
+    assert ("Load models" in text) is (advice is not None) and (advice or "") in text

@@ -37,7 +37,7 @@ TAKEN = {
 }
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 needs_vnni = pytest.mark.skipif(not processor.has_int8(), reason="needs exact products of 8-bit integers")
-needs_bfloat16 = pytest.mark.skipif(not processor.has_bfloat16(), reason="needs AVX512_BF16 or AMX")
+needs_bfloat16 = pytest.mark.skipif(not processor.has_bfloat16(), reason="needs AMX, or AVX512_BF16 of AMD")
 
 
 @pytest.fixture(autouse=True)
