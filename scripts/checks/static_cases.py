@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 import torch
 from hf_compress_kernels.bsr_kernels import bsr_dw_kernel, bsr_linear_kernel
 from hf_compress_kernels.bsr_launch import GROUP_M
-from hf_compress_kernels.fakequant_kernels import fake_quant_grad_kernel, fake_quant_kernel
 from hf_compress_kernels.gptq_kernels import gptq_block_kernel
 from hf_compress_kernels.gptq_launch import BLOCK_N
 from hf_compress_kernels.kl_kernels import kl_grad_kernel, kl_kernel
@@ -174,14 +173,10 @@ def _pointwise_cases(arch: str) -> list[Case]:
     logits = dict(student_ptr="*bf16", teacher_ptr="*bf16", V="i32", stride_s="i32", stride_t="i32", to_log2="fp32",
                   lse_s_ptr="*fp32", lse_t_ptr="*fp32", mask_ptr="*u8")  # fmt: skip
     loss = dict(HAS_MASK=True, LOWEST=LOWEST, BLOCK_V=BLOCK_V)
-    quant = dict(x_ptr="*bf16", scale_ptr="*fp32", zero_ptr="*fp32", R="i32", g="i32", qmin="i32", qmax="i32")
-    aligned = ("V", "stride_s", "stride_t", "g")
+    aligned = ("V", "stride_s", "stride_t")
     parts = [
         ("kl", kl_kernel, logits | dict(loss_ptr="*fp32", loss_scale="fp32"), loss, {}),
         ("kl_grad", kl_grad_kernel, logits | dict(grad_ptr="*fp32", out_ptr="*bf16", temperature="fp32"), loss, {}),
-        ("fake_quant", fake_quant_kernel, quant | dict(y_ptr="*bf16"), dict(BLOCK_R=16, BLOCK_G=128), {}),
-        ("fake_quant_grad", fake_quant_grad_kernel,
-         quant | dict(grad_ptr="*bf16", grad_x_ptr="*bf16", grad_scale_ptr="*fp32"), dict(BLOCK_R=16, BLOCK_G=128), {}),
         ("gptq_block", gptq_block_kernel,
          dict(weight_ptr="*fp32", hinv_ptr="*fp32", scale_ptr="*fp32", zero_ptr="*fp32", q_ptr="*u8", err_ptr="*fp32",
               N="i32", stride_wn="i32", maxq="i32"),

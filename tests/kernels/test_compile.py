@@ -6,12 +6,8 @@ from functorch.compile import make_boxed_func
 from hf_compress_kernels import (
     bsr_from_dense,
     bsr_linear,
-    fake_quant,
-    fused_linear_kl,
     gptq_quantize_block,
     kl_from_logits,
-    pack_rows,
-    packed_embedding,
     w8a8_linear,
     wna16_dequant,
     wna16_linear,
@@ -40,13 +36,8 @@ def sparse_weight():
     return bsr_from_dense(drawn(48, 64), mask, (16, 16))
 
 
-def table():
-    return pack_rows(torch.arange(9 * 40).remainder(16).view(9, 40).to(torch.uint8), 4)
-
-
-PACKED, SPARSE, TABLE = packed_weight(), sparse_weight(), table()
+PACKED, SPARSE = packed_weight(), sparse_weight()
 STEPS, ZEROS, CHANNELS = torch.rand(6, 2) + 0.1, torch.full((6, 2), 3.0), torch.rand(24) + 0.1
-GRID = STEPS, ZEROS, 0, 15
 
 # public function -> its arguments for a number of rows; those that float and come first take gradients
 CALLS = {
@@ -54,20 +45,10 @@ CALLS = {
     "wna16_dequant": (wna16_dequant, lambda M: (PACKED,)),
     "bsr_linear": (bsr_linear, lambda M: (drawn(M, 64), SPARSE, drawn(48))),
     "kl_from_logits": (kl_from_logits, lambda M: (drawn(M, 30), drawn(M, 30, seed=1), drawn(M) > 0)),
-    "fused_linear_kl": (
-        fused_linear_kl,
-        lambda M: (drawn(M, 8), drawn(30, 8, seed=1), drawn(M, 12, seed=2), drawn(30, 12, seed=3)),
-    ),
-    "fake_quant": (fake_quant, lambda M: (drawn(6, 4 * M), *GRID, 2 * M)),
     "gptq_quantize_block": (gptq_quantize_block, lambda M: (drawn(6, 4 * M), torch.eye(4 * M), STEPS, ZEROS, 15)),
     "w8a8_linear": (w8a8_linear, lambda M: (drawn(M, 40), torch.ones(24, 40, dtype=torch.int8), CHANNELS)),
-    "packed_embedding": (
-        packed_embedding,
-        lambda M: (torch.arange(M).remainder(9), TABLE, CHANNELS[:9, None], torch.ones(9, 1), 4, 40),
-    ),
 }
-GRADIENTS = {"wna16_linear": (0, 2), "bsr_linear": (0, 2), "kl_from_logits": (0,), "fused_linear_kl": (0, 1),
-             "fake_quant": (0, 1)}  # fmt: skip
+GRADIENTS = {"wna16_linear": (0, 2), "bsr_linear": (0, 2), "kl_from_logits": (0,)}
 
 
 def result_and_gradients(function, name, rows):
@@ -105,7 +86,7 @@ def cases():
     x, bias, grad = drawn(3, 96).requires_grad_(), drawn(64).requires_grad_(), drawn(3, 48)
     values = SPARSE.values.clone().requires_grad_()
     student, teacher, mask = drawn(3, 30).requires_grad_(), drawn(3, 30, seed=1), torch.tensor([True, False, True])
-    rows, weight = torch.ones(3), drawn(6, 12).requires_grad_()
+    rows = torch.ones(3)
     *packed, dtype = PACKED
     return {
         "wna16_linear": (x, bias, *packed),
@@ -115,12 +96,8 @@ def cases():
         "bsr_linear_dw": (grad, drawn(3, 64), *SPARSE[:3]),
         "kl_from_logits": (student, teacher, mask, 2.0),
         "kl_from_logits_grad": (rows, student.detach(), teacher, rows, rows, mask, 2.0),
-        "fused_linear_kl": (*CALLS["fused_linear_kl"][1](3), None, 1.0, True, True),
-        "fake_quant": (weight, STEPS.clone().requires_grad_(), ZEROS, 0, 15, 6),
-        "fake_quant_grad": (drawn(6, 12), weight.detach(), *GRID, 6),
         "gptq_quantize_block": (drawn(6, 16), torch.eye(16), STEPS, ZEROS, 15),
         "w8a8_linear": (drawn(3, 40), torch.ones(24, 40, dtype=torch.int8), CHANNELS, None),
-        "packed_embedding": (torch.tensor([[1, 8]]), TABLE, torch.ones(9, 1), torch.ones(9, 1), 4, 40),
     }  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hf_compress_kernels import pack_rows, packed_embedding, w8a8_linear
+from hf_compress_kernels import w8a8_linear
 
 
 def quantized_weight(N=24, K=40):
@@ -28,38 +28,18 @@ def test_w8a8_stays_within_the_rounding_of_its_activations(device):
     assert w8a8_linear(torch.zeros(1, 40), qweight, scale, torch.ones(24)).eq(1).all()
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8], ids="{}-bit".format)
-@pytest.mark.parametrize("groups", [1, 4], ids="{}-groups".format)
-def test_embedding_rows_are_the_dequantized_rows(bits, groups):
-    table = torch.randint(0, 1 << bits, (9, 48), dtype=torch.uint8)
-    scale, zero = torch.rand(9, groups) + 0.1, torch.randint(0, 1 << bits, (9, groups)).float()
-    ids = torch.tensor([[0, 8, 3], [3, 3, 1]])
-    rows = (table.unflatten(1, (groups, -1)) - zero[..., None]) * scale[..., None]
-    assert torch.equal(packed_embedding(ids, pack_rows(table, bits), scale, zero, bits, 48), rows.flatten(1)[ids])
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda q, s: w8a8_linear(torch.ones(1, 8), q, s), "in_features=40"),
         (lambda q, s: w8a8_linear(torch.ones(1, 40), q.float(), s), "int8 matrix"),
         (lambda q, s: w8a8_linear(torch.ones(1, 40), q, s[:3]), r"scale must be \(24,\)"),
-        (lambda q, s: packed_embedding(torch.ones(1), q.int(), s, s, 4, 48), r"qweight must be int32 \(rows, 6\)"),
-        (lambda q, s: packed_embedding(torch.ones(1), q.int(), s, s, 8, 160), "scale and zero must be"),
-        (lambda q, s: packed_embedding(torch.ones(1), q.int(), s[:, None], s[:, None], 8, 160), "ids must be int"),
     ],
-    ids=["x", "weight", "scale", "words", "groups", "ids"],
+    ids=["x", "weight", "scale"],
 )
 def test_bad_values_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(*quantized_weight())
-
-
-def test_ids_out_of_range_are_refused():
-    with pytest.raises(IndexError):
-        packed_embedding(
-            torch.tensor([9]), torch.zeros(9, 6, dtype=torch.int32), torch.ones(9, 1), torch.ones(9, 1), 4, 48
-        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])

@@ -24,7 +24,7 @@ def interpreted(*files: str, marker: str = "not gpu and not long") -> None:
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("names", ["wna16_matrix", "launch bsr kl gptq_block fake_quant"])
+@pytest.mark.parametrize("names", ["wna16_matrix", "launch bsr kl gptq_block"])
 def test_kernels_in_the_interpreter(names):
     interpreted(*(f"test_{name}.py" for name in names.split()))
 

@@ -111,10 +111,9 @@ def test_the_product_follows_what_is_stored(twins, monkeypatch):
     here.qweight = packed_layer(scheme, seed=2).words()  # replaced
     check()
     assert here.qweight is None
-    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():  # a float32 model: the kernel all the same
-        with pytest.MonkeyPatch.context() as once:
-            once.setattr(type(here.run), "integers", None)
-            y = here(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad(), pytest.MonkeyPatch.context() as once:
+        once.setattr(type(here.run), "integers", None)  # a float32 model is multiplied by the kernel all the same
+        y = here(x)
     oracle = here.rounded(x.bfloat16()).double() @ here.dequantize(torch.float64).t() + here.bias.double()
     assert y.dtype is torch.bfloat16 and (y.double() - oracle).norm() / oracle.norm() < 8e-3
     inputs = x.clone().requires_grad_()

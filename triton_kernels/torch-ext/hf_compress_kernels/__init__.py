@@ -3,10 +3,9 @@
 from . import layers
 from .blocks import BlockSparseWeight, bsr_from_dense, bsr_to_dense, bsr_weight
 from .bsr import bsr_linear
-from .fakequant import fake_quant
 from .gptq import gptq_quantize_block
-from .int8 import packed_embedding, w8a8_linear
-from .kl import fused_linear_kl, kl_from_logits
+from .int8 import w8a8_linear
+from .kl import kl_from_logits
 from .packing import pack_gptq, pack_rows, pack_zeros, unpack_gptq, unpack_rows, unpack_zeros, words_per_row
 from .planes import PackedWeight
 from .wna16 import gptq_repack, wna16_dequant, wna16_linear, wna16_pack, wna16_unpack
@@ -18,8 +17,6 @@ __all__ = [
     "bsr_linear",
     "bsr_to_dense",
     "bsr_weight",
-    "fake_quant",
-    "fused_linear_kl",
     "gptq_quantize_block",
     "gptq_repack",
     "kl_from_logits",
@@ -27,7 +24,6 @@ __all__ = [
     "pack_gptq",
     "pack_rows",
     "pack_zeros",
-    "packed_embedding",
     "unpack_gptq",
     "unpack_rows",
     "unpack_zeros",

@@ -1,4 +1,4 @@
-"""8-bit integer operators: a linear layer that quantizes its input per token, and an embedding packed along the row."""
+"""A linear layer of 8-bit integers that quantizes its input per token."""
 
 from typing import Optional
 
@@ -9,7 +9,6 @@ from torch import Tensor
 from . import reference
 from ._ops import add_op_namespace_prefix
 from .dispatch import check_same_device
-from .packing import check_bits, words_per_row
 
 
 def quantize_tokens(x: Tensor) -> "tuple[Tensor, Tensor]":
@@ -60,40 +59,3 @@ def w8a8_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Optional[Tensor
             raise ValueError(f"{name} must be ({N},), got {tuple(tensor.shape)}.")
     check_same_device(x=x, qweight=qweight, scale=scale, bias=bias)
     return _w8a8_linear(x.reshape(-1, K), qweight, scale, bias).reshape(*x.shape[:-1], N)
-
-
-# One body for every device: it gathers a few rows and unpacks only those.
-@torch.library.custom_op(add_op_namespace_prefix("packed_embedding"), mutates_args=())
-def _packed_embedding(ids: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor, bits: int, dim: int) -> Tensor:
-    return reference.packed_embedding(ids, qweight, scale, zero, bits, dim)
-
-
-@_packed_embedding.register_fake
-def _(ids: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor, bits: int, dim: int) -> Tensor:
-    return scale.new_empty(*ids.shape, dim)
-
-
-def packed_embedding(ids: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor, bits: int, dim: int) -> Tensor:
-    """Rows of a table whose values are packed along the row, see `pack_rows`: scale * (q - zero).
-
-    ids      (...)                      int32 or int64 in [0, V)
-    qweight  (V, ceil(dim * bits / 32)) int32
-    scale    (V, G)                     floating point; G divides dim
-    zero     (V, G)                     integers or floating point
-    returns  (..., dim)                 dtype of scale
-    """
-    check_bits(bits)
-    if qweight.dtype != torch.int32 or qweight.ndim != 2 or qweight.shape[1] != words_per_row(dim, bits):
-        raise ValueError(
-            f"qweight must be int32 (rows, {words_per_row(dim, bits)}) for dim={dim} at {bits} bits, "
-            f"got {tuple(qweight.shape)} in {qweight.dtype}."
-        )
-    if scale.ndim != 2 or scale.shape != zero.shape or scale.shape[0] != qweight.shape[0] or dim % scale.shape[1]:
-        raise ValueError(
-            f"scale and zero must be ({qweight.shape[0]}, groups) with groups dividing dim={dim}, "
-            f"got {tuple(scale.shape)} and {tuple(zero.shape)}."
-        )
-    if ids.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"ids must be int32 or int64, got {ids.dtype}.")
-    check_same_device(ids=ids, qweight=qweight, scale=scale, zero=zero)
-    return _packed_embedding(ids, qweight, scale, zero, bits, dim)

@@ -1,4 +1,4 @@
-"""Distillation losses: the Kullback-Leibler divergence of two sets of logits, and of two language model heads."""
+"""A distillation loss: the Kullback-Leibler divergence of two sets of logits."""
 
 from typing import Optional, Tuple
 
@@ -8,7 +8,6 @@ from torch import Tensor
 from ._ops import add_op_namespace_prefix
 from .dispatch import TRITON_DEVICES, check_same_device, float_accumulator, on_device, require_triton
 
-LOGITS_BYTES = 256 * 2**20  # of one float32 chunk of logits in `fused_linear_kl`
 LOWEST = -1e30  # logits below count as this, so that differences of two of them stay finite
 
 
@@ -139,117 +138,3 @@ def kl_from_logits(
 def _check_temperature(temperature: float) -> None:
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature must be a positive number, got {temperature}.")
-
-
-# One body for every device: matrix products by torch, the loss of a chunk of rows by the operators above.
-@torch.library.custom_op(add_op_namespace_prefix("fused_linear_kl"), mutates_args=())
-def _fused_linear_kl(
-    hidden_s: Tensor,
-    weight_s: Tensor,
-    hidden_t: Tensor,
-    weight_t: Tensor,
-    mask: Optional[Tensor],
-    temperature: float,
-    need_hidden: bool,
-    need_weight: bool,
-) -> Tuple[Tensor, Tensor, Tensor]:
-    accumulator = float_accumulator(hidden_s.dtype)
-    loss = hidden_s.new_zeros((), dtype=accumulator)
-    grad_hidden = torch.zeros_like(hidden_s) if need_hidden else hidden_s.new_empty(0)
-    grad_weight = torch.zeros_like(weight_s, dtype=accumulator) if need_weight else weight_s.new_empty(0)
-    rows_at_once = max(1, LOGITS_BYTES // (4 * weight_s.shape[0]))
-    for start in range(0, hidden_s.shape[0], rows_at_once):
-        rows = slice(start, start + rows_at_once)
-        student, teacher = hidden_s[rows] @ weight_s.t(), hidden_t[rows] @ weight_t.t()  # (chunk, V)
-        chunk_mask = None if mask is None else mask[rows]
-        losses, lse_s, lse_t = _kl_from_logits(student, teacher, chunk_mask, temperature)
-        loss += losses.sum()
-        if not (need_hidden or need_weight):
-            continue
-        grad = _kl_from_logits_grad(torch.ones_like(losses), student, teacher, lse_s, lse_t, chunk_mask, temperature)
-        if need_hidden:
-            torch.mm(grad, weight_s, out=grad_hidden[rows])
-        if need_weight:
-            grad_weight += (grad.t() @ hidden_s[rows]).to(accumulator)
-    return loss, grad_hidden, grad_weight.to(weight_s.dtype)
-
-
-@_fused_linear_kl.register_fake
-def _(hidden_s, weight_s, hidden_t, weight_t, mask, temperature, need_hidden, need_weight):
-    loss = hidden_s.new_empty((), dtype=float_accumulator(hidden_s.dtype))
-    grad_hidden = torch.empty_like(hidden_s) if need_hidden else hidden_s.new_empty(0)
-    return loss, grad_hidden, torch.empty_like(weight_s) if need_weight else weight_s.new_empty(0)
-
-
-def _save_gradients(ctx, inputs, output) -> None:
-    _, grad_hidden, grad_weight = output
-    ctx.needs = inputs[-2:]
-    ctx.mark_non_differentiable(grad_hidden, grad_weight)
-    ctx.save_for_backward(grad_hidden, grad_weight)
-
-
-def _fused_backward(ctx, grad: Tensor, *_unused):
-    grad_hidden, grad_weight = ctx.saved_tensors
-    need_hidden, need_weight = ctx.needs
-    grad_hidden = (grad_hidden * grad).to(grad_hidden.dtype) if need_hidden else None
-    grad_weight = (grad_weight * grad).to(grad_weight.dtype) if need_weight else None
-    return grad_hidden, grad_weight, None, None, None, None, None, None
-
-
-_fused_linear_kl.register_autograd(_fused_backward, setup_context=_save_gradients)
-
-
-def fused_linear_kl(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    mask: Optional[Tensor] = None,
-    temperature: float = 1.0,
-) -> Tensor:
-    """Sum over rows of T^2 * KL(teacher || student) between two output heads, logits never kept.
-
-    hidden   (..., Ds) and (..., Dt)   states before the head, same leading shape
-    weight   (V, Ds) and (V, Dt)       weights of the heads, without bias
-    mask     (...)                     bool; False rows count nothing
-    returns  ()                        float32 (float64 for float64 states); divide by the rows that count
-
-    Differentiable in the student's states and weight; the gradients are made in the forward pass, one chunk of rows at
-    a time, so that the logits of a chunk (at most 256 MiB in float32) are all that is ever held.
-    """
-    if student_hidden.shape[:-1] != teacher_hidden.shape[:-1]:
-        raise ValueError(
-            f"Student and teacher states must have the same rows, got {tuple(student_hidden.shape)} and "
-            f"{tuple(teacher_hidden.shape)}."
-        )
-    if student_weight.ndim != 2 or teacher_weight.ndim != 2 or student_weight.shape[0] != teacher_weight.shape[0]:
-        raise ValueError(
-            f"The heads must be (V, D) matrices over one vocabulary, got {tuple(student_weight.shape)} and "
-            f"{tuple(teacher_weight.shape)}."
-        )
-    for name, hidden, weight in (
-        ("student", student_hidden, student_weight),
-        ("teacher", teacher_hidden, teacher_weight),
-    ):
-        if hidden.shape[-1] != weight.shape[1] or hidden.dtype != weight.dtype:
-            raise ValueError(
-                f"The {name}'s states and weight disagree: {tuple(hidden.shape)} in {hidden.dtype}, "
-                f"{tuple(weight.shape)} in {weight.dtype}."
-            )
-    if mask is not None and (mask.shape != student_hidden.shape[:-1] or mask.dtype != torch.bool):
-        raise ValueError(f"mask must be bool {tuple(student_hidden.shape[:-1])}, got {mask.dtype} {tuple(mask.shape)}.")
-    _check_temperature(temperature)
-    check_same_device(student_hidden=student_hidden, student_weight=student_weight, teacher_hidden=teacher_hidden,
-                      teacher_weight=teacher_weight, mask=mask)  # fmt: skip
-    grad_mode = torch.is_grad_enabled()
-    loss, _, _ = _fused_linear_kl(
-        student_hidden.flatten(0, -2),
-        student_weight,
-        teacher_hidden.flatten(0, -2).detach(),
-        teacher_weight.detach(),
-        None if mask is None else mask.reshape(-1),
-        float(temperature),
-        grad_mode and student_hidden.requires_grad,
-        grad_mode and student_weight.requires_grad,
-    )
-    return loss

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import float_accumulator
-from .packing import unpack_rows
 from .planes import TILE_N, PackedWeight, unpack_planes, unpack_sz
 
 EXACT_COLUMNS = 1024  # of 8-bit products that float32, the widest float of some devices, sums exactly: below 2^24
@@ -54,10 +53,3 @@ def w8a8_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Optional[Tensor
     products = torch.stack(parts).sum(0, dtype=torch.int32)
     y = products.to(compute) * x_scale * scale.to(compute)
     return (y if bias is None else y + bias.to(compute)).to(dtype)
-
-
-def packed_embedding(ids: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor, bits: int, dim: int) -> Tensor:
-    ints = unpack_rows(F.embedding(ids, qweight), bits, dim)  # (..., D)
-    groups = ints.unflatten(-1, (scale.shape[1], -1)).to(scale.dtype)  # (..., G, D / G)
-    rows = (groups - F.embedding(ids, zero)[..., None]) * F.embedding(ids, scale)[..., None]
-    return rows.flatten(-2)
