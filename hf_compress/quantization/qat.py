@@ -192,8 +192,8 @@ def prepare_qat(
         module = model.get_submodule(name)
         weight = matrix(module).detach()
         if isinstance(module, nn.Embedding):
-            if any(source == f"{name}.weight" for source in model.all_tied_weights_keys.values()):
-                raise ValueError(f"{name} is tied to a head, which would see other weights: use embedding_bits=None.")
+            if tied := [n for n, source in model.all_tied_weights_keys.items() if source == f"{name}.weight"]:
+                raise ValueError(f"{name} is tied to {tied[0]}, which would not be rounded: use embedding_bits=None.")
             layout = {"range_method": "minmax", "symmetric": symmetric}
         elif grid == "ternary":
             layout = {"columns": group_size, "learned": True}
