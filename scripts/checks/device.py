@@ -1,4 +1,4 @@
-"""What is worth knowing from a few minutes of a GPU: are the kernels right, which tiles suit it, how fast are they.
+"""What is worth knowing from a few minutes of a GPU: are the kernels right, how fast are they, which tiles suit it.
 
     make gpu                                                          # on the machine with the GPU
     python scripts/checks/device.py --stages products --seconds 120
@@ -22,12 +22,14 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 SHAPES = ("4096x4096", "8192x8192", "576x1536", "1536x576")  # of a language model of 7B, a large layer, SmolLM2's
 ROWS = ("1", "8", "16", "64", "256", "1024")
+TINY = ["--model", "tiny", "--device", "cpu", "--dtype", "float32", "--bits", "4", "--group_size", "32",
+        "--rounds", "1", "--prompt", "8", "--new_tokens", "4"]  # fmt: skip
 NO_GPU = "there is no GPU of CUDA or ROCm: torch.cuda.is_available() is False"
 
 
 def stages(output: Path, small: bool) -> dict[str, tuple[float, list[str], bool]]:
     """name -> (seconds, command, whether it needs a GPU)."""
-    python, tests = sys.executable, [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider"]
+    python, tests = sys.executable, [sys.executable, "-m", "pytest", "-rs", "-p", "no:cacheprovider"]
     bench = [python, "scripts/benchmarks/kernel_times.py"]
     kinds = {
         "products": ["linear", "--bits", "2", "3", "4", "8", "--shapes", *SHAPES, "--rows", *ROWS],
@@ -39,10 +41,13 @@ def stages(output: Path, small: bool) -> dict[str, tuple[float, list[str], bool]
              for name, options in kinds.items()}  # fmt: skip
     quick = ["tests/kernels/test_launch.py"] if small else ["-m", "gpu and not long", "tests/kernels"]
     tune = [python, "-m", "hf_compress.commands.main", "tune", "--shapes", ",".join(SHAPES)]
-    found = {"tests": (180, [*tests, *quick], False), "products": (90, timed["products"], not small)}
+    write = [python, "scripts/benchmarks/generation.py", "--output", str(output / "generation.json")]
+    write += TINY if small else ["--bits", "4", "3", "--rounds", "3"]
+    found = {"tests": (150, [*tests, *quick], False), "products": (80, timed["products"], not small),
+             "generation": (100, write, not small)}  # fmt: skip
     if not small:
-        found["tune"] = (90, tune, True)
-    return {**found, "blocks": (40, timed["blocks"], not small), "losses": (40, timed["losses"], not small)}
+        found["tune"] = (60, tune, True)
+    return {**found, "blocks": (35, timed["blocks"], not small), "losses": (35, timed["losses"], not small)}
 
 
 def run(name: str, command: list[str], output: Path, seconds: float) -> str:
@@ -89,7 +94,7 @@ def main() -> int:
             ends[name] = "FAILED: no time was left"
         else:
             ends[name] = run(name, command, output, seconds if args.small else left)
-    print("\n".join([describe(), *(f"{name:10}{how}" for name, how in ends.items())]))
+    print("\n".join([describe(), *(f"{name:12}{how}" for name, how in ends.items())]))
     return int(any(how.startswith("FAILED") for how in ends.values()))
 
 

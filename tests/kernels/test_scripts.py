@@ -41,17 +41,22 @@ def test_without_a_gpu_its_tests_skip_and_it_is_said_why(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU: `make gpu` runs everything")
     said = run("scripts/checks/device.py", "--output", str(tmp_path))
-    assert "tests     passed" in said and "skipped" in said.partition("tests     ")[0]
-    for stage in ("products", "tune", "blocks", "losses"):
-        assert f"{stage:10}skipped: there is no GPU of CUDA or ROCm: torch.cuda.is_available() is False" in said
+    assert "tests       passed" in said and "skipped" in said.partition("tests       ")[0]
+    for stage in ("products", "generation", "tune", "blocks", "losses"):
+        assert f"{stage:12}skipped: there is no GPU of CUDA or ROCm: torch.cuda.is_available() is False" in said
 
 
 @pytest.mark.long
 def test_the_small_form_passes_in_the_interpreter(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     said = run("scripts/checks/device.py", "--small", "--output", str(tmp_path))
-    assert said.count(" passed in ") == 4
-    assert {file.name for file in tmp_path.glob("*.json")} == {"products.json", "blocks.json", "losses.json"}
+    assert said.count(" passed in ") == 5
+    assert {file.name for file in tmp_path.glob("*.json")} == {
+        "products.json",
+        "generation.json",
+        "blocks.json",
+        "losses.json",
+    }
 
 
 def test_publishing_dry_run_builds_checks_and_lists():
