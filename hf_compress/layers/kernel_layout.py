@@ -11,18 +11,21 @@ from hf_compress.engines.routes import PerCall, Run
 
 
 class KernelLayout:
-    """Mixin of `PackedLinear`: where a kernel runs, its layout takes the place of the buffer `qweight`, which is None.
+    """Mixin of `PackedLinear`: where a kernel runs, its layout takes the place of the buffer `qweight`, which is empty.
 
-    What reads, saves, moves or copies the layer finds the words as they were, bit for bit.
+    What reads, saves, moves or copies the layer finds the words as they were, bit for bit. Others ask `qweight` for its
+    device alone, as PEFT does.
     """
 
-    layout: gpu.Layout | None = None  # holds the integers while `qweight` is None
+    layout: gpu.Layout | None = None  # holds the integers while `qweight` is empty
+
+    @property
+    def is_laid_out(self) -> bool:
+        return self.layout is not None and not self.qweight.numel()
 
     def words(self) -> Tensor:
         """What `qweight` is, or would be."""
-        if self.qweight is not None or self.layout is None:
-            return self.qweight
-        return pack_gptq(self.layout.integers(), self.scheme.bits)
+        return pack_gptq(self.layout.integers(), self.scheme.bits) if self.is_laid_out else self.qweight
 
     def hold_words(self) -> None:
         """Bring `qweight` back, and let the layout go."""
@@ -33,7 +36,7 @@ class KernelLayout:
         return self._stored(self.words())
 
     def packed_weight(self) -> PackedWeight:
-        if self.qweight is not None or self.layout is None:
+        if not self.is_laid_out:
             return super().packed_weight()
         return self._stored(None).weight_of(self.layout.integers())
 
@@ -55,7 +58,7 @@ class KernelLayout:
         return PerCall(stored, self.compute_dtype)
 
     def _keep(self, run: gpu.Layout) -> gpu.Layout:
-        self.qweight, self.layout = None, run
+        self.qweight, self.layout = self.qweight.new_empty(0), run
         return run
 
     def _apply(self, fn, recurse: bool = True):
@@ -64,7 +67,7 @@ class KernelLayout:
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.qweight is None and self.layout is not None:
+        if self.is_laid_out:
             destination[f"{prefix}qweight"] = self.words()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -28,7 +28,7 @@ def unpacked_linear(layer: nn.Linear, weight: Tensor, *, is_conv1d: bool) -> nn.
 class PackedLinear(KernelLayout, Multiplies, nn.Linear):
     """y = x W^T + bias with a packed W (N, K). Takes the place of an `nn.Linear` or a `Conv1D`.
 
-    qweight  (K * bits / 32, N)         int32, rounded up; None where a kernel's layout holds the integers
+    qweight  (K * bits / 32, N)         int32, rounded up; empty where a kernel's layout holds them
     scales   (G, N)                     float16 or float32, kept when the model is cast
     qzeros   (G, N * bits / 32)         int32, the zero points as they are (GPTQ's v2); None when symmetric
     g_idx    (K,)                       int32, group of each column; None when groups are neighbouring columns

@@ -56,7 +56,7 @@ def num_weights(module: nn.Module) -> int:
     if isinstance(module, LowRank):  # where several share a projection, each multiplies by it
         return module.table.numel() + module.projection.numel()
     factors = [tensor for tensor in own.values() if tensor.dim() == 2]
-    if factors and not hasattr(module, "qweight"):  # a product of several matrices
+    if factors and "qweight" not in own:  # a product of several matrices
         return sum(factor.numel() for factor in factors)
     if isinstance(module, nn.Embedding):
         return module.num_embeddings * module.embedding_dim

@@ -66,14 +66,14 @@ def test_bytes_of_a_layer(bits, on_gpu):
                torch.zeros(16, 2048, dtype=torch.uint8))  # fmt: skip
     held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
             for t in [*layer.buffers(), *tensors_of(layer.run), *tensors_of(layer.layout)]}  # fmt: skip
-    assert layer.qweight is None and layer.run is layer.layout
+    assert layer.is_laid_out and layer.run is layer.layout
     assert bits / 8 < sum(held.values()) / 2048**2 <= BYTES[bits]
 
 
 @every_layer
 def test_what_is_read_saved_and_moved_are_the_words(twins):
     there, here = twins
-    assert here.qweight is None and here.run.name in ("wna16 kernel", "w8a8 kernel")
+    assert here.is_laid_out and here.run.name in ("wna16 kernel", "w8a8 kernel")
     assert_same(words(here), words(there))
     assert all(torch.equal(a, b) for a, b in zip(here.integers(), there.integers(), strict=True))
     assert torch.equal(here.dequantize(), there.dequantize()) and num_weights(here) == num_weights(there)
@@ -81,7 +81,7 @@ def test_what_is_read_saved_and_moved_are_the_words(twins):
     torch.save(here, file)
     file.seek(0)
     for twin in (copy.deepcopy(here), pickle.loads(pickle.dumps(here)), torch.load(file, weights_only=False)):
-        assert twin.qweight is None and twin.layout is not here.layout
+        assert twin.is_laid_out and twin.layout is not here.layout
         assert_same(words(twin), words(there))
     assert_same(words(copy.deepcopy(here).double().float()), words(there))
     half, other = (copy.deepcopy(one).to(torch.bfloat16) for one in twins)
@@ -107,10 +107,10 @@ def test_the_product_follows_what_is_stored(twins, monkeypatch):
     other = packed_layer(scheme, seed=1)
     here.load_state_dict(other.state_dict())
     check()
-    assert here.qweight is None and torch.equal(here.dequantize(), other.dequantize())
+    assert here.is_laid_out and torch.equal(here.dequantize(), other.dequantize())
     here.qweight = packed_layer(scheme, seed=2).words()  # replaced
     check()
-    assert here.qweight is None
+    assert here.is_laid_out
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad(), pytest.MonkeyPatch.context() as once:
         once.setattr(type(here.run), "integers", None)  # a float32 model is multiplied by the kernel all the same
         y = here(x)
@@ -122,7 +122,7 @@ def test_the_product_follows_what_is_stored(twins, monkeypatch):
     torch.testing.assert_close(inputs.grad, 2 * y @ here.dequantize(), rtol=1e-5, atol=1e-5)
     monkeypatch.setattr(gpu, "takes", lambda device: False)  # as after `.to("cpu")`
     here.prepare()
-    assert here.qweight is not None and here.layout is None
+    assert here.qweight.numel() and here.layout is None
     check()
 
 
@@ -143,7 +143,7 @@ def test_groups_that_no_kernel_walks_keep_their_words(on_gpu):
     expected = layer.dequantize()
     with torch.no_grad():
         y = layer(torch.eye(K))
-    assert layer.qweight is not None and layer.run.name == "float32 per call"
+    assert layer.qweight.numel() and layer.run.name == "float32 per call"
     torch.testing.assert_close(y - layer.bias, expected.t(), rtol=1e-5, atol=1e-5)
 
 
@@ -162,11 +162,11 @@ def test_a_model_walks_its_whole_way(packed_llama, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "takes", lambda device: True)
     model = hfc.quantize(plain, 4, embedding_bits=8).eval()
     layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
-    assert layers and all(layer.qweight is None for layer in layers) and num_parameters(model) == count
+    assert layers and all(layer.is_laid_out for layer in layers) and num_parameters(model) == count
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
     model.save_pretrained(tmp_path / "packed")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "packed").eval()
-    assert all(module.qweight is None for module in again.modules() if isinstance(module, PackedLinear))
+    assert all(module.is_laid_out for module in again.modules() if isinstance(module, PackedLinear))
     assert torch.equal(logits(again), logits(model))
     hfc.export(again, tmp_path / "plain", format="plain")
     monkeypatch.setattr(gpu, "takes", lambda device: False)
@@ -180,14 +180,14 @@ def test_blocks_are_stored_as_blocks(on_gpu):
     layer = PackedLinear(64, 64, WeightScheme(4, symmetric=True), bias=False)
     layer.fill(q, torch.full((1, 64), 0.5), torch.full((1, 64), 8, dtype=torch.uint8))
     blocks = PackedBlocksLinear.of(layer, 16)
-    assert blocks.qweight is None and blocks.num_blocks == 1 and torch.equal(blocks.integers()[0], q)
+    assert blocks.is_laid_out and blocks.num_blocks == 1 and torch.equal(blocks.integers()[0], q)
     stored = words(blocks)
     assert "qblocks" in stored and "qweight" not in stored
     for twin in (copy.deepcopy(blocks), blocks):
         twin.load_state_dict(stored)
         with torch.no_grad():
             twin(torch.ones(1, 64))
-        assert twin.qweight is None and torch.equal(twin.integers()[0], q)
+        assert twin.is_laid_out and torch.equal(twin.integers()[0], q)
         assert_same(words(twin), stored)
 
 
@@ -205,4 +205,21 @@ def test_scales_are_trained_over_a_layout(on_gpu, tmp_path):
     form.take_off(trained)
     form.stored(trained)
     assert torch.equal(trained.integers()[0], before[name]) and torch.equal(trained.scales, scales)
-    assert trained.qweight is None
+    assert trained.is_laid_out
+
+
+def test_adapters_train_over_a_layout(on_gpu, tmp_path):
+    """PEFT asks `qweight` where an adapter belongs."""
+    peft = pytest.importorskip("peft")
+    model = hfc.quantize(tiny_model("llama"), 4)
+    before = logits(model)
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(target_modules=["q_proj", "down_proj"])
+    )
+    batch = tiny_batch(model)
+    adapted(**batch, labels=batch["input_ids"]).loss.backward()
+    assert torch.equal(logits(adapted), before)
+    assert any(p.grad is not None and p.grad.abs().sum() for n, p in adapted.named_parameters() if "lora_B" in n)
+    adapted.save_pretrained(tmp_path / "adapter")
+    packed = [module for module in adapted.modules() if isinstance(module, PackedLinear)]
+    assert packed and all(layer.is_laid_out for layer in packed)
