@@ -213,9 +213,7 @@ def test_adapters_train_over_a_layout(on_gpu, tmp_path):
     peft = pytest.importorskip("peft")
     model = hfc.quantize(tiny_model("llama"), 4)
     before = logits(model)
-    adapted = peft.get_peft_model(
-        model, peft.LoraConfig(target_modules=["q_proj", "down_proj"])
-    )
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "down_proj"]))
     batch = tiny_batch(model)
     adapted(**batch, labels=batch["input_ids"]).loss.backward()
     assert torch.equal(logits(adapted), before)
