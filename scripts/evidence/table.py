@@ -84,7 +84,7 @@ def _cells(row: Row, subject: Row, methods: Mapping[str, Method]) -> list[str]:
         times(row.speed("latency")) if row.kind else f"{row.records[0]['latency_ms']:.1f} ms",
         times(row.speed("throughput")) if row.kind else "",
         f"{row.score_over_size:.2f}",
-        ", ".join(map(str, row.seeds)),
+        ", ".join(map(str, row.seeds)) if row.kind else "",
         f"{statistics.fmean(record['seconds'] for record in row.records):.0f} s",
         size_text(max(memory)) if memory else "-",
     ]
