@@ -34,9 +34,10 @@ from hf_compress.training.resume import last_complete_checkpoint  # noqa: E402
 HELD_OUT = 2  # rows of each text for validation
 
 
-def rows_of(tokenizer, file: Path, length: int) -> Tensor:
-    """All of a text in rows, (n, length)."""
+def rows_of(tokenizer, file: Path, length: int, *, spare: int = 0) -> Tensor:
+    """All of a text but its last `spare` tokens in rows, (n, length)."""
     ids = torch.tensor(tokenizer(file.read_text(encoding="utf-8"))["input_ids"])
+    ids = ids[: len(ids) - spare]
     return ids[: len(ids) // length * length].view(-1, length)
 
 
@@ -58,8 +59,9 @@ def quantized(args: argparse.Namespace, source: Path, tokenizer) -> Path:
     folder = args.output / f"gptq-{args.bits}-{args.group_size}-{args.embedding_bits}-{args.calibration_rows}"
     if not (folder / "config.json").exists():
         model = AutoModelForCausalLM.from_pretrained(source)
-        own, general = (rows_of(tokenizer, args.texts / f"{name}.txt", 512) for name in ("calibration", "brown"))
-        rows = mixed([own[:-HELD_OUT], shuffled(general)], args.calibration_rows)
+        own = rows_of(tokenizer, args.texts / "calibration.txt", 512, spare=HELD_OUT * args.length)
+        general = rows_of(tokenizer, args.texts / "brown.txt", 512)
+        rows = mixed([own, shuffled(general)], args.calibration_rows)
         calibration = [{"input_ids": row.tolist()} for row in rows]
         start = time.process_time()
         hfc.quantize(
