@@ -13,7 +13,6 @@ import argparse
 import copy
 import json
 import statistics
-import time
 from pathlib import Path
 
 import torch
@@ -21,6 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 import hf_compress as hfc
 from hf_compress.measuring.measure import device_name, synchronize, versions
+from hf_compress.measuring.timing import time_interleaved
 from hf_compress.model.precision import DTYPES
 
 SHAPES = {  # of random weights
@@ -85,14 +85,10 @@ def main() -> None:
     for name, model in models.items():
         for way, options in (("step by step", {}), ("graphs", graphs(device))):
             calls[f"{name}, {way}"] = lambda model=model, options=options: model.generate(prompt, **write, **options)
-    seconds, texts = {name: [] for name in calls}, {name: call()[0, args.prompt :] for name, call in calls.items()}
-    for _ in range(args.rounds):
-        for name, call in calls.items():
-            synchronize(device)
-            start = time.perf_counter()
-            call()
-            synchronize(device)
-            seconds[name].append(time.perf_counter() - start)
+    texts = {name: call()[0, args.prompt :] for name, call in calls.items()}  # compiles, too
+    done = [lambda call=call: (call(), synchronize(device)) for call in calls.values()]
+    times = time_interleaved(done, rounds=args.rounds, warmup_rounds=0)
+    seconds = dict(zip(calls, times, strict=True))
     lines = []
     for name, own in seconds.items():
         way = name.partition(", ")[2]

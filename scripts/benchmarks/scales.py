@@ -56,7 +56,7 @@ def dataset(rows: Tensor) -> Dataset:
 
 
 def quantized(args: argparse.Namespace, source: Path, tokenizer) -> Path:
-    folder = args.output / f"gptq-{args.bits}-{args.group_size}-{args.embedding_bits}-{args.calibration_rows}"
+    folder = args.output / f"gptq-{args.bits}-{args.group_size}-{args.embedding_bits}-{args.calibration_rows}-mixed"
     if not (folder / "config.json").exists():
         model = AutoModelForCausalLM.from_pretrained(source)
         own = rows_of(tokenizer, args.texts / "calibration.txt", 512, spare=HELD_OUT * args.length)
