@@ -2,8 +2,10 @@
 
 import shutil
 import sys
+import zipfile
 from pathlib import Path
 
+import pandas
 import pytest
 import torch
 from recipe_run import tiny_folder
@@ -11,6 +13,7 @@ from recipe_run import tiny_folder
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 import board  # noqa: E402
+import evidence.sources as sources  # noqa: E402
 from checks.overlap import counted, overlaps, words_of  # noqa: E402
 from evidence.cells import SUBJECT as SUBJECT_ROW  # noqa: E402
 from evidence.cells import packed, unpacked  # noqa: E402
@@ -187,6 +190,24 @@ def test_train_texts_that_are_held_out_too_are_taken_out(place):
     (folder / "train.tsv").write_text(f"text\tlabel\n{held_out}\tpos\n{held_out}!\tneg", encoding="utf-8")
     with pytest.raises(RecipeError, match="nothing is left"):
         write_texts(subject._data(), place / "others")
+
+
+def test_texts_of_a_package_are_split_once_and_tell_nobodys_name(tmp_path, monkeypatch):
+    said = ["RT @nyt new flu vaccine works http://t.co/a1", "new flu vaccine works", "too short #NBCHealth news"]
+    rows = [*said, *(f"tweet number {i} of this desk" for i in range(9))]
+    table = pandas.DataFrame({"source_id": [f"NBCHealth-{i}" for i in range(len(rows))], "text": rows})
+    (tmp_path / "data" / "en").mkdir(parents=True)
+    with zipfile.ZipFile(tmp_path / "data" / "en" / "healthtweets.zip", "w") as archive:
+        archive.writestr("healthtweets.csv", table.to_csv(index=False))
+    found = sources.desks(tmp_path)
+    assert found["text"].tolist()[:2] == ["new flu vaccine works"] * 2 and len(found) == len(rows) - 1
+    assert set(found["label"]) == {"nbchealth"}
+    monkeypatch.setattr(sources, "TEST", 3)
+    monkeypatch.setattr(sources, "VALIDATION", 2)
+    sources.write_splits(found, tmp_path / "desks")
+    splits = {name: pandas.read_csv(tmp_path / "desks" / f"{name}.csv") for name in ("train", "validation", "test")}
+    assert [len(splits[name]) for name in ("train", "validation", "test")] == [5, 2, 3]
+    assert len(set(pandas.concat(splits.values())["text"])) == len(found) - 1  # each text once
 
 
 def test_overlap_by_hand():

@@ -198,13 +198,15 @@ def refit_scales(W: Tensor, H: Tensor, q: Tensor, scales: Tensor, zeros: Tensor,
     sum_j (c_i H c_j^T) s_j = c_i H w^T. A row whose solution has a scale below a tenth of the old one keeps its scales.
     """
     num_groups, N = scales.shape
-    C = q - zeros[g_idx].t()  # (N, K)
+    order = torch.argsort(g_idx, stable=True)  # the columns of a group side by side
+    C, ordered = (q - zeros[g_idx].t())[:, order], H[order][:, order]  # (N, K), (K, K)
     A = C.new_zeros(N, num_groups, num_groups)
-    for j in range(num_groups):
-        columns = (g_idx == j).nonzero()[:, 0]
-        towards = C * (C[:, columns] @ H[columns])  # (N, K)
-        A[:, :, j] = torch.zeros_like(A[:, :, j]).index_add_(1, g_idx, towards)
-    b = torch.zeros_like(A[:, :, 0]).index_add_(1, g_idx, C * (W @ H))  # (N, G)
+    for j, rows in enumerate(ordered.chunk(num_groups)):
+        first = j * len(rows)
+        towards = C[:, first:] * (C[:, first : first + len(rows)] @ rows[:, first:])
+        A[:, j:, j] = towards.view(N, num_groups - j, -1).sum(-1)
+    A = A + A.tril(-1).mT
+    b = (C * (W @ H[:, order])).view(N, num_groups, -1).sum(-1)  # (N, G)
     ridge = 1e-6 * A.diagonal(dim1=1, dim2=2).mean(-1).clamp(min=1e-30)
     A = A + ridge[:, None, None] * torch.eye(num_groups, dtype=A.dtype, device=A.device)
     old = scales.t()  # (N, G)

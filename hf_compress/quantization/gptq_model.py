@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hf_compress.layers.scheme import SCALE_DTYPES
+from hf_compress.layers.scheme import SCALE_DTYPES, WeightScheme
 from hf_compress.model.anatomy import Layer
 from hf_compress.model.calibration import (
     HiddenStates,
@@ -20,7 +20,7 @@ from hf_compress.model.calibration import (
 )
 from hf_compress.quantization.block_by_block import BlockOptions, Walk
 from hf_compress.quantization.gptq import DAMP_PERCENT, output_error, quantize_weight
-from hf_compress.quantization.grids import QuantizedWeight
+from hf_compress.quantization.grids import QuantizedWeight, check_weight
 from hf_compress.quantization.modules import matrix, set_matrix
 
 logger = logging.getLogger(__name__)
@@ -97,8 +97,7 @@ class GPTQ(Walk):
         for stage in [[group] for group in groups] if self.options.true_sequential else [groups]:
             moments = self._moments({name: firsts[name] for name, *_ in stage}, inputs, wanted, counts)
             for group in stage:
-                for name in group:
-                    results[name] = self._weight(name, modules[name], moments[group[0]])
+                results |= self._weights({name: modules[name] for name in group}, moments[group[0]])
         return results
 
     def outside_weights(self, modules: Mapping[str, nn.Module], rows: Iterable[Tensor]) -> dict[str, QuantizedWeight]:
@@ -106,7 +105,7 @@ class GPTQ(Walk):
         for x in rows:
             moments.add(x)
         self._share([moments])
-        return {name: self._weight(name, module, moments) for name, module in modules.items()}
+        return self._weights(modules, moments)
 
     def _run_exact(
         self, modules: Mapping[str, nn.Module], exact: StackInputs, counts: Mapping[str, int]
@@ -145,17 +144,35 @@ class GPTQ(Walk):
         for one in moments if self.options.split_over_ranks else ():
             one.sum_over_ranks()
 
-    def _weight(self, name: str, module: nn.Module, moments: InputMoments) -> QuantizedWeight:
-        scheme, options = self.schemes[name], self.options
-        W, H = matrix(module).float(), moments.hessian()
+    def _weights(self, modules: Mapping[str, nn.Module], moments: InputMoments) -> dict[str, QuantizedWeight]:
+        """What modules with the same inputs become. Rows are independent: those of one scheme go as one weight."""
+        H = moments.hessian()
         if not H.isfinite().all():
             raise ValueError(
-                f"The inputs of {name} were NaN or infinite during calibration. Check the model on this data."
+                f"The inputs of {', '.join(modules)} were NaN or infinite during calibration. Check the model on this "
+                "data."
             )
-        H = shrink(H, H, options.shrinkage)
-        target = W
-        if moments.cross is not None:
-            cross = shrink(moments.cross_hessian(), H, options.shrinkage)
+        H, cross = shrink(H, H, self.options.shrinkage), moments.cross_hessian()
+        if cross is not None:
+            cross = shrink(cross, H, self.options.shrinkage)
+        alike: dict[WeightScheme, list[str]] = {}
+        for name, module in modules.items():
+            check_weight(matrix(module), name)
+            alike.setdefault(self.schemes[name], []).append(name)
+        results = {}
+        for scheme, names in alike.items():
+            W = [matrix(modules[name]).float() for name in names]
+            whole = self._quantized(", ".join(names), torch.cat(W), H, cross, scheme, moments.num_samples)
+            results |= zip(names, whole.split([len(rows) for rows in W]), strict=True)
+        for name, module in modules.items():
+            set_matrix(module, results[name].dequantize())
+            self.progress.update()
+        return results
+
+    def _quantized(self, name: str, W: Tensor, H: Tensor, cross: Tensor | None, scheme: WeightScheme,
+                   num_samples: int) -> QuantizedWeight:  # fmt: skip
+        options, target = self.options, W
+        if cross is not None:
             target = torch.lerp(W, matching_weight(W, H, cross, options.damp_percent), options.match_exact)
         result = quantize_weight(
             target,
@@ -170,12 +187,11 @@ class GPTQ(Walk):
             refinements=options.refinements,
             scale_dtype=SCALE_DTYPES[scheme.scale_dtype],
             name=name,
-            num_samples=moments.num_samples,
+            num_samples=num_samples,
         )
-        quantized = result.dequantize()
-        logger.info(f"{name}: {scheme.bits} bits, output error {output_error(target, quantized, H):.2e} of the energy")
-        set_matrix(module, quantized)
-        self.progress.update()
+        if logger.isEnabledFor(logging.INFO):
+            error = output_error(target, result.dequantize(), H)
+            logger.info(f"{name}: {scheme.bits} bits, output error {error:.2e} of the energy")
         return result
 
 
@@ -194,5 +210,7 @@ def matching_weight(W: Tensor, H: Tensor, cross: Tensor, damp_percent: float) ->
     damp = damp_percent * H.diagonal().mean().double()
     damped = H.double() + damp * torch.eye(len(H), dtype=torch.double, device=H.device)
     right = W.double() @ cross.double() + damp * W.double()
-    V, info = torch.linalg.solve_ex(damped, right, left=False)
-    return W if info else V.to(W.dtype)  # singular: `inverse_cholesky` damps it more or says whose it is
+    lower, info = torch.linalg.cholesky_ex(damped)
+    if info:  # singular: `inverse_cholesky` damps it more or says whose it is
+        return W
+    return torch.cholesky_solve(right.t(), lower).t().to(W.dtype)

@@ -7,7 +7,7 @@ last dimension. One row of everything is the per-tensor grid, one row per output
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -35,6 +35,12 @@ class QuantizedWeight:
         groups = self.g_idx.long()
         scale, zero_point = self.scales.to(dtype)[groups].t(), self.zero_points.to(dtype)[groups].t()  # (N, K)
         return dequantize_from_grid(self.q.to(dtype), scale, zero_point)
+
+    def split(self, sizes: Sequence[int]) -> list["QuantizedWeight"]:
+        """Cut into weights of so many rows each, which share no memory."""
+        parts = zip(self.q.split(sizes), self.scales.split(sizes, 1), self.zero_points.split(sizes, 1), strict=True)
+        whole = torch.contiguous_format
+        return [QuantizedWeight(*(t.clone(memory_format=whole) for t in (*part, self.g_idx))) for part in parts]
 
 
 def of_groups(q: Tensor, scale: Tensor, zero_point: Tensor) -> QuantizedWeight:

@@ -49,7 +49,7 @@ class QBertConfig(CompressionArguments):
         default=128, metadata={"help": "Training examples that the sensitivity is estimated on, where bits are mixed."}
     )
     sensitivity_method: str = field(
-        default="fisher", metadata={"help": "eigenvalue (Q-BERT), trace (HAWQ-V2) or fisher (the steadiest)."}
+        default="fisher", metadata={"help": "eigenvalue (Q-BERT), trace (HAWQ-V2), fisher or divergence (measured)."}
     )
 
     def __post_init__(self):

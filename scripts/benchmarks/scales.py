@@ -4,10 +4,10 @@
     python scripts/benchmarks/scales.py --texts texts/ --output results/ --bits 3 --steps 600
     python scripts/benchmarks/scales.py --texts texts/ --output results/ --bits 2 --group_size 32 --learning_rate 1e-2
 
-The model and the windows of the two evaluated texts are those of `gptq.py`. GPTQ and the scales see rows of the
-calibration text and, as many, of the Brown corpus; rows of neither that are kept apart tell the distance to the teacher
-on the way. Goes on where it was stopped: after GPTQ, at the last checkpoint, after a measurement. Only what was saved
-and opened again is measured.
+The model and the windows of the two evaluated texts are those of `gptq.py`; `--model FOLDER` takes another model. GPTQ
+and the scales see rows of the calibration text and, as many, of the Brown corpus; rows of neither that are kept apart
+tell the distance to the teacher on the way. Goes on where it was stopped: after GPTQ, at the last checkpoint, after a
+measurement. Only what was saved and opened again is measured.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import json
 import math
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -56,7 +57,7 @@ def dataset(rows: Tensor) -> Dataset:
 
 
 def quantized(args: argparse.Namespace, source: Path, tokenizer) -> Path:
-    folder = args.output / f"gptq-{args.bits}-{args.group_size}-{args.embedding_bits}-{args.calibration_rows}-mixed"
+    folder = args.output / f"gptq-{args.bits:g}-{args.group_size}-{args.embedding_bits}-{args.calibration_rows}-mixed"
     if not (folder / "config.json").exists():
         model = AutoModelForCausalLM.from_pretrained(source)
         own = rows_of(tokenizer, args.texts / "calibration.txt", 512, spare=HELD_OUT * args.length)
@@ -65,12 +66,24 @@ def quantized(args: argparse.Namespace, source: Path, tokenizer) -> Path:
         calibration = [{"input_ids": row.tolist()} for row in rows]
         start = time.process_time()
         hfc.quantize(
-            model, args.bits, method="gptq", group_size=args.group_size, embedding_bits=args.embedding_bits or None,
-            desc_act=True, static_groups=True, calibration=calibration, resume_dir=f"{folder}-layers",
+            model, widths(args, model, rows), method="gptq", group_size=args.group_size, desc_act=True,
+            embedding_bits=args.embedding_bits or None, static_groups=True, calibration=calibration,
+            resume_dir=f"{folder}-layers",
         )  # fmt: skip
         print(f"GPTQ took {time.process_time() - start:.0f} s of processor time", flush=True)
         model.save_pretrained(folder)
     return folder
+
+
+def widths(args: argparse.Namespace, model, rows: Tensor) -> int | dict[str, int]:
+    """Bits of each linear map; those of an average go where two bits move the predictions for two rows most."""
+    if args.bits == int(args.bits):
+        return int(args.bits)
+    batches = [{"input_ids": row[None]} for row in rows[:2, :256]]
+    sensitivity = hfc.hessian_sensitivity(model, batches, method="divergence")
+    bits = hfc.allocate_bits(model, sensitivity, average_bits=args.bits, choices=(2, 3, 4), group_size=args.group_size)
+    print("linear maps by bits:", dict(Counter(bits.values())), flush=True)
+    return bits
 
 
 def distilled(args: argparse.Namespace, source: Path, started: Path, tokenizer) -> Path:
@@ -120,13 +133,13 @@ def stored_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def begin(args: argparse.Namespace) -> tuple[Path, PreTrainedTokenizerBase]:
+def begin(args: argparse.Namespace, model: Path | None = None) -> tuple[Path, PreTrainedTokenizerBase]:
     """The model's folder and its tokenizer; tells the machine, and holds PyTorch to `args.threads`."""
     torch.set_num_threads(args.threads)
     args.output.mkdir(parents=True, exist_ok=True)
     told = ", ".join(f"{name} {number}" for name, number in versions().items())
     print(f"{device_name(torch.device('cpu'))}, {args.threads} thread(s), {told}", flush=True)
-    source = ordinary_checkpoint(args.output / "model")
+    source = model or ordinary_checkpoint(args.output / "model")
     return source, AutoTokenizer.from_pretrained(source)
 
 
@@ -134,7 +147,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", type=Path, required=True, help="Folder written by prepare_texts.py.")
     parser.add_argument("--output", type=Path, required=True, help="Models, checkpoints and results.")
-    parser.add_argument("--bits", type=int, default=3)
+    parser.add_argument("--model", type=Path, help="An uncompressed language model; not SmolLM2.")
+    parser.add_argument("--bits", type=float, default=3, help="Whole, or an average: 2.5.")
     parser.add_argument("--group_size", type=int, default=64)
     parser.add_argument("--embedding_bits", type=int, default=8, help="Of the table; 0 leaves it in float32.")
     parser.add_argument("--calibration_rows", type=int, default=128, help="Of 512 tokens, for GPTQ.")
@@ -149,7 +163,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=WINDOWS, help="Of 512 tokens, of each evaluated text; 0: none.")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
-    source, tokenizer = begin(args)
+    source, tokenizer = begin(args, args.model)
     started = args.start or quantized(args, source, tokenizer)
     trained = distilled(args, source, started, tokenizer) if args.steps else started
     if not args.windows:

@@ -1,8 +1,12 @@
 """Sensitivities against the exact Hessian of a tiny model, in float64."""
 
+import copy
+
 import pytest
 import torch
+from transformers import AutoModel
 
+from hf_compress import allocate_bits, quantize
 from hf_compress.quantization.sensitivity import hessian_sensitivity, top_eigenvalue
 from tests.helpers import tiny_batch, tiny_model
 
@@ -62,6 +66,91 @@ def test_fisher_information_is_the_mean_square_of_gradients():
                 squares.append(torch.autograd.grad(loss, weight)[0].square().mean())
         assert found[name] == pytest.approx(float(torch.stack(squares).mean()), rel=1e-9)
         assert hessian_sensitivity(model, batches[:1], method="fisher", modules=[name])[name] != found[name]
+
+
+PREDICTIONS = {  # what a divergence is taken of: family, task, problem
+    "one label": ("bert", "classification", None),
+    "several labels": ("bert", "classification", "multi_label_classification"),
+    "regression": ("bert", "classification", "regression"),
+    "tokens": ("bert", "tokens", None),
+    "spans": ("bert", "answers", None),
+    "masked": ("bert", "mlm", None),
+    "causal": ("llama", "clm", None),
+    "sequences": ("bart", "seq2seq", None),
+    "vectors": ("bert", None, None),
+}
+
+
+def divergence(found, exact, problem):
+    """One number an item (C,), from the definitions."""
+    if problem == "multi_label_classification":
+        p, q = exact.sigmoid(), found.sigmoid()
+        return (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean()
+    if problem is not None:
+        return (found - exact).square().mean()
+    p, q = exact.softmax(-1), found.softmax(-1)
+    return (p * (p / q).log()).sum()
+
+
+@pytest.mark.parametrize("kind", PREDICTIONS)
+def test_a_divergence_is_the_distance_to_the_model_with_one_weight_rounded(kind):
+    family, task, problem = PREDICTIONS[kind]
+    if kind == "vectors":
+        torch.manual_seed(0)
+        model = AutoModel.from_config(tiny_model("bert").config).eval().double()
+    else:
+        model = tiny_model(family, task, num_labels=3 if task in ("classification", "tokens") else 2).double()
+    model.config.problem_type = problem
+    for parameter in model.parameters():
+        parameter.data *= 2
+    batches = [tiny_batch(model, seed=1), tiny_batch(model, seed=2, padding=False)]
+    name = [name for name, module in model.named_modules() if name.endswith(("output.dense", "down_proj", "fc2"))][-1]
+    found = hessian_sensitivity(model, batches, method="divergence", modules=[name])
+
+    rough = copy.deepcopy(model)
+    weight = rough.get_submodule(name).weight
+    rounded = quantize(copy.deepcopy(model).float(), {name: 2}, method="rtn").get_submodule(name).dequantize()
+    weight.data = rounded.detach().double()
+    error = float((weight - model.get_submodule(name).weight).square().sum())
+    distances = []
+    with torch.no_grad():
+        for batch in batches:
+            mine, theirs = rough(**batch), model(**batch)
+            counted = batch["attention_mask"].bool() if "attention_mask" in batch else None
+            for row in range(len(batch["input_ids"])):
+                real = counted[row]
+                if kind == "spans":
+                    distances += [divergence(mine[side][row][real], theirs[side][row][real], problem)
+                                  for side in ("start_logits", "end_logits")]  # fmt: skip
+                elif task == "classification":
+                    distances.append(divergence(mine.logits[row], theirs.logits[row], problem))
+                elif kind == "vectors":
+                    states = (outputs.last_hidden_state[row][real] for outputs in (mine, theirs))
+                    distances += [divergence(a, b, "vectors") for a, b in zip(*states, strict=True)]
+                else:
+                    whole = torch.ones(mine.logits.shape[1], dtype=torch.bool)  # of a decoder: no mask was given
+                    counts = {"sequences": whole, "causal": torch.cat([real[1:], torch.tensor([False])])}.get(
+                        kind, real
+                    )
+                    pairs = zip(mine.logits[row][counts], theirs.logits[row][counts], strict=True)
+                    distances += [divergence(a, b, problem) for a, b in pairs]
+    assert found[name] == pytest.approx(float(torch.stack(distances).mean()) / error, rel=1e-4)
+    assert found[name] > 0
+
+
+def test_bits_by_divergence_go_where_rounding_moves_the_predictions():
+    """A weight whose outputs nothing reads has no divergence, however large it is."""
+    model = tiny_model("bert", "classification").double()
+    first, second = (layer.output.dense for layer in model.bert.encoder.layer[:2])
+    with torch.no_grad():
+        first.weight.mul_(100)
+        model.bert.encoder.layer[0].output.LayerNorm.weight.zero_()
+        model.bert.encoder.layer[0].output.LayerNorm.bias.normal_()
+    names = {module: name for name, module in model.named_modules()}
+    found = hessian_sensitivity(model, [tiny_batch(model)], method="divergence", modules=[names[first], names[second]])
+    assert found[names[first]] == 0 < found[names[second]]
+    bits = allocate_bits(model, found, average_bits=5, choices=(2, 8))
+    assert (bits[names[first]], bits[names[second]]) == (2, 8)
 
 
 @pytest.mark.parametrize("gap", [0.0, 1e-4, 0.01, 0.2], ids="gap {}".format)
