@@ -18,8 +18,10 @@ from pathlib import Path
 
 import torch
 from evidence.cells import Cell, Rounds, packed, unpacked
-from evidence.methods import find_methods
+from evidence.methods import FOLDER as RECIPES
+from evidence.methods import TEXTS, find_methods
 from evidence.results import crossed_interval
+from evidence.subjects import FOLDER as SUBJECTS
 from evidence.subjects import Subject, find_subjects
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, get_linear_schedule_with_warmup, set_seed
@@ -148,8 +150,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/board"), help="Subjects, cells and results.")
     parser.add_argument("--subject", default="minilm-films")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--texts", type=int, default=TEXTS, help="Texts that a recipe may train on.")
+    parser.add_argument("--recipes", type=Path, default=RECIPES, help="Folder of folders of methods.")
+    parser.add_argument("--subjects", type=Path, default=SUBJECTS, help="Folder of subjects.")
     args = parser.parse_args()
-    subject, methods = find_subjects(args.data, args.output)[args.subject], find_methods()
+    subject = find_subjects(args.data, args.output, args.subjects)[args.subject]
+    methods = find_methods(args.recipes, args.texts)
     fingerprint, texts, kept = subject.prepare()["fingerprint"], Texts(subject), Kept(args.output / "peers.jsonl")
     told = ", ".join(f"{name} {number}" for name, number in versions().items())
     print(f"{subject.name}; {device_name(torch.device('cpu'))}, {torch.get_num_threads()} thread(s), {told}\n")

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 import board  # noqa: E402
 import evidence.sources as sources  # noqa: E402
+import peers  # noqa: E402
 from checks.overlap import counted, overlaps, words_of  # noqa: E402
 from evidence.cells import SUBJECT as SUBJECT_ROW  # noqa: E402
 from evidence.cells import packed, unpacked  # noqa: E402
@@ -208,6 +209,30 @@ def test_texts_of_a_package_are_split_once_and_tell_nobodys_name(tmp_path, monke
     splits = {name: pandas.read_csv(tmp_path / "desks" / f"{name}.csv") for name in ("train", "validation", "test")}
     assert [len(splits[name]) for name in ("train", "validation", "test")] == [5, 2, 3]
     assert len(set(pandas.concat(splits.values())["text"])) == len(found) - 1  # each text once
+
+
+def test_a_peer_answers_the_same_texts_and_what_it_answered_is_kept(place, capsys, monkeypatch):
+    asked = []
+
+    def worse(model, texts, seed):
+        asked.append(seed)
+        torch.nn.init.zeros_(model.classifier.weight)
+        torch.nn.init.constant_(model.classifier.bias[:1], 9.0)  # always the first label
+        return model
+
+    monkeypatch.setattr(peers, "PAIRS", {"worse": (worse, "rtn-8", True)})
+    options = ["peers.py", "--data", str(place / "data"), "--output", str(place / "out"), "--subject", "tiny"]
+    options += ["--subjects", str(place / "subjects"), "--recipes", str(place / "recipes"), "--texts", "16"]
+    monkeypatch.setattr(sys, "argv", [*options, "--seeds", "0", "1"])
+    tables = []
+    for _ in range(2):
+        peers.main()
+        tables.append(capsys.readouterr().out)
+    assert asked == [0, 1] and tables[0] == tables[1]
+    (row,) = [line for line in tables[0].splitlines() if line.startswith("| worse")]
+    texts = peers.Texts(find_subjects(place / "data", place / "out", place / "subjects")["tiny"])
+    first = sum(row["labels"] == 0 for row in texts.test)
+    assert f"| worse | {first / len(texts.test):.1%} |" in row and "(`rtn-8`)" in row
 
 
 def test_overlap_by_hand():
