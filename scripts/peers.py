@@ -90,10 +90,16 @@ def textbrewer(model: PreTrainedModel, texts: Texts, seed: int, *, hidden: bool 
 
 
 def quanto(model: PreTrainedModel, texts: Texts, seed: int, *, bits: int) -> PreTrainedModel:
+    """Its weights as float ones again: those of 4 bits and fewer cannot be used in `torch.inference_mode`."""
     from optimum import quanto as library
 
     library.quantize(model, weights=getattr(library, f"qint{bits}"), exclude=["*classifier*", "*pooler*"])
     library.freeze(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, library.nn.QLinear):
+            plain = torch.nn.Linear(module.in_features, module.out_features)
+            plain.weight.data, plain.bias.data = module.weight.dequantize().detach(), module.bias.detach()
+            model.set_submodule(name, plain)
     return model
 
 
