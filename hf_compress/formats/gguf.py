@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import gguf
 import numpy as np
@@ -63,11 +64,7 @@ def write(model: PreTrainedModel, folder: Path, *, tokenizer: PreTrainedTokenize
     check_free(folder)
     warn_of_other_versions(TESTED)
     tokenizer = tokenizer or tokenizer_beside(model)
-    if tokenizer is None:
-        raise ValueError("A GGUF file holds its tokenizer: pass `tokenizer`.")
-    family = gguf_bert if model.config.model_type == "bert" else gguf_llama
-    shape = family.shape_of(model)
-    family.check_tokenizer(tokenizer, model)
+    family, shape = described(model, tokenizer)
     matrices = dict(family.named_matrices(model, shape))
     with whole_folder(folder) as beside:
         write_file(model, beside / FILE, family, shape, matrices, tokenizer)
@@ -87,6 +84,16 @@ def write(model: PreTrainedModel, folder: Path, *, tokenizer: PreTrainedTokenize
             "agreement": {"equal_weights": len(matrices)},
         }
         (beside / RECORD).write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+
+
+def described(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> tuple[ModuleType, Any]:
+    """The family of `model` in llama.cpp and its shape there. Raises ValueError for what llama.cpp does not know."""
+    if tokenizer is None:
+        raise ValueError("A GGUF file holds its tokenizer: pass `tokenizer`.")
+    family = gguf_bert if model.config.model_type == "bert" else gguf_llama
+    shape = family.shape_of(model)
+    family.check_tokenizer(tokenizer, model)
+    return family, shape
 
 
 def write_file(model: PreTrainedModel, file: Path, family: ModuleType, shape: object, matrices: dict[str, Matrix],

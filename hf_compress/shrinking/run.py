@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from hf_compress.checkpoint.opening import model_folder
 from hf_compress.files.output import Output
-from hf_compress.formats.export import RUNTIMES, export, installed
+from hf_compress.formats.export import export, installed
 from hf_compress.measuring.counting import num_parameters
 from hf_compress.measuring.measure import load_model
 from hf_compress.model.anatomy import anatomy
@@ -26,6 +26,7 @@ from hf_compress.recipe.recipe import REPORT_FILES, Recipe
 from hf_compress.recipe.stage import load_for
 from hf_compress.recipe.tasks.classification import Classification
 from hf_compress.recipe.tasks.embedding import Embeddings
+from hf_compress.recipe.tasks.language import CausalLM
 from hf_compress.recipe.tasks.table import TASKS, task_of
 from hf_compress.report.report import Report
 from hf_compress.shrinking.plan import (
@@ -49,7 +50,9 @@ from hf_compress.surgery.tokenizer import needed_tokens, token_counts, used_toke
 logger = logging.getLogger(__name__)
 
 PASSES = 2
-RUNTIMES_OF_SHRINK = ("torch", "openvino", "onnx")
+EXPORTS = {"torch": None, "openvino": "openvino", "onnx": "onnx", "llama.cpp": "gguf"}  # runtime -> format
+RUNTIMES_OF_SHRINK = tuple(EXPORTS)
+GGUF_BLOCKS = 1.08  # bytes of an 8-bit row or a 4-bit table in blocks of 32 with a scale each, over those of a row
 TOKENS = 32  # of the text that speed is measured on
 MEASURING = {"latency_rounds": 60, "throughput_rounds": 12}
 CHECKED = 64  # texts that an export is run on beside the model
@@ -105,7 +108,7 @@ def shrink(
     latency_ms     milliseconds of such a text; or
     size_mb        megabytes on disk; or
     accuracy_loss  points of the task's metric that may be lost; the smaller of two sizes that keeps the others
-    runtime        where it will run: torch, openvino, onnx
+    runtime        where it will run: torch, openvino, onnx; or llama.cpp, for the size of a GGUF file
     task           one of `recipe.tasks.table.TASKS`; told by the model's class or the data's columns when not given
     plan           True only says what would be done
     changes        options of all trainings of the recipe, such as {"num_train_epochs": 1}
@@ -120,8 +123,8 @@ def shrink(
     wish = Wish.of(**asked)
     if runtime not in RUNTIMES_OF_SHRINK:
         raise RecipeError(f"runtime must be one of {', '.join(RUNTIMES_OF_SHRINK)}, got {runtime!r}.")
-    if runtime in RUNTIMES:
-        installed(runtime)
+    if EXPORTS[runtime] is not None:
+        installed(EXPORTS[runtime])
     source = {"source": str(data)} if isinstance(data, str | Path) else dict(data)
     options = build(DataOptions, source, "data")
     model = model_folder(model)
@@ -131,6 +134,8 @@ def shrink(
     task = task or task_of(model, options)
     check_wish(wish, task)
     texts = RecipeData(options, task, needs_labels=True)
+    if runtime == "llama.cpp":
+        check_llama_cpp(wish, texts, model)
     check_tokens(tokens, model)
     if not plan and Path(output).exists():
         with Output(output) as place:
@@ -141,7 +146,7 @@ def shrink(
     Recipe(_changed(trainings, changes), seed=seed)  # says which changes cannot be
     parts = layer_sizes(load_for(texts, model), texts, model) if task == Embeddings.name else None
     times = _times(texts, model, runtime, tokens) if wish.is_of_time else None
-    target = first_target(wish, times)
+    target = first_target(wish, times) / (GGUF_BLOCKS if runtime == "llama.cpp" else 1.0)
     cuts_rare = wish.kind == "size_mb" and task not in (Embeddings.name, *LANGUAGE)
     written = partial(stages, wish, texts=_counts(texts), times=times, task=task, fine_tunes=fine_tunes, parts=parts,
                       min_count=_min_count(wish, texts, model) if cuts_rare else 1)  # fmt: skip
@@ -157,10 +162,11 @@ def shrink(
         made = recipe.run(Path(output) / "run", command=command)
         exported = Path(output) / f"exported-{made.stages[-1]['fingerprint']}"
         served = Path(_served(made.model, runtime, exported, checked))
+        shown = Path(made.model) if runtime == "llama.cpp" else served  # whose weights a GGUF file has, bit for bit
         report = _compared(
-            _stage(made, TEACHER) if fine_tunes else model, served, texts, tokens, command or "hfc.shrink"
+            _stage(made, TEACHER) if fine_tunes else model, shown, texts, tokens, command or "hfc.shrink"
         )
-        reached = _figure(wish, report)
+        reached = _figure(wish, report) if shown == served else gguf_file(served).stat().st_size / 1e6
         logger.warning("asked: %s; reached: %s", wish.text(wish.value), wish.text(reached))
         return Tried(target, recipe, Path(made.model), served, report, reached)
 
@@ -199,9 +205,24 @@ def check_wish(wish: Wish, task: str) -> None:
         raise RecipeError(f"accuracy_loss is of tasks with points to lose; {task} has perplexity: ask for size_mb.")
     if task in WRITES and wish.is_of_time:
         raise RecipeError(
-            f"{wish.kind} is of one pass over a text, but models of {task} write token by token: ask for size_mb, or "
-            "use the recipe llm-4bit and an export for llama.cpp."
+            f"{wish.kind} is of one pass over a text, but models of {task} write token by token: ask for size_mb."
         )
+
+
+def check_llama_cpp(wish: Wish, texts: RecipeData, model: str | Path) -> None:
+    """Raise RecipeError for what llama.cpp does not run, and for a figure that is not taken in it."""
+    if texts.task not in (CausalLM.name, Embeddings.name):
+        raise RecipeError(f"llama.cpp runs models of {CausalLM.name} and {Embeddings.name} here, not of {texts.task}.")
+    if wish.kind != "size_mb":
+        raise RecipeError(f"llama.cpp is not timed here: ask for size_mb, of the GGUF file, not for {wish.kind}.")
+    try:
+        installed("gguf").described(load_for(texts, model), texts.tokenizer(model))
+    except ValueError as error:
+        raise RecipeError(f"{model} does not go to llama.cpp: {error}") from error
+
+
+def gguf_file(folder: Path) -> Path:
+    return folder / installed("gguf").FILE
 
 
 def _min_count(wish: Wish, texts: RecipeData, source: str | Path) -> int:
@@ -268,12 +289,13 @@ def _stage(made: Any, name: str) -> Path:
 
 
 def _served(model: str | Path, runtime: str, folder: Path, texts: list[str] | None) -> Path:
-    if runtime not in RUNTIMES:
+    if EXPORTS[runtime] is None:
         return Path(model)
     record = folder / "hf_compress.json"
     if record.is_file():
         return folder  # of an earlier run of the same
-    return export(load_model(model, device="cpu"), folder, format=runtime, calibration=texts)
+    texts = None if EXPORTS[runtime] == "gguf" else texts
+    return export(load_model(model, device="cpu"), folder, format=EXPORTS[runtime], calibration=texts)
 
 
 def _compared(original: str | Path, served: Path, texts: RecipeData, tokens: int, command: str) -> Report:

@@ -2,7 +2,6 @@
 
 from textwrap import fill
 
-from hf_compress.formats.export import RUNTIMES
 from hf_compress.recipe.tasks.classification import Classification
 from hf_compress.shrinking.plan import Texts
 from hf_compress.shrinking.times import MeasuredTimes
@@ -24,7 +23,7 @@ def plan_text(
         lines.append(f"aim       {target:.2f} ms for a text of what is chosen")
     told = f" with a label, {texts.unlabelled:,} without" if task == Classification.name else f" for {task}"
     lines.append(f"texts     {texts.labelled:,}{told}")
-    names = [*map(_in_words, written), *([f"export to {runtime}"] if runtime in RUNTIMES else []), "compare"]
+    names = [*map(_in_words, written), *([f"export to {runtime}"] if runtime != "torch" else []), "compare"]
     return "\n".join([*lines, fill(f"stages    {', '.join(names)}", WIDTH, subsequent_indent=" " * 10)])
 
 

@@ -6,9 +6,11 @@ import re
 import shutil
 
 import pytest
+import torch
+from helpers import tiny_model
 from recipe.task_files import CASES, model_of, source_of, text
 from recipe_run import embedder, reviews, tiny_folder
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import hf_compress as hfc
 from hf_compress.commands.main import main
@@ -111,7 +113,7 @@ def test_bad_input_is_refused_before_anything_runs(given, tmp_path):
     model, data = given
     with pytest.raises(RecipeError, match="Say one thing that is wanted"):
         hfc.shrink(model, data, output=tmp_path / "out")
-    with pytest.raises(RecipeError, match="runtime must be one of torch, openvino, onnx, got 'tflite'"):
+    with pytest.raises(RecipeError, match="runtime must be one of torch, openvino, onnx, llama.cpp, got 'tflite'"):
         hfc.shrink(model, data, output=tmp_path / "out", speedup=2.0, runtime="tflite")
     with pytest.raises(RecipeError, match="There is no model"):
         hfc.shrink(tmp_path / "nothing", data, output=tmp_path / "out", speedup=2.0)
@@ -200,6 +202,69 @@ def test_an_embedder_has_its_dial(wish, given, tmp_path):
     )
     assert read_vectors(student)[0] == Pooling("cls")
     assert AutoModel.from_pretrained(student).config.num_hidden_layers < 4
+
+
+@pytest.fixture
+def writer(tmp_path):
+    """A folder with a language model that llama.cpp knows, and texts."""
+    pytest.importorskip("gguf")
+    from formats.test_gguf import byte_tokenizer, llama
+
+    model = llama(hidden_size=64, intermediate_size=128, num_hidden_layers=4, vocab_size=300)
+    model.save_pretrained(tmp_path / "writer")
+    byte_tokenizer().save_pretrained(tmp_path / "writer")
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(text(i) + " " + text(i // 10) for i in range(60)), encoding="utf-8")
+    return tmp_path / "writer", {"source": str(texts), "max_length": 32}
+
+
+def test_a_language_model_of_a_size_ends_in_llama_cpp(given, writer, tmp_path):
+    import gguf
+
+    model, data = writer
+    whole = (model / "model.safetensors").stat().st_size / 1e6
+    done = hfc.shrink(model, data, output=tmp_path / "out", size_mb=whole / 6, runtime="llama.cpp", changes=QUICK)
+    file = done.model / "model.gguf"
+    assert done.is_met and done.reached == file.stat().st_size / 1e6 <= 1.1 * whole / 6
+    result = json.loads((tmp_path / "out" / "shrink.json").read_text(encoding="utf-8"))
+    assert result["runtime"] == "llama.cpp" and tmp_path / "out" / result["model"] == done.model
+    made = (tmp_path / "out" / "run" / "stages").glob("*packed*/model")  # one of each pass
+    norms = [AutoModelForCausalLM.from_pretrained(model).model.norm.weight.detach() for model in made]
+    found = {tensor.name: tensor.data for tensor in gguf.GGUFReader(file).tensors}["output_norm.weight"]
+    assert any(torch.equal(torch.from_numpy(found.copy()), norm.float()) for norm in norms)
+
+
+def test_an_embedder_of_a_size_ends_in_llama_cpp(given, tmp_path):
+    pytest.importorskip("gguf")
+    model = embedder(tmp_path / "embedder", pooling=Pooling("cls"))
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(text(i) + " " + text(i // 10) for i in range(60)), encoding="utf-8")
+    data = {"source": str(texts), "max_length": 16}
+    done = hfc.shrink(model, data, output=tmp_path / "out", size_mb=0.05, runtime="llama.cpp", changes=QUICK)
+    assert done.is_met and done.reached == (done.model / "model.gguf").stat().st_size / 1e6
+
+
+@pytest.mark.parametrize("what, message", [
+    ("speedup", "models of causal-lm write token by token: ask for size_mb."),
+    ("classifier", "llama.cpp runs models of causal-lm and embeddings here, not of sequence-classification"),
+    ("embedder's time", "llama.cpp is not timed here: ask for size_mb, of the GGUF file, not for latency_ms"),
+    ("family", "does not go to llama.cpp: format='gguf' knows language models of"),
+])  # fmt: skip
+def test_what_llama_cpp_cannot_do_is_told_before_anything_is_measured(what, message, given, writer, tmp_path):
+    (model, data), wish, task = writer, {"size_mb": 1.0}, None
+    if what == "speedup":
+        wish = {"speedup": 2.0}
+    elif what == "classifier":
+        model, data = given
+    elif what == "embedder's time":
+        model, wish = embedder(tmp_path / "embedder"), {"latency_ms": 1.0}
+    else:
+        tiny_model("gpt2").save_pretrained(tmp_path / "gpt2")
+        AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "gpt2")
+        model, task = tmp_path / "gpt2", "causal-lm"
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        hfc.shrink(model, data, output=tmp_path / "out", runtime="llama.cpp", task=task, **wish)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_unknown_task_is_named(given, tmp_path):
