@@ -177,7 +177,10 @@ def _rows_by_name(eval_dataset: Sequence | Mapping, entries: Mapping[str, list[S
         raise ValueError(f"eval_dataset has rows for {sorted(eval_dataset)}, but none for {missing}.")
     lengths = {name: len(eval_dataset[name]) for name in entries}
     if len(set(lengths.values())) > 1:
-        raise ValueError(f"every model must answer the same examples, but their numbers differ: {lengths}.")
+        raise ValueError(
+            f"every model must answer the same examples, but their numbers differ: {lengths}. Texts of language models "
+            "are cut into windows of tokens: another tokenizer, or a cut one, makes others."
+        )
     return {name: eval_dataset[name] for name in entries}
 
 

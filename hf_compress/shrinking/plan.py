@@ -73,8 +73,11 @@ def stages(
 
 
 def cuts_vocabulary(wish: Wish, task: str) -> bool:
-    """A classifier meets the words of its texts; an embedder and a language model those of others, too."""
-    return wish.kind == "size_mb" or task not in (Embeddings.name, *LANGUAGE)
+    """A classifier meets the words of its texts; an embedder those of others, too: its table goes for size alone.
+
+    A language model keeps its own: it is to write, and with other tokens it cannot be held against its teacher.
+    """
+    return task not in LANGUAGE and (wish.kind == "size_mb" or task != Embeddings.name)
 
 
 def rarest_kept(wish: Wish, tokens: Callable[[int], int], width: int, others: int) -> int:
