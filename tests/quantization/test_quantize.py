@@ -286,7 +286,7 @@ def test_nan_names_the_layer():
 def test_inputs_that_are_always_zero_leave_a_named_singular_hessian():
     model = tiny_model("bert")
     torch.nn.init.zeros_(model.bert.encoder.layer[0].output.LayerNorm.weight)
-    with pytest.raises(ValueError, match="encoder.layer.1.attention.self.query .*calibration samples.* stays singular"):
+    with pytest.raises(ValueError, match="layer.1.attention.self.query, .*calibration samples.* stays singular"):
         hfc.quantize(model, 4, method="gptq", calibration=calibration(model))
 
 
@@ -325,7 +325,7 @@ def test_a_projection_that_is_called_twice_is_fitted_to_both_inputs(name, monkey
     quantize_weight = gptq_model.quantize_weight
 
     def note(weight, hessian, *args, **kwargs):
-        hessians[kwargs["name"]] = hessian
+        hessians.update(dict.fromkeys(kwargs["name"].split(", "), hessian))
         return quantize_weight(weight, hessian, *args, **kwargs)
 
     monkeypatch.setattr(gptq_model, "quantize_weight", note)

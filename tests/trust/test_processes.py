@@ -222,7 +222,7 @@ def calibrated(folder, number):
         hessians = {}
 
         def keep(W, hessian, *args, name, **kwargs):
-            hessians[name] = hessian.clone()
+            hessians.update({one: hessian.clone() for one in name.split(", ")})
             return quantize_weight(W, hessian, *args, name=name, **kwargs)
 
         with mock.patch.object(gptq_model, "quantize_weight", keep):
