@@ -8,6 +8,7 @@ from evidence.cells import SUBJECT
 from evidence.results import Row
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from hf_compress.report.plot import COLOURS, FAINT, MARKERS
 from hf_compress.report.result import Interval
@@ -51,6 +52,10 @@ def picture(rows: Sequence[Row], intervals: Sequence[Interval]) -> bytes:
             axes.plot([], [], MARKERS[i % len(MARKERS)], color=colour, label=kind or SUBJECT)
             if kind and (front := frontier(own, smaller=axes is size)):
                 axes.step(*zip(*front, strict=True), where="post", color=colour, linewidth=1, alpha=0.6)
+        low, high = axes.get_xlim()
+        axes.xaxis.set_major_locator(MaxNLocator(6) if high < 3 * low else LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.grid(color="#F0F0F0")
     size.set(xlabel="MB on disk, smaller to the left", ylabel="points of accuracy less the subject's")
     speed.set(xlabel="latency of one text: times as fast as the subject")
