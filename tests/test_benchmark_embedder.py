@@ -15,19 +15,21 @@ SCRIPT = Path(__file__).parent.parent / "scripts" / "benchmarks" / "embedder.py"
 
 @pytest.mark.long
 def test_students_of_an_embedder_are_held_against_it(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("openvino")
     texts = tmp_path / "texts.txt"
     lines = [f"the film was good bad {a} {b}. not the film" for a in "abcdefghij" for b in "abcdefghij"]
     texts.write_text("\n".join(lines), encoding="utf-8")
     words = {"model": embedder(tmp_path, pooling=Pooling("cls")), "texts": texts, "output": tmp_path / "out",
              "max_steps": 2, "batch_size": 4, "rounds": 2, "tokens": 8}  # fmt: skip
     options = [word for name, value in words.items() for word in (f"--{name}", str(value))]
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *options, "--layers", "2", "1"])
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *options, "--layers", "2", "1", "--runtime", "openvino"])
     spec = importlib.util.spec_from_file_location("embedder_benchmark", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.main()
     figures = json.loads((tmp_path / "out" / "figures.json").read_text(encoding="utf-8"))
-    assert set(figures) == {"teacher", "2 layers", "1 layers"}
+    names = ["2 layers", "1 layers"]
+    assert set(figures) == {"teacher", *names, *(f"{name}, 8 bit, openvino" for name in names)}
     assert figures["teacher"]["spearman"] == pytest.approx(1) and figures["teacher"]["recall@10"] == 1
     assert read_vectors(tmp_path / "out" / "2-layers") == (Pooling("cls"), None)
     module.main()  # what is there is kept

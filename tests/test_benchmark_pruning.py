@@ -11,6 +11,9 @@ import pytest
 from helpers import tiny_model
 from transformers import BertTokenizerFast
 
+from hf_compress.pruning.targets import StructureTimes
+from hf_compress.shrinking.times import MeasuredTimes
+
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 WORDS = ["good", "bad", "a", "film", "very", "not", "the", "plot"]
 
@@ -64,3 +67,17 @@ def test_the_cost_of_a_step_is_printed_for_every_callback(tmp_path):
     printed = subprocess.run(command, check=True, env=environment, capture_output=True, text=True).stdout
     facts = json.loads(printed)
     assert all(low <= median <= high for low, median, high in (facts["heads"], facts["blocks, taylor"]))
+
+
+def test_the_ways_to_cut_a_structure_have_one_time(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS / "benchmarks"))
+    from structures import cuts
+
+    parts = StructureTimes(fixed=1.0, heads=0.5, neurons=1.0, rest=0.25)
+    times, of_two = MeasuredTimes(20.0, parts, "this one"), parts.of(2)
+    ways = cuts(times, 6, 2)
+    assert ways["by importance"]["milliseconds"] == of_two
+    assert parts.of(6 - round(6 * ways["whole layers"]["layers"])) == of_two
+    left = {name: 1 - ways["evenly"][name] for name in ("heads", "neurons")}
+    assert parts.of(6, **left) == pytest.approx(of_two, abs=1e-3)
+    assert cuts(times, 6, 1)["evenly"] is None  # six layers of nothing take as long

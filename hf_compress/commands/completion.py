@@ -23,13 +23,13 @@ from hf_compress.recipe.tasks.table import TASKS
 from hf_compress.shrinking.run import RUNTIMES_OF_SHRINK
 
 SHELLS = ("bash", "zsh")
-STAGES = ("distill", "prune", "quantize")
+STAGES = ("fine-tune", "distill", "prune", "quantize")
 IN_ZSH = "autoload -U +X bashcompinit && bashcompinit\n"
 SCRIPT = """# Completes hf-compress, made by `hf-compress completion`. What is no option is a file.
 _hf_compress() {{
   local word="${{COMP_WORDS[COMP_CWORD]}}" before="${{COMP_WORDS[COMP_CWORD-1]}}" verb="${{COMP_WORDS[1]}}"
   local method="" choices="" i
-  [ "$verb" = distil ] && verb=distill
+  case "$verb" in distil) verb=distill ;; finetune) verb=fine-tune ;; esac
   for ((i = 2; i < COMP_CWORD; i++)); do
     [ "${{COMP_WORDS[i]}}" = --method ] && method="${{COMP_WORDS[i + 1]}}"
   done
@@ -91,8 +91,10 @@ def script(shell: str) -> str:
     options = {}
     for verb in VERBS:
         if verb in STAGES:
-            values[f"{verb} --method"] = names = methods(ALIASES.get(verb, verb))
-            options |= {f"{verb} {name}": options_of(parser_of(verb, name)) for name in names}
+            names = methods(ALIASES.get(verb, verb))
+            options |= {f"{verb} {name}": options_of(parser_of(verb, name)) for name in names if name != verb}
+            if verb not in names:
+                values[f"{verb} --method"] = names
         options[f"{verb} *"] = options_of(parser_of(verb))
     text = SCRIPT.format(verbs=" ".join(VERBS), values=_cases(values, 4), options=_cases(options, 8))
     return IN_ZSH * (shell == "zsh") + text

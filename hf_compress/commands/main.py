@@ -19,6 +19,7 @@ INTERRUPTED = 130  # as shells count it: 128 and the number of the signal
 VERBS = {  # verb -> (module, what it does)
     "shrink": ("hf_compress.commands.shrink", "make a model as fast or as small as you say"),
     "run": ("hf_compress.commands.run", "run a recipe: a file, or one that comes with the package"),
+    "fine-tune": ("hf_compress.commands.stage", "train a model on your labels or texts: a teacher to begin with"),
     "distill": ("hf_compress.commands.stage", "train a student to follow its teacher"),
     "prune": ("hf_compress.commands.stage", "cut heads, neurons, layers, tokens, blocks or weights"),
     "quantize": ("hf_compress.commands.stage", "store weights in 2, 3, 4 or 8 bits"),
@@ -32,6 +33,7 @@ VERBS = {  # verb -> (module, what it does)
     "doctor": ("hf_compress.commands.doctor", "say what would run here, and what is missing to be fast"),
     "completion": ("hf_compress.commands.completion", "write a script that completes commands in bash or zsh"),
 }
+SPELLINGS = {"distil": "distill", "finetune": "fine-tune"}
 USAGE = """hf-compress VERB [options]
 
 {verbs}
@@ -78,7 +80,7 @@ def guarded(run: Callable[[], int | None], *, verbose: bool = False, debug: bool
 
 
 def _run(arguments: list[str]) -> int:
-    verb = {"distil": "distill"}.get(arguments[0], arguments[0])
+    verb = SPELLINGS.get(arguments[0], arguments[0])
     if verb not in VERBS:
         from hf_compress.recipe.options import unknown
 

@@ -1,4 +1,4 @@
-"""`hf-compress distill | prune | quantize`: one stage of a recipe, with every option of its method."""
+"""`hf-compress fine-tune | distill | prune | quantize`: one stage of a recipe, with every option of its method."""
 
 from transformers import TrainingArguments
 
@@ -11,6 +11,7 @@ from hf_compress.recipe.stages import ALIASES, DEFAULT_METHODS, KINDS, StageOpti
 from hf_compress.recipe.tasks.embedding import Embeddings
 
 DESCRIPTIONS = {
+    "fine-tune": "Train a model on your labels or texts; one without a head for them gets it.",
     "distil": "Train a student to follow its teacher. Methods: {methods}.",
     "prune": "Cut what matters least. Methods: {methods}.",
     "quantize": "Store weights in few bits. Methods: {methods}.",
@@ -27,7 +28,7 @@ def run(verb: str, arguments: list[str]) -> int:
     given = vars(parser.parse_all(["--help" if word == "--help-all" else word for word in arguments]))
     names = {name for options in method.options for name in option_fields(options)}
     options = {name: value for name, value in given.items() if name in names}
-    stages = [{kind: {"method": method.name, **options}}]
+    stages = [{kind: options if kind == method.name else {"method": method.name, **options}}]
     if given.get("evaluate"):
         stages.append({"evaluate": {}})
     recipe = Recipe(stages, name=verb, **shared_arguments(given))
@@ -43,7 +44,8 @@ def stage_parser(verb: str, method: Method, *, help_all: bool = False) -> Parser
         description=DESCRIPTIONS[kind].format(methods=", ".join(methods(kind))),
         epilog="--help-all shows every option of TrainingArguments; all are taken." if method.trains else None,
     )
-    parser.add_argument("--method", default=method.name, help=f"Default: {DEFAULT_METHODS[kind]}.")
+    if kind in DEFAULT_METHODS:
+        parser.add_argument("--method", default=method.name, help=f"Default: {DEFAULT_METHODS[kind]}.")
     parser.add_argument("--evaluate", action="store_true", help="Compare the result with what it began with.")
     add_shared(parser)
     for options in method.options:

@@ -6,7 +6,8 @@
 `--texts` is `bbc-news`, or a file with a text a line; long texts are cut into pieces of a few sentences, and a tenth of
 the texts, no piece of which is learned from, is held out. Of the held-out pieces it says: Spearman's correlation of all
 cosines with the teacher's, recall of the teacher's ten nearest, and the time of one text of `--tokens` and of 32 of
-them in PyTorch, in turns. What is saved opens in SentenceTransformer. A run that was stopped goes on.
+them in turns: in PyTorch, and in 8 bit as exported to `--runtime`. What is saved opens in SentenceTransformer. A run
+that was stopped goes on.
 """
 
 import argparse
@@ -23,11 +24,13 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import hf_compress as hfc  # noqa: E402
-from hf_compress.measuring.measure import device_name  # noqa: E402
+from hf_compress.formats.export import export  # noqa: E402
+from hf_compress.measuring.measure import device_name, load_model, versions  # noqa: E402
 from hf_compress.measuring.metrics import spearman  # noqa: E402
 from hf_compress.model.reading import PaddingCollator  # noqa: E402
 from hf_compress.recipe.texts import open_splits  # noqa: E402
 from hf_compress.report.vectors import agreement, text_vectors  # noqa: E402
+from hf_compress.shrinking.times import packed  # noqa: E402
 
 SENTENCES = 3  # of a piece
 HELD_OUT = 10  # each so manieth text
@@ -79,6 +82,14 @@ def distil(args: argparse.Namespace, layers: int, rows: Dataset, tokenizer: PreT
     return folder
 
 
+def served(folder: Path, runtime: str, checked: list[str]) -> Path:
+    """The student of a folder in 8 bit, as exported; or what an earlier run left."""
+    exported = folder.with_name(f"{folder.name}-{runtime}")
+    if not exported.exists():
+        export(packed(load_model(folder)), exported, format=runtime, calibration=checked)
+    return exported
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="A folder of sentence-transformers, or any encoder.")
@@ -92,14 +103,19 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=3e-4)
     parser.add_argument("--queue", type=int, default=256, help="Texts that similarities are compared with besides.")
     parser.add_argument("--rounds", type=int, default=20, help="Of the timing.")
+    parser.add_argument("--runtime", choices=("openvino", "onnx"), help="What the students run in besides.")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     learned, held_out = read(args.texts)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     rows, test = (tokenized(texts, tokenizer, args.tokens) for texts in (learned, held_out))
-    print(f"{len(rows)} pieces to learn from, {len(test)} held out; {device_name(torch.device('cpu'))}", flush=True)
+    print(f"{len(rows)} pieces to learn from, {len(test)} held out; {device_name(torch.device('cpu'))}, {args.threads} "
+          f"thread(s), {versions()}", flush=True)  # fmt: skip
     folders = {"teacher": args.model} | {f"{n} layers": str(distil(args, n, rows, tokenizer)) for n in args.layers}
-    vectors = {n: text_vectors(AutoModel.from_pretrained(f), f, test, PaddingCollator(tokenizer))
-               for n, f in folders.items()}  # fmt: skip
+    for name, folder in list(folders.items())[1:] if args.runtime else ():
+        folders[f"{name}, 8 bit, {args.runtime}"] = str(served(Path(folder), args.runtime, held_out[:64]))
+    vectors = {n: text_vectors(load_model(f), f, test, PaddingCollator(tokenizer)) for n, f in folders.items()}
     report = hfc.compare(
         folders, sequence_length=args.tokens, latency_rounds=args.rounds, throughput_rounds=args.rounds
     )

@@ -7,7 +7,7 @@ import sys
 import pytest
 import yaml
 from recipe_run import QUICK, TRAIN, reviews, tiny_folder
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForSequenceClassification, BertModel
 
 from hf_compress.commands.main import VERBS, main
 from hf_compress.recipe import ready_recipes
@@ -62,6 +62,20 @@ def test_distill_prune_and_quantize_are_recipes_of_one_stage(work, capsys):
     assert packed.config.quantization_config.keys() >= {"structure", "bits"}
 
 
+@pytest.mark.parametrize("verb", ["fine-tune", "finetune"])
+def test_fine_tune_gives_a_model_the_head_that_a_student_then_follows(verb, work, capsys):
+    BertModel.from_pretrained(work / "model").save_pretrained(work / "bare")
+    AutoTokenizer.from_pretrained(work / "model").save_pretrained(work / "bare")
+    shared = ["--data", str(work / "reviews.csv"), "--max_length", "16", *options(TRAIN)]
+    tuned = ["--model", str(work / "bare"), "--output", str(work / verb), "--evaluate", *shared]
+    assert main([verb, *tuned]) == 0, capsys.readouterr().err
+    assert "accuracy" in capsys.readouterr().out
+    teacher = str(work / verb / "model")
+    assert BertForSequenceClassification.from_pretrained(teacher).config.num_labels == 2
+    shared += ["--num-hidden-layers", "1", "--output", str(work / f"{verb}-student")]
+    assert main(["distill", "--model", teacher, *shared]) == 0, capsys.readouterr().err
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help(verb, capsys):
     assert main([verb, "--help"]) == 0
@@ -86,6 +100,7 @@ MISTAKES = [
     (["nonsense"], "The verb 'nonsense' is not known"),
     (["distil", "--output", "o", "--alhpa", "0.5"], "--alhpa is not known. Did you mean --alpha?"),
     (["distill", "--method", "tinybret", "--output", "o"], "Did you mean 'tinybert'?"),
+    (["fine-tune", "--output", "o", "--method", "pkd"], "the method 'pkd' is not known"),
     (["quantize", "--output", "o", "--bits", "many", "--model", "m", "--data", "d"], "bits must be a whole number"),
     (["prune", "--method", "heads"], "the following arguments are required: --output"),
     (["run", "classifier-cpus", "--output", "o"], "Did you mean 'classifier-cpu'?"),

@@ -59,6 +59,8 @@ def test_what_is_not_kept_is_left_to_the_parsers():
 COMPLETED = [
     ("", set(VERBS)),
     ("pr", {"prune"}),
+    ("finetune --learn", {"--learning_rate"}),
+    ("fine-tune --meth", set()),
     ("distil --method tiny", {"tinybert"}),
     ("distill --method tinybert --intermediate_s", {"--intermediate_share", "--intermediate_size"}),
     ("distil --method tinybert --intermediate-s", {"--intermediate-share", "--intermediate-size"}),
