@@ -83,6 +83,16 @@ def test_a_word_of_several_pieces_has_the_mean_of_their_embeddings(tokenizer):
     assert neighbours.candidates(["playing"], 4) == {"playing": expected}
 
 
+def test_what_a_mean_says_nothing_of_stays(tokenizer):
+    """A sentence without spaces, such as a Chinese one, is a run of letters; an unknown word is any."""
+    neighbours = ModelNeighbours(tiny_model("bert"), Vocabulary(tokenizer))
+    run = "play" + "ing" * 4  # five pieces
+    assert len(Vocabulary(tokenizer).pieces([run])[0]) == 5 and Vocabulary(tokenizer).pieces(["\u7535"])[0] == [1]
+    assert set(neighbours.candidates([run, "\u7535", "playing"], 4)) == {"playing"}
+    rows = Dataset.from_dict({"text": [run, "\u7535 \u5f71"]})
+    assert hfc.augment(rows, tokenizer, word_vectors=tiny_model("bert"), copies=5)["text"][:] == rows["text"][:]
+
+
 def test_masked_words_are_the_most_probable_ones_of_the_whole_model(tokenizer):
     model = tiny_model("bert", "mlm").train()
     words = Vocabulary(tokenizer).words

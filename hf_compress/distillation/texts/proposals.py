@@ -17,6 +17,7 @@ from hf_compress.model.inputs import forward_names
 
 LETTERS = re.compile(r"[^\W\d_]+")
 ROWS_AT_ONCE = 512  # words compared with all others together, to bound memory
+MOST_PIECES = 4  # of a word whose vector their mean still is: a sentence without spaces is a run of letters, too
 BEFORE = "a"  # a word is looked up behind another one: byte-pair encodings spell the first word of a text differently
 
 
@@ -125,7 +126,7 @@ class Neighbours:
 
 
 class ModelNeighbours(Neighbours):
-    """Word vectors from the input embeddings of a model; a word of several pieces is the mean of them."""
+    """Word vectors from the input embeddings of a model; a word of a few pieces is the mean of them."""
 
     def __init__(self, model: PreTrainedModel, vocabulary: Vocabulary):
         self.vocabulary = vocabulary
@@ -134,9 +135,14 @@ class ModelNeighbours(Neighbours):
         super().__init__(list(vocabulary.words.values()), self.embeddings[ids])
 
     def query(self, words: Sequence[str]) -> tuple[list[str], Tensor]:
-        pieces = self.vocabulary.pieces(words)
-        vectors = [self.embeddings[ids].mean(dim=0) for ids in pieces]
-        return list(words), F.normalize(torch.stack(vectors), dim=-1) if vectors else self.vectors[:0]
+        unknown, spelled = (
+            self.vocabulary.tokenizer.unk_token_id,
+            zip(words, self.vocabulary.pieces(words), strict=True),
+        )
+        spelled = {word: ids for word, ids in spelled if 0 < len(ids) <= MOST_PIECES and unknown not in ids}
+        known = {word: self.embeddings[ids].mean(dim=0) for word, ids in spelled.items()}
+        vectors = list(known.values())
+        return list(known), F.normalize(torch.stack(vectors), dim=-1) if vectors else self.vectors[:0]
 
 
 class MaskedWords:
