@@ -23,6 +23,7 @@ WIDTH = 80  # of a terminal
 EXAMPLES = {  # verb -> a line that `--help` ends with
     "run": "run few-labels --model bert-base-uncased --data reviews.csv --output runs/reviews",
     "shrink": "shrink teacher/ --data reviews.csv --speedup 10 --runtime openvino --output small",
+    "fine-tune": "fine-tune --model bert-base-uncased --data reviews.csv --num_train_epochs 3 --output runs/teacher",
     "distill": "distill --method tinybert --model teacher/ --num_hidden_layers 3 --data reviews.csv --output runs/half",
     "prune": "prune --method structure --layers 0.5 --heads 0.25 --model teacher/ --data reviews.csv --output runs/cut",
     "quantize": "quantize --method gptq --bits 4 --model student/ --data reviews.csv --output runs/packed",
