@@ -81,3 +81,19 @@ def test_the_ways_to_cut_a_structure_have_one_time(monkeypatch):
     left = {name: 1 - ways["evenly"][name] for name in ("heads", "neurons")}
     assert parts.of(6, **left) == pytest.approx(of_two, abs=1e-3)
     assert cuts(times, 6, 1)["evenly"] is None  # six layers of nothing take as long
+
+
+@pytest.mark.long
+def test_one_speed_had_in_three_ways_is_compared(tmp_path):
+    pytest.importorskip("openvino")
+    write_model_and_data(tmp_path)
+    command = [
+        sys.executable, str(SCRIPTS / "benchmarks/structures.py"), "--data", str(tmp_path / "data"), "--seeds", "0", "1",
+        "--model", str(tmp_path / "model"), "--output", str(tmp_path / "out"), "--layers", "3", "--tokens", "16",
+        "--epochs", "1",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "cache")}
+    printed = subprocess.run(command, check=True, env=environment, capture_output=True, text=True).stdout
+    assert "by importance" in printed and "whole layers" in printed
+    assert "points (" in printed.splitlines()[-1] and " less " in printed.splitlines()[-1]
+    assert (tmp_path / "out" / "report.html").is_file()
