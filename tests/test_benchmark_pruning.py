@@ -88,9 +88,9 @@ def test_one_speed_had_in_three_ways_is_compared(tmp_path):
     pytest.importorskip("openvino")
     write_model_and_data(tmp_path)
     command = [
-        sys.executable, str(SCRIPTS / "benchmarks/structures.py"), "--data", str(tmp_path / "data"), "--seeds", "0", "1",
+        sys.executable, str(SCRIPTS / "benchmarks/structures.py"), "--data", str(tmp_path / "data"),
         "--model", str(tmp_path / "model"), "--output", str(tmp_path / "out"), "--layers", "3", "--tokens", "16",
-        "--epochs", "1",
+        "--seeds", "0", "1", "--epochs", "1",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "cache")}
     printed = subprocess.run(command, check=True, env=environment, capture_output=True, text=True).stdout
