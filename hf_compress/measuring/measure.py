@@ -26,6 +26,7 @@ from hf_compress.measuring.stored import stored_size
 from hf_compress.measuring.timing import Spread, peak_allocated_bytes, steady_seconds, synchronize
 from hf_compress.measuring.turns import DECODING, KINDS, LATENCY_BATCH, measure_in_turns
 from hf_compress.model.inputs import THROUGHPUT_BATCH, example_batch
+from hf_compress.model.pooling import makes_vectors
 from hf_compress.model.unfinished import check_weights
 from hf_compress.version import __version__
 
@@ -170,7 +171,8 @@ def check_exported(folder: Source, dtype: torch.dtype | None, device: str | None
 def load_model(source: Source, *, dtype: torch.dtype | None = None, device: str | None = None) -> PreTrainedModel:
     """The model itself if it is one; else loaded as the class that its config names, in eval mode.
 
-    Of an exported folder it has empty modules, and a forward that the runtime runs.
+    An embedder of sentence-transformers is loaded without the head that its config may name: its files have none. Of
+    an exported folder it has empty modules, and a forward that the runtime runs.
     """
     if isinstance(source, PreTrainedModel):
         check_weights(source, "A forward")
@@ -183,7 +185,7 @@ def load_model(source: Source, *, dtype: torch.dtype | None = None, device: str 
         return open_exported(path)
     check_source(source)
     config = AutoConfig.from_pretrained(source)
-    name = (config.architectures or ["AutoModel"])[0]
+    name = "AutoModel" if makes_vectors(source) else (config.architectures or ["AutoModel"])[0]
     model_class = getattr(transformers, name, None)
     if model_class is None:
         raise ValueError(f"The config of {source} names the class {name}, which Transformers does not have.")

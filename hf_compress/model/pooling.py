@@ -93,6 +93,13 @@ def _copy(file: Path, to: Path) -> None:
     write_whole(to, file.read_bytes())
 
 
+def makes_vectors(folder: str | Path) -> bool:
+    """Whether sentence-transformers pools what the model of a folder says, whatever head its config names."""
+    listed = Path(folder) / "modules.json"
+    steps = json.loads(listed.read_text(encoding="utf-8")) if listed.is_file() else []
+    return any(str(step.get("type")).endswith("Pooling") for step in steps)
+
+
 def _steps(folder: str | Path) -> list[tuple[str, Path]]:
     """The kind of each step and its folder; none where the folder is not theirs."""
     listed = Path(folder) / "modules.json"

@@ -10,6 +10,7 @@ from recipe_run import QUICK, TRAIN, embedder
 from transformers import AutoModel, AutoTokenizer
 
 from hf_compress.commands.main import main
+from hf_compress.measuring.measure import load_model
 from hf_compress.model.pooling import Pooling, read_vectors
 from hf_compress.recipe.data import DataOptions
 from hf_compress.recipe.tasks.table import task_of
@@ -135,3 +136,12 @@ def test_what_embedders_cannot_do_is_said(stage, message, texts, tmp_path, capsy
     command = ["run", str(tmp_path / "mine.yaml"), "--model", str(embedder(tmp_path)), "--data", str(texts), "--task",
                "embeddings", "--max-length", "16", "--output", str(tmp_path / "out")]  # fmt: skip
     assert main(command) == 2 and message in capsys.readouterr().err
+
+
+def test_an_embedder_whose_config_names_a_head_that_is_gone(tmp_path):
+    """As all-mpnet-base-v2's does: MPNetForMaskedLM, and no such weights."""
+    folder = embedder(tmp_path, pooling=Pooling("mean"))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["architectures"] = ["BertForMaskedLM"]
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert type(load_model(folder)).__name__ == "BertModel"
