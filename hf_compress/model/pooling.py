@@ -94,19 +94,29 @@ def _copy(file: Path, to: Path) -> None:
 
 
 def makes_vectors(folder: str | Path) -> bool:
-    """Whether sentence-transformers pools what the model of a folder says, whatever head its config names."""
+    """Whether sentence-transformers pools the states of a folder's model, and so reads no head that its config names.
+
+    A sparse encoder's `SpladePooling` reads the head's logits.
+    """
+    return "Pooling" in _kinds(_listed(folder))
+
+
+def _listed(folder: str | Path) -> list[dict]:
+    """The steps as they are written; none where the folder is not theirs."""
     listed = Path(folder) / "modules.json"
-    steps = json.loads(listed.read_text(encoding="utf-8")) if listed.is_file() else []
-    return any(str(step.get("type")).endswith("Pooling") for step in steps)
+    return json.loads(listed.read_text(encoding="utf-8")) if listed.is_file() else []
+
+
+def _kinds(steps: list[dict]) -> list[str]:
+    return [step["type"].rpartition(".")[2] for step in steps]
 
 
 def _steps(folder: str | Path) -> list[tuple[str, Path]]:
     """The kind of each step and its folder; none where the folder is not theirs."""
-    listed = Path(folder) / "modules.json"
-    if not listed.is_file():
+    listed, steps = Path(folder) / "modules.json", _listed(folder)
+    if not steps:
         return []
-    steps = json.loads(listed.read_text(encoding="utf-8"))
-    kinds = [step["type"].rpartition(".")[2] for step in steps]
+    kinds = _kinds(steps)
     if kinds[:2] != ["Transformer", "Pooling"] or kinds[2:] not in (
         [], ["Normalize"], ["Dense"], ["Dense", "Normalize"]
     ):  # fmt: skip

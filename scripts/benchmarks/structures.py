@@ -1,6 +1,6 @@
 """One speed in a runtime, had in three ways: by importance over measured time, all layers evenly, or whole layers.
 
-    hf-compress fine-tune all-MiniLM-L6-v2 --data movie_reviews --output runs/teacher
+    hf-compress fine-tune --model all-MiniLM-L6-v2 --data movie_reviews --output runs/teacher
     python scripts/benchmarks/structures.py --model runs/teacher/model --data movie_reviews --output runs/structures
 
 Whole layers, evenly spaced as DistilBERT's are, set the times to be had: one for each number in `--layers`. What the
@@ -28,11 +28,11 @@ from hf_compress.recipe.evaluate import EvaluateOptions, evaluate  # noqa: E402
 from hf_compress.recipe.recipe import Recipe  # noqa: E402
 from hf_compress.recipe.tasks.classification import Classification  # noqa: E402
 from hf_compress.shrinking.plan import Texts, stages, structure  # noqa: E402
+from hf_compress.shrinking.run import CHECKED  # noqa: E402
 from hf_compress.shrinking.times import MeasuredTimes, measured_times  # noqa: E402
 from hf_compress.shrinking.wish import Wish  # noqa: E402
 
 LEAST = 1 / 12  # of the heads and neurons of a layer
-CHECKED = 64  # texts that an export is run on beside its model
 
 
 def cuts(times: MeasuredTimes, depth: int, layers: int) -> dict[str, dict[str, Any] | None]:

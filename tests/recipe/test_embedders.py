@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 from recipe_run import QUICK, TRAIN, embedder
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
 from hf_compress.commands.main import main
 from hf_compress.measuring.measure import load_model
@@ -138,10 +138,20 @@ def test_what_embedders_cannot_do_is_said(stage, message, texts, tmp_path, capsy
     assert main(command) == 2 and message in capsys.readouterr().err
 
 
-def test_an_embedder_whose_config_names_a_head_that_is_gone(tmp_path):
-    """As all-mpnet-base-v2's does: MPNetForMaskedLM, and no such weights."""
+@pytest.mark.parametrize("pooling, expected", [("models.Pooling", "BertModel"), (
+    "sparse_encoder.models.SpladePooling", "BertForMaskedLM")])  # fmt: skip
+def test_the_head_that_a_config_names_is_opened_where_it_is_read(pooling, expected, texts, tmp_path, capsys):
+    """all-mpnet-base-v2's names MPNetForMaskedLM, and its file has no such head; a sparse encoder's has it."""
     folder = embedder(tmp_path, pooling=Pooling("mean"))
+    if expected == "BertForMaskedLM":
+        AutoModelForMaskedLM.from_pretrained(folder).save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config["architectures"] = ["BertForMaskedLM"]
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    assert type(load_model(folder)).__name__ == "BertModel"
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["BertForMaskedLM"]}), encoding="utf-8")
+    steps = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+    steps[1]["type"] = f"sentence_transformers.{pooling}"
+    (folder / "modules.json").write_text(json.dumps(steps), encoding="utf-8")
+    assert type(load_model(folder)).__name__ == expected
+    if expected == "BertModel":
+        command = ["compare", f"one={folder}", f"two={folder}", "--data", str(texts), "--task", "embeddings"]
+        quick = words({**QUICK, "max-length": 16, "output": tmp_path / "report"})
+        assert main([*command, *quick]) == 0, capsys.readouterr().err

@@ -135,12 +135,10 @@ class ModelNeighbours(Neighbours):
         super().__init__(list(vocabulary.words.values()), self.embeddings[ids])
 
     def query(self, words: Sequence[str]) -> tuple[list[str], Tensor]:
-        unknown, spelled = (
-            self.vocabulary.tokenizer.unk_token_id,
-            zip(words, self.vocabulary.pieces(words), strict=True),
-        )
-        spelled = {word: ids for word, ids in spelled if 0 < len(ids) <= MOST_PIECES and unknown not in ids}
-        known = {word: self.embeddings[ids].mean(dim=0) for word, ids in spelled.items()}
+        unknown, known = self.vocabulary.tokenizer.unk_token_id, {}
+        for word, ids in zip(words, self.vocabulary.pieces(words), strict=True):
+            if 0 < len(ids) <= MOST_PIECES and unknown not in ids:
+                known[word] = self.embeddings[ids].mean(dim=0)
         vectors = list(known.values())
         return list(known), F.normalize(torch.stack(vectors), dim=-1) if vectors else self.vectors[:0]
 
