@@ -239,6 +239,26 @@ def trains_packed(stage: Stage) -> bool:
     return stage.method is not None and stage.method.name == "scales"
 
 
+def _check_vocabularies(stages: Sequence[Stage]) -> None:
+    """A teacher from before its student's vocabulary was cut would read other words under the same numbers."""
+    cuts, last, reference = {INPUT: 0}, INPUT, INPUT  # name of a model -> how often its vocabulary was cut
+    for number, stage in enumerate(stages, 1):
+        before = last
+        for roles in (part.roles for part in stage.parts if isinstance(part, Distil)):
+            before = roles.student or last
+            teacher = roles.teacher or (last if roles.shape() or roles.student else reference)
+            if {before, teacher} <= cuts.keys() and cuts[before] != cuts[teacher]:
+                cut = next(s.name for s in stages if cuts.get(s.name) == max(cuts[before], cuts[teacher]))
+                raise RecipeError(
+                    f"Stage {number} ({stage.name}) learns from {teacher}, which reads other tokens than its student: "
+                    f"{cut} cut the vocabulary between them. Cut it first, and say `teacher: {cut}`."
+                )
+        if stage.makes_model:
+            is_cut = any(part.method.name == "vocabulary" for part in stage.parts)
+            cuts[stage.name] = cuts.get(before, cuts[last]) + is_cut
+            last, reference = stage.name, stage.name if stage.tunes else reference
+
+
 def _check_order(stages: Sequence[Stage]) -> None:
     packed, made = None, [INPUT]
     names = {stage.name for stage in stages}
@@ -261,3 +281,4 @@ def _check_order(stages: Sequence[Stage]) -> None:
             )
         if stage.packs:
             packed = number
+    _check_vocabularies(stages)

@@ -3,11 +3,11 @@
     python scripts/benchmarks/embedder.py --model all-mpnet-base-v2/ --texts bbc-news --output runs/embedders
     python scripts/benchmarks/embedder.py --model all-mpnet-base-v2/ --texts lines.txt --layers 3 --max_steps 200
 
-`--texts` is `bbc-news`, or a file with a text a line; long texts are cut into pieces of a few sentences, and a tenth of
-the texts, no piece of which is learned from, is held out. Of the held-out pieces it says: Spearman's correlation of all
-cosines with the teacher's, recall of the teacher's ten nearest, and the time of one text of `--tokens` and of 32 of
-them in turns: in PyTorch, and in 8 bit as exported to `--runtime`. What is saved opens in SentenceTransformer. A run
-that was stopped goes on.
+`--texts` are `bbc-news`, or files with a text a line; long texts are cut into pieces of a few sentences, and a tenth of
+the first ones, no piece of which is learned from, is held out. Of the held-out pieces it says: Spearman's correlation
+of all cosines with the teacher's, recall of the teacher's ten nearest, and the time of one text of `--tokens` and of 32
+of them in turns: in PyTorch, and in 8 bit as exported to `--runtime`. What is saved opens in SentenceTransformer. A
+run that was stopped goes on.
 """
 
 import argparse
@@ -27,6 +27,7 @@ import hf_compress as hfc  # noqa: E402
 from hf_compress.formats.export import export  # noqa: E402
 from hf_compress.measuring.measure import device_name, load_model, versions  # noqa: E402
 from hf_compress.measuring.metrics import spearman  # noqa: E402
+from hf_compress.model.precision import has_fast_bfloat16  # noqa: E402
 from hf_compress.model.reading import PaddingCollator  # noqa: E402
 from hf_compress.recipe.texts import open_splits  # noqa: E402
 from hf_compress.report.vectors import agreement, text_vectors  # noqa: E402
@@ -42,12 +43,13 @@ def pieces(text: str) -> list[str]:
     return [" ".join(sentences[i : i + SENTENCES]) for i in range(0, len(sentences), SENTENCES)]
 
 
-def read(source: str) -> tuple[list[str], list[str]]:
-    """Pieces to learn from, and held-out ones."""
-    texts = open_splits(source)[0]["train"]["text"]
+def read(sources: list[str]) -> tuple[list[str], list[str]]:
+    """Pieces to learn from, and held-out ones of the first source."""
     split: tuple[list[str], list[str]] = ([], [])
-    for number, text in enumerate(texts):
-        split[number % HELD_OUT == 0].extend(piece for piece in pieces(text) if len(piece) > 20)
+    for source in sources:
+        for number, text in enumerate(open_splits(source)[0]["train"]["text"]):
+            is_held_out = source == sources[0] and number % HELD_OUT == 0
+            split[is_held_out].extend(piece for piece in pieces(text) if len(piece) > 20)
     return split[0], split[1][:MOST_HELD_OUT]
 
 
@@ -69,13 +71,14 @@ def distil(args: argparse.Namespace, layers: int, rows: Dataset, tokenizer: PreT
     teacher = AutoModel.from_pretrained(args.model)
     config = hfc.EmbeddingDistillationConfig(
         str(folder / "trainer"), num_train_epochs=args.epochs, max_steps=args.max_steps, queue_size=args.queue,
-        learning_rate=args.learning_rate, per_device_train_batch_size=args.batch_size, warmup_steps=0.1, bf16=False,
+        learning_rate=args.learning_rate, per_device_train_batch_size=args.batch_size, warmup_steps=0.1,
+        bf16=has_fast_bfloat16(torch.device("cpu")),
         save_steps=0.1, save_total_limit=1, logging_steps=20, report_to="none", use_cpu=True,
         train_sampling_strategy="group_by_length",
     )  # fmt: skip
     trainer = hfc.EmbeddingDistillationTrainer(
         hfc.make_student(teacher, num_hidden_layers=layers), config, teacher_model=args.model, train_dataset=rows,
-        processing_class=tokenizer,
+        processing_class=tokenizer, terms=[hfc.Hints(hints=args.hints, hint_weight=args.hint_weight)] * bool(args.hints),
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=any((folder / "trainer").glob("checkpoint-*")) or None)
     trainer.save_model(str(folder))
@@ -93,7 +96,7 @@ def served(folder: Path, runtime: str, checked: list[str]) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="A folder of sentence-transformers, or any encoder.")
-    parser.add_argument("--texts", default="bbc-news", help="bbc-news, or a file.")
+    parser.add_argument("--texts", nargs="+", default=["bbc-news"], help="bbc-news, or a file; the first is held out.")
     parser.add_argument("--output", required=True, help="Folder of the students.")
     parser.add_argument("--layers", type=int, nargs="+", default=[6, 3], help="Of the students.")
     parser.add_argument("--tokens", type=int, default=64, help="At most, of a text.")
@@ -102,6 +105,8 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=3e-4)
     parser.add_argument("--queue", type=int, default=256, help="Texts that similarities are compared with besides.")
+    parser.add_argument("--hints", help="States of tokens to follow, too, as hfc.Hints takes them: skip, last:last.")
+    parser.add_argument("--hint_weight", type=float, default=1.0)
     parser.add_argument("--rounds", type=int, default=20, help="Of the timing.")
     parser.add_argument("--runtime", choices=("openvino", "onnx"), help="What the students run in besides.")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

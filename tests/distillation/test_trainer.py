@@ -5,13 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import tiny_model
+from runtime_models import tiny_tokenizer
 from transformers import EarlyStoppingCallback
 
 from distillation.data import rows
 from distillation.training import assert_gradient_is_the_same_however_cut, config, padded, pair
 from hf_compress.distillation.methods.tinybert import TinyBertConfig, TinyBertTrainer
 from hf_compress.distillation.students import make_student
+from hf_compress.distillation.teachers.cache import cache_teacher
 from hf_compress.distillation.trainer import DistillationTrainer
+from hf_compress.surgery.vocabulary import prune_vocabulary
 
 TASKS = [
     ("bert", "classification", "classification", {}),
@@ -166,6 +169,28 @@ def test_padding_of_a_vocabulary_is_accepted(tmp_path):
     trainer = DistillationTrainer(student, config(tmp_path), teacher_model=teacher, train_dataset=rows(kind="clm"))
     trainer.train()
     assert trainer.state.log_history[0]["soft_loss"] > 0
+
+
+def test_a_teacher_of_other_words_is_not_taken_for_padding(tmp_path):
+    """A vocabulary that was cut is smaller, too; the teacher's own tokenizer tells."""
+    tokenizer = tiny_tokenizer()
+    tiny_model("bert").save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    student = tiny_model("bert", seed=1)
+    smaller = prune_vocabulary(student, tokenizer, keep=range(20, 40))
+    few = rows().map(lambda row: {"input_ids": [id % len(smaller) for id in row["input_ids"]]})
+    teacher = type(student).from_pretrained(tmp_path / "teacher")
+    said = "of the .* in the student's tokenizer have other numbers in .*teacher"
+    for given in (teacher, str(tmp_path / "teacher")):
+        with pytest.raises(ValueError, match=said):
+            DistillationTrainer(
+                student, config(tmp_path), teacher_model=given, train_dataset=few, processing_class=smaller
+            )
+    with pytest.raises(ValueError, match=said):
+        cache_teacher(teacher, few, tmp_path / "cache", processing_class=smaller)
+    assert not (tmp_path / "cache").exists()
+    same = tiny_model("bert", seed=1)
+    DistillationTrainer(same, config(tmp_path), teacher_model=teacher, train_dataset=rows(), processing_class=tokenizer)
 
 
 def refusal(tmp_path, student=None, teacher=None, data=None, **options):

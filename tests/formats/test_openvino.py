@@ -122,6 +122,18 @@ def test_the_folder_opens_with_as_many_threads_as_are_asked_for(folder, classifi
     torch.testing.assert_close(logits, classifier(**batch).logits, atol=0.02, rtol=0.02)
 
 
+def test_answers_stay_and_arrays_may_lie_in_any_order(folder, classifier):
+    session = open_folder(folder)
+    fed = feed(session, tiny_batch(classifier))
+    first = session.run(fed)
+    kept = {name: value.copy() for name, value in first.items()}
+    session.run({name: value[:1, :3] for name, value in fed.items()})  # other texts, of another size, a view
+    again = session.run({name: np.asfortranarray(value.astype(np.int32)) for name, value in fed.items()})
+    for name, value in kept.items():
+        np.testing.assert_array_equal(first[name], value)
+        np.testing.assert_array_equal(again[name], value)
+
+
 def test_every_scheme_leaves_exactly(tmp_path, monkeypatch):
     """Act-order, groups, zero points and 2, 3 and 4 bit: with float inputs only the order of sums differs."""
     model = every_scheme()

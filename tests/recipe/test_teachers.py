@@ -54,6 +54,34 @@ def test_logits_alone_are_not_enough_for_what_reads_more(options, what):
         Recipe([{"distil": {**options, "cache_teacher": True}}])
 
 
+CUT = {"prune": {"method": "vocabulary"}}
+THIN = {"prune": {"method": "structure", "neurons": 0.5}}
+
+
+@pytest.mark.parametrize("stages, stage, teacher", [
+    ([CUT, {"distil": {}}], "distil", "input"),  # whom it learns from where nothing is said
+    ([CUT, THIN, {"distil": {"teacher": "input", "cache_teacher": True}}], "distil", "input"),
+    ([{"fine-tune": {"name": "tuned"}}, THIN, CUT, {"distil": {}}], "distil", "tuned"),
+    ([CUT, {"distil": {"teacher": "vocabulary", "student": "input"}}], "distil", "vocabulary"),
+    ([CUT, {"together": [{"distil": {}}, {"prune": {"method": "weights"}}]}], "together", "input"),
+])  # fmt: skip
+def test_a_teacher_that_reads_other_tokens_is_refused(stages, stage, teacher):
+    """The vocabulary was cut between them: its numbers are other words to the teacher, and nothing would fail."""
+    said = f"({stage}|distil).* learns from {teacher}, which reads other tokens.*say `teacher: vocabulary`"
+    with pytest.raises(RecipeError, match=said):
+        Recipe(stages)
+
+
+@pytest.mark.parametrize("stages", [
+    [CUT, THIN, {"distil": {"teacher": "vocabulary"}}],
+    [CUT, {"distil": {"num_hidden_layers": 2}}],  # of the model that enters
+    [CUT, {"fine-tune": {}}, THIN, {"distil": {}}],
+    [{"distil": {"name": "small", "num_hidden_layers": 2}}, CUT, {"distil": {"student": "small", "teacher": "input"}}],
+])  # fmt: skip
+def test_a_teacher_of_the_same_vocabulary_is_taken(stages):
+    assert len(Recipe(stages).stages) == len(stages)
+
+
 def test_losses_of_inner_layers_are_learned_besides(work):
     """Named with commas, or with settings; gradients of the input need attention that is not fused."""
     written = {"sobolev": {"sobolev_weight": 0.5}, "neighbour-order": None}

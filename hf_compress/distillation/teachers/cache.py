@@ -36,6 +36,7 @@ from hf_compress.distillation.teachers.cache_files import (
 )
 from hf_compress.distillation.teachers.cached_teacher import CachedTeacher
 from hf_compress.distillation.teachers.example_keys import example_keys
+from hf_compress.distillation.teachers.teacher import check_tokens
 from hf_compress.files.store import Store, is_remote
 from hf_compress.files.whole import remove_leftovers
 from hf_compress.model.reading import PaddingCollator
@@ -101,6 +102,8 @@ def cache_teacher(
     if not isinstance(teacher, nn.Module):
         raise TypeError(f"cache_teacher takes a model, got {type(teacher).__name__}: load it first.")
     check_weights(teacher, "cache_teacher")
+    if isinstance(config := getattr(plain_model(teacher), "config", None), PretrainedConfig):
+        check_tokens(config, processing_class)
     if min(batch_size, shard_size) < 1:
         raise ValueError(f"batch_size and shard_size count examples, 1 or more, got {batch_size} and {shard_size}.")
     is_apart = worker is not None or is_remote(path) or isinstance(dataset, IterableDataset)

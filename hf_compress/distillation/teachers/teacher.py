@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from hf_compress.distillation.teachers.adapter_teacher import AdapterTeacher
 from hf_compress.distillation.teachers.cache_files import is_cache
@@ -91,6 +91,8 @@ def _check_configs(student: nn.Module, theirs: PretrainedConfig | None, processi
     if auto_class_name(student) not in WITHOUT_LABELS:
         _check_labels(mine, theirs)
     _check_vocabulary(mine, theirs, processing_class)
+    if mine.name_or_path != theirs.name_or_path:  # not a student that was made of it
+        check_tokens(theirs, processing_class)
     _check_lengths(mine, theirs, processing_class)
 
 
@@ -161,6 +163,23 @@ def _check_vocabulary(mine: PretrainedConfig, theirs: PretrainedConfig, tokenize
             f"Student and teacher must read the same tokens: the student has vocab_size={sizes[0]}, the teacher "
             f"vocab_size={sizes[1]}{known}. Only padding of the same vocabulary is accepted. Use a student with the "
             "teacher's tokenizer, for example hfc.make_student(teacher, ...)."
+        )
+
+
+def check_tokens(theirs: PretrainedConfig, tokenizer) -> None:
+    """Raise ValueError where the teacher's own tokenizer, if its folder has one, numbers the tokens otherwise."""
+    if not (hasattr(tokenizer, "get_vocab") and Path(theirs.name_or_path or "?").is_dir()):
+        return
+    try:
+        known = AutoTokenizer.from_pretrained(theirs.name_or_path, local_files_only=True).get_vocab()
+    except (OSError, ValueError):
+        return  # a model alone
+    mine = tokenizer.get_vocab()
+    if others := sum(known.get(token) != number for token, number in mine.items()):
+        raise ValueError(
+            f"Student and teacher must read the same tokens: {others:,} of the {len(mine):,} in the student's tokenizer "
+            f"have other numbers in {theirs.name_or_path}, or none. Where the vocabulary was cut, cut the teacher's, "
+            "too: `prune_vocabulary` of both, or a teacher of its own that was cut before anything else."
         )
 
 

@@ -3,6 +3,7 @@
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import openvino as ov
 
 from hf_compress.engines.processor import has_int8
@@ -38,10 +39,16 @@ def session(program: ov.Model, options: dict[str, str | int]) -> Session:
     compiled = core().compile_model(program, "CPU", options)
     request = compiled.create_infer_request()
     shapes = {port.get_any_name(): port.get_partial_shape() for port in compiled.inputs}
+    ports = [(port.get_any_name(), port, port.get_element_type().to_dtype()) for port in compiled.inputs]
+    results = [(name, port) for port in compiled.outputs for name in port.get_names()]
 
     def run(fed: Arrays) -> Arrays:
         request.reset_state()
-        result = request.infer(fed, share_inputs=True, share_outputs=True)  # copied below, where they are wanted
-        return {name: result[port].copy() for port in compiled.outputs for name in port.get_names()}
+        # Tensors of its own: `infer(fed)` looks at each array anew, a fifth of the time of a model of one layer.
+        arrays = [np.ascontiguousarray(fed[name], dtype) for name, _, dtype in ports]  # live as long as it runs
+        for (_, port, _), array in zip(ports, arrays, strict=True):
+            request.set_tensor(port, ov.Tensor(array, shared_memory=True))
+        request.infer()
+        return {name: request.get_tensor(port).data.copy() for name, port in results}
 
     return Session({n: tuple(None if d.is_dynamic else d.get_length() for d in s) for n, s in shapes.items()}, run)
