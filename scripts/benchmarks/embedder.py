@@ -69,6 +69,7 @@ def distil(args: argparse.Namespace, layers: int, rows: Dataset, tokenizer: PreT
     if (folder / "model.safetensors").is_file():
         return folder
     teacher = AutoModel.from_pretrained(args.model)
+    terms = [hfc.Hints(hints=args.hints, hint_weight=args.hint_weight)] if args.hints else []
     config = hfc.EmbeddingDistillationConfig(
         str(folder / "trainer"), num_train_epochs=args.epochs, max_steps=args.max_steps, queue_size=args.queue,
         learning_rate=args.learning_rate, per_device_train_batch_size=args.batch_size, warmup_steps=0.1,
@@ -78,7 +79,7 @@ def distil(args: argparse.Namespace, layers: int, rows: Dataset, tokenizer: PreT
     )  # fmt: skip
     trainer = hfc.EmbeddingDistillationTrainer(
         hfc.make_student(teacher, num_hidden_layers=layers), config, teacher_model=args.model, train_dataset=rows,
-        processing_class=tokenizer, terms=[hfc.Hints(hints=args.hints, hint_weight=args.hint_weight)] * bool(args.hints),
+        processing_class=tokenizer, terms=terms,
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=any((folder / "trainer").glob("checkpoint-*")) or None)
     trainer.save_model(str(folder))
