@@ -178,8 +178,8 @@ def check_tokens(theirs: PretrainedConfig, tokenizer) -> None:
     if others := sum(known.get(token) != number for token, number in mine.items()):
         raise ValueError(
             f"Student and teacher must read the same tokens: {others:,} of the {len(mine):,} in the student's "
-            f"tokenizer have other numbers in {theirs.name_or_path}, or none. Where the vocabulary was cut, cut the teacher's, "
-            "too: `prune_vocabulary` of both, or a teacher of its own that was cut before anything else."
+            f"tokenizer have other numbers in {theirs.name_or_path}, or none. Where the vocabulary was cut, cut the "
+            "teacher's, too: `prune_vocabulary` of both, or a teacher of its own that was cut before anything else."
         )
 
 
