@@ -189,6 +189,13 @@ def test_a_teacher_of_other_words_is_not_taken_for_padding(tmp_path):
     with pytest.raises(ValueError, match=said):
         cache_teacher(teacher, few, tmp_path / "cache", processing_class=smaller)
     assert not (tmp_path / "cache").exists()
+    made = make_student(teacher, num_hidden_layers=2)  # from the same folder, as its config says
+    prune_vocabulary(made, tokenizer, keep=range(20, 40))
+    with pytest.raises(ValueError, match=said):
+        DistillationTrainer(made, config(tmp_path), teacher_model=teacher, train_dataset=few, processing_class=smaller)
+    bare = tiny_model("bert", vocab_size=1024)  # of no folder: most of its rows are not padding
+    with pytest.raises(ValueError, match="Only padding of the same vocabulary"):
+        DistillationTrainer(student, config(tmp_path), teacher_model=bare, train_dataset=few, processing_class=smaller)
     same = tiny_model("bert", seed=1)
     DistillationTrainer(same, config(tmp_path), teacher_model=teacher, train_dataset=rows(), processing_class=tokenizer)
 

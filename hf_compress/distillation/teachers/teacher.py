@@ -20,6 +20,7 @@ from hf_compress.training.checks import weights_fact
 HEADS = ["classifier", "score", "qa_outputs", "lm_head", "cls", "pooler", "pre_classifier"]  # stay in full precision
 WITHOUT_LABELS = (*LANGUAGE_MODELS, "AutoModelForMultipleChoice")  # whatever their config says of a number of them
 VOCABULARY_PADDING = 256  # a vocabulary grown to a multiple of at most this is padding, not other words
+MOST_PADDING = 0.125  # of a vocabulary whose tokens are known to be fewer: more rows are words that were cut
 
 
 def open_teacher(
@@ -91,8 +92,7 @@ def _check_configs(student: nn.Module, theirs: PretrainedConfig | None, processi
     if auto_class_name(student) not in WITHOUT_LABELS:
         _check_labels(mine, theirs)
     _check_vocabulary(mine, theirs, processing_class)
-    if mine.name_or_path != theirs.name_or_path:  # not a student that was made of it
-        check_tokens(theirs, processing_class)
+    check_tokens(theirs, processing_class)
     _check_lengths(mine, theirs, processing_class)
 
 
@@ -156,7 +156,9 @@ def _check_vocabulary(mine: PretrainedConfig, theirs: PretrainedConfig, tokenize
         return
     small, large = sorted(sizes)
     words = len(tokenizer) if hasattr(tokenizer, "__len__") else None
-    is_padding = words <= small if words is not None else large % 8 == 0 and large - small < VOCABULARY_PADDING
+    is_padding = large % 8 == 0 and large - small < VOCABULARY_PADDING
+    if words is not None:
+        is_padding = words <= small and large - small <= max(VOCABULARY_PADDING, MOST_PADDING * large)
     if not is_padding:
         known = "" if words is None else f"; the tokenizer has {words} tokens"
         raise ValueError(
@@ -167,13 +169,14 @@ def _check_vocabulary(mine: PretrainedConfig, theirs: PretrainedConfig, tokenize
 
 
 def check_tokens(theirs: PretrainedConfig, tokenizer) -> None:
-    """Raise ValueError where the teacher's own tokenizer, if its folder has one, numbers the tokens otherwise."""
-    if not (hasattr(tokenizer, "get_vocab") and Path(theirs.name_or_path or "?").is_dir()):
+    """Raise ValueError where the teacher's own tokenizer, if there is one on this machine, numbers tokens otherwise."""
+    if not (hasattr(tokenizer, "get_vocab") and theirs.name_or_path):
         return
     try:
-        known = AutoTokenizer.from_pretrained(theirs.name_or_path, local_files_only=True).get_vocab()
-    except (OSError, ValueError):
-        return  # a model alone
+        own = AutoTokenizer.from_pretrained(theirs.name_or_path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, ImportError, KeyError):
+        return  # a model alone, or one whose tokenizer cannot be read here
+    known = own.get_vocab()
     mine = tokenizer.get_vocab()
     if others := sum(known.get(token) != number for token, number in mine.items()):
         raise ValueError(
