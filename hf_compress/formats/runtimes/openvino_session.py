@@ -44,7 +44,7 @@ def session(program: ov.Model, options: dict[str, str | int]) -> Session:
 
     def run(fed: Arrays) -> Arrays:
         request.reset_state()
-        # Tensors of its own: `infer(fed)` looks at each array anew, a fifth of the time of a model of one layer.
+        # Tensors of its own: `infer(fed)` looks at each array anew, a sixth of the time of a model of one layer.
         arrays = [np.ascontiguousarray(fed[name], dtype) for name, _, dtype in ports]  # live as long as it runs
         for (_, port, _), array in zip(ports, arrays, strict=True):
             request.set_tensor(port, ov.Tensor(array, shared_memory=True))
