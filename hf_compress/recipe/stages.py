@@ -251,7 +251,7 @@ def _check_vocabularies(stages: Sequence[Stage]) -> None:
                 cut = next(s.name for s in stages if cuts.get(s.name) == max(cuts[before], cuts[teacher]))
                 raise RecipeError(
                     f"Stage {number} ({stage.name}) learns from {teacher}, which reads other tokens than its student: "
-                    f"{cut} cut the vocabulary between them. Cut it first, and say `teacher: {cut}`."
+                    f"{cut} cut the vocabulary between them. Let both come after it: say `teacher: {cut}`."
                 )
         if stage.makes_model:
             is_cut = any(part.method.name == "vocabulary" for part in stage.parts)

@@ -198,6 +198,22 @@ def test_a_teacher_of_other_words_is_not_taken_for_padding(tmp_path):
         DistillationTrainer(student, config(tmp_path), teacher_model=bare, train_dataset=few, processing_class=smaller)
     same = tiny_model("bert", seed=1)
     DistillationTrainer(same, config(tmp_path), teacher_model=teacher, train_dataset=rows(), processing_class=tokenizer)
+    prune_vocabulary(teacher, tokenizer, keep=range(20, 40))  # both were cut; its folder has the words of before
+    DistillationTrainer(student, config(tmp_path), teacher_model=teacher, train_dataset=few, processing_class=smaller)
+
+
+def test_words_that_both_models_were_given_are_no_other_words(tmp_path):
+    """As a decoder without padding is given some: the tokenizer beside the teacher does not know it."""
+    tokenizer = tiny_tokenizer()
+    (student := tiny_model("bert", seed=1)).save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    teacher = type(student).from_pretrained(tmp_path / "teacher")
+    tokenizer.add_tokens(["film-maker"])
+    for model in (student, teacher):
+        model.resize_token_embeddings(len(tokenizer))
+    DistillationTrainer(
+        student, config(tmp_path), teacher_model=teacher, train_dataset=rows(), processing_class=tokenizer
+    )
 
 
 def refusal(tmp_path, student=None, teacher=None, data=None, **options):

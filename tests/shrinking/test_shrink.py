@@ -21,6 +21,7 @@ from hf_compress.pruning.targets import StructureTimes
 from hf_compress.recipe.options import RecipeError
 from hf_compress.shrinking import plan as planning
 from hf_compress.shrinking import run as shrinking
+from hf_compress.shrinking import times as timing
 from hf_compress.shrinking.times import MeasuredTimes, measured_times
 
 QUICK = {"max_steps": 4, "per_device_train_batch_size": 8, "save_steps": 2, "disable_tqdm": True, "bf16": False,
@@ -160,6 +161,18 @@ def test_times_are_measured_once_for_a_machine(tmp_path, monkeypatch):
     assert first.original > 0 and first.structure.of(4) > 0
     assert measured_times(model, None, "torch", tokens=8) == first  # kept
     assert len(list((tmp_path / "hf_compress" / "times").iterdir())) == 1
+
+
+def test_rounds_that_other_work_slowed_say_nothing_of_a_structure(tmp_path, monkeypatch):
+    """Four layers, one, half of the heads, half of the neurons; most rounds are not alone."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
+    alone = [0.020, 0.009, 0.003, 0.007, 0.008]  # s: 1 ms and 2 a layer, of which heads take 1 and neurons 0.5
+    slowed = [[s] * 5 + [s * (1.3 + number + turn % 7) for turn in range(25)] for number, s in enumerate(alone)]
+    monkeypatch.setattr(timing, "time_interleaved", lambda *args, **kwargs: slowed)
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_folder(tmp_path / "model")).eval()
+    found = measured_times(model, None, "torch", tokens=8)
+    assert found.original == pytest.approx(20)
+    assert found.structure == StructureTimes(*map(pytest.approx, (1.0, 1.0, 0.5, 0.5)))
 
 
 BY_TASK = {case.task: case for case in reversed(CASES)}
