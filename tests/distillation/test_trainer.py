@@ -202,6 +202,18 @@ def test_a_teacher_of_other_words_is_not_taken_for_padding(tmp_path):
     DistillationTrainer(student, config(tmp_path), teacher_model=teacher, train_dataset=few, processing_class=smaller)
 
 
+@pytest.mark.parametrize("family", ["bert", "roberta", "deberta-v2", "llama"])
+def test_a_folder_without_a_tokenizer_tells_nothing_of_words(family, tmp_path):
+    """Transformers opens one all the same, of the family's special tokens under their usual numbers."""
+    kind = "clm" if family == "llama" else "cls"
+    tiny_model(family).save_pretrained(tmp_path / "teacher")
+    teacher = type(tiny_model(family)).from_pretrained(tmp_path / "teacher")
+    DistillationTrainer(
+        tiny_model(family, seed=1), config(tmp_path), teacher_model=teacher, train_dataset=rows(kind=kind),
+        processing_class=tiny_tokenizer(),
+    )  # fmt: skip
+
+
 def test_words_that_both_models_were_given_are_no_other_words(tmp_path):
     """As a decoder without padding is given some: the tokenizer beside the teacher does not know it."""
     tokenizer = tiny_tokenizer()
