@@ -12,13 +12,13 @@ IGNORED = -100  # a label that does not count
 LABEL_COLUMNS = ("labels", "label", "label_ids")
 
 
-def open_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model. Raises ValueError for a folder or Hub name that has none.
+def open_tokenizer(source: str | Path, **options) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model; `options` of `from_pretrained`. Raises ValueError for a source that has none.
 
     Transformers makes one that knows no word of a folder without its files: every text would be unknown tokens.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{source} has no tokenizer beside the model: {reason}") from error
