@@ -75,16 +75,15 @@ def test_the_ways_to_cut_a_structure_have_one_time(monkeypatch):
 
     parts = StructureTimes(fixed=1.0, heads=0.5, neurons=1.0, rest=0.25)
     times, of_two = MeasuredTimes(20.0, parts, "this one"), parts.of(2)
-    ways = cuts(times, 6, 2)
-    assert ways["by importance"]["milliseconds"] == of_two
+    ways = cuts(times, 6, 2, 3)
+    assert {ways[way]["milliseconds"] for way in ("as shrink", "by importance", "evenly")} == {of_two}
+    assert [ways[way].get("layers") for way in ("as shrink", "by importance", "evenly")] == [3, None, 6]
     assert parts.of(6 - round(6 * ways["whole layers"]["layers"])) == of_two
-    left = {name: 1 - ways["evenly"][name] for name in ("heads", "neurons")}
-    assert parts.of(6, **left) == pytest.approx(of_two, abs=1e-3)
-    assert cuts(times, 6, 1)["evenly"] is None  # six layers of nothing take as long
+    assert cuts(times, 6, 2, None)["as shrink"] == ways["by importance"]
 
 
 @pytest.mark.long
-def test_one_speed_had_in_three_ways_is_compared(tmp_path):
+def test_one_speed_had_in_four_ways_is_compared(tmp_path):
     pytest.importorskip("openvino")
     write_model_and_data(tmp_path)
     command = [
@@ -94,6 +93,6 @@ def test_one_speed_had_in_three_ways_is_compared(tmp_path):
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "cache")}
     printed = subprocess.run(command, check=True, env=environment, capture_output=True, text=True).stdout
-    assert "by importance" in printed and "whole layers" in printed
+    assert all(way in printed for way in ("as shrink", "by importance", "evenly", "whole layers"))
     assert "points (" in printed.splitlines()[-1] and " less " in printed.splitlines()[-1]
     assert (tmp_path / "out" / "report.html").is_file()

@@ -40,6 +40,7 @@ def prune(
     metric: Literal["parameters", "multiply_adds", "latency"] = "parameters",
     sequence_length: int = 128,
     target: float | None = None,
+    layers: int | None = None,
 ) -> ModelT:
     """Cut heads, neurons and layers until a share `sparsity` of the model is gone. Changes `model` and returns it.
 
@@ -52,6 +53,8 @@ def prune(
                      example in turns with the model as it was, on the device where it is, with its threads
     sequence_length  tokens of the example for the last two
     target           what `sparsity` was called when it meant the share that is left; it goes with the next version
+    layers           so many stay, evenly spaced, and of all of them the same share of heads and of neurons; which of
+                     these is as above. Without, worth over cost decides
 
     Each piece is a head (with all that share its key and value), a bundle of neurons, or a whole layer. They go in the
     order of importance over cost, but no layer is left alone where two narrower ones cost as much (`choose`). Raises
@@ -66,10 +69,10 @@ def prune(
     tokens = None if metric == "parameters" else sequence_length
     pieces = sorted(units(model, dataloader, tokens), key=lambda unit: unit.importance / max(unit.cost, 1))
     if metric == "latency":
-        chosen = _choose_by_latency(model, pieces, target, sequence_length)
+        chosen = _choose_by_latency(model, pieces, target, sequence_length, layers)
     else:
         total = num_parameters(model) if tokens is None else _multiply_adds(model, sequence_length)
-        chosen = choose(anatomy(model), pieces, total - int(target * total))
+        chosen = choose(anatomy(model), pieces, total - int(target * total), layers)
     return cut(model, chosen)
 
 
@@ -90,37 +93,53 @@ def share_that_goes(sparsity: float | None, target: float | None) -> float:
     return sparsity
 
 
-def choose(parts: Anatomy, pieces: Sequence[Unit], surplus: int) -> list[Unit]:
+def choose(parts: Anatomy, pieces: Sequence[Unit], surplus: int, layers: int | None = None) -> list[Unit]:
     """The first of `pieces` whose costs reach `surplus`, but for those that need not go: the last may be a whole layer.
 
     Where that would leave one layer alone, in a model of one stack, two stay that are as wide together: worth is of
-    each layer in the whole model, and does not tell how little one can do by itself. Raises ValueError if all together
-    do not reach it.
+    each layer in the whole model, and does not tell how little one can do by itself. With `layers` so many stay, evenly
+    spaced and cut evenly. Raises ValueError if all together do not reach it.
     """
+    if layers is not None:
+        return _even(parts, pieces, surplus, layers)
     chosen = _first(parts, pieces, surplus)
     is_alone = len(parts.stacks) == 1 and len({unit.layer for unit in chosen if unit.is_layer}) == len(parts.layers) - 1
-    return (is_alone and _of_two_layers(parts, pieces, surplus)) or chosen
+    if not is_alone or len(parts.layers) < 3:
+        return chosen
+    return _of_layers(parts, pieces, surplus, 2, least=LEAST_SHARE) or chosen
 
 
-def _of_two_layers(parts: Anatomy, pieces: Sequence[Unit], surplus: int) -> list[Unit] | None:
-    """All layers but two, evenly spaced, and of these the same share of heads and of neurons, those worth least.
+def _even(parts: Anatomy, pieces: Sequence[Unit], surplus: int, layers: int) -> list[Unit]:
+    if len(parts.stacks) > 1:
+        raise ValueError(f"layers={layers} is of models with one stack, and this one has {len(parts.stacks)}.")
+    if not 1 <= layers <= len(parts.layers):
+        raise ValueError(f"layers, those that stay, must lie between 1 and {len(parts.layers)}, got {layers}.")
+    chosen = _of_layers(parts, pieces, surplus, layers)
+    if chosen is None:
+        raise ValueError(f"So little cannot be left of {layers} layers, thin as they may be: let fewer stay.")
+    return chosen
 
-    None for a model of two layers, and where less than a quarter of both would stay.
+
+def _of_layers(
+    parts: Anatomy, pieces: Sequence[Unit], surplus: int, number: int, least: float = 0.0
+) -> list[Unit] | None:
+    """All layers but `number`, evenly spaced, and of these the same share of heads and of neurons, those worth least.
+
+    None where less than the share `least` of both would stay, or not even a head and a bundle of neurons of each.
     """
-    if len(parts.layers) < 3:
-        return None
-    kept = every_other(len(parts.layers), 1 - 2 / len(parts.layers))
+    depth = len(parts.layers)
+    kept = every_other(depth, 1 - number / depth) if number < depth else range(depth)
     chosen = [unit for unit in pieces if unit.is_layer and unit.layer not in kept]
     inner = [unit for unit in pieces if not unit.is_layer and unit.layer in kept]
     left = surplus - _cost(chosen)
-    if left > (1 - LEAST_SHARE) * _cost(inner):
+    if left > (1 - least) * _cost(inner):
         return None
     heads, neurons = [u for u in inner if u.heads], [u for u in inner if u.neurons]
     for group, others, rounded in ((heads, neurons, math.floor), (neurons, [], math.ceil)):  # neurons make up for heads
         share = max(left, 0) / max(_cost([*group, *others]), 1)
         for i in kept:
             own = sorted((unit for unit in group if unit.layer == i), key=lambda unit: unit.importance)
-            chosen += own[: min(rounded(share * len(own)), len(own) - 1)]
+            chosen += own[: max(0, min(rounded(share * len(own)), len(own) - 1))]
         left = surplus - _cost(chosen)
     return _needed([(unit, unit.cost) for unit in chosen], -left) if left <= 0 else None
 
@@ -225,7 +244,7 @@ def _multiply_adds(model: PreTrainedModel, sequence_length: int) -> int:
 
 
 def _choose_by_latency(
-    model: PreTrainedModel, pieces: Sequence[Unit], target: float, sequence_length: int
+    model: PreTrainedModel, pieces: Sequence[Unit], target: float, sequence_length: int, layers: int | None
 ) -> list[Unit]:
     """The fewest pieces with which a copy of the model is fast enough, found by halving the multiply-adds left."""
     parts, total = anatomy(model), _multiply_adds(model, sequence_length)
@@ -237,7 +256,7 @@ def _choose_by_latency(
     for _ in range(LATENCY_STEPS):
         share = (low + high) / 2
         try:
-            chosen = choose(parts, pieces, total - int(share * total))
+            chosen = choose(parts, pieces, total - int(share * total), layers)
         except ValueError:
             low = share
             continue

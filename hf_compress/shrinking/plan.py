@@ -1,5 +1,6 @@
 """The stages that make a model as fast or as small as was asked for."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from hf_compress.recipe.tasks.language import CausalLM, MaskedLM, Seq2Seq
 from hf_compress.shrinking.times import ROWS, MeasuredTimes
 from hf_compress.shrinking.wish import Wish
 
-TEACHER, STUDENT, SERVED = "teacher", "student", "packed"
+TEACHER, STUDENT, ROUNDED_STUDENT, SERVED = "teacher", "student", "ranges", "packed"
 FEW_LABELS = 2.0  # unlabelled texts for each labelled one, from which on the teacher's answers are all that is learned
 MANY_TEXTS, FEW_EPOCHS, EPOCHS = 20_000, 2, 6
 BUDGETS = 0.5, 0.25  # shares of the parameters that go where a loss is asked for: at first, and if it was too much
@@ -21,6 +22,8 @@ TABLE_SHARE = 0.5  # of a size that is asked for, at most the table of tokens: r
 COUNTS = 1, 2, 3, 4, 6, 8, 12, 16, 24, 32  # how often a token that stays must occur
 LANGUAGE = MaskedLM.name, CausalLM.name, Seq2Seq.name
 WRITES = CausalLM.name, Seq2Seq.name
+LEARNING_RATE = 3e-4
+RANGES = 1 / 6  # of the epochs once more, in 8 bit: the ranges of inputs, and what their rounding costs
 ROUNDED = 0.1  # of a layer: what a wish may be missed by
 TRAINING = {"per_device_train_batch_size": 32, "warmup_steps": 0.1, "train_sampling_strategy": "group_by_length",
             "save_steps": 0.5}  # fmt: skip
@@ -41,16 +44,18 @@ class LayerSizes:
     number: int
     layer: float
     rest: float
+    stacks: int = 1  # 2 of an encoder with a decoder
 
 
 def stages(
     wish: Wish, target: float, texts: Texts, times: MeasuredTimes | None, *, task: str = Classification.name,
-    fine_tunes: bool = False, parts: LayerSizes | None = None, min_count: int = 1,
+    fine_tunes: bool = False, parts: LayerSizes | None = None, min_count: int = 1, layers: int | None = None,
 ) -> list[dict]:  # fmt: skip
     """The stages of a recipe whose model has `target`, a figure of the wish's kind (a share that goes, of a loss).
 
     parts      of an embedder, whose layers go whole: its vectors have no loss that heads and neurons matter to
     min_count  how often a token must occur in the texts to stay
+    layers     so many stay, cut evenly; None leaves it to their worth over cost
     """
     found: list[dict] = []
     if fine_tunes:
@@ -60,16 +65,57 @@ def stages(
     if task == Embeddings.name:
         learning = {"method": Embeddings.name, "num_hidden_layers": whole_layers(wish, target, times, parts)}
     else:
-        found.append({"prune": structure(wish, target, times)})
+        found.append({"prune": structure(wish, target, times, layers)})
         learned = "vocabulary" if cuts_vocabulary(wish, task) else TEACHER if fine_tunes else "input"
         learning = {"teacher": learned, **learned_from_teacher(task, texts)}
-    found.append({"distil": {
-        "name": STUDENT, **learning, "learning_rate": 3e-4,
-        "num_train_epochs": FEW_EPOCHS if texts.labelled + texts.unlabelled > MANY_TEXTS else EPOCHS, **TRAINING,
-    }})  # fmt: skip
+    learning.update({"learning_rate": LEARNING_RATE, "num_train_epochs": epochs(texts), **TRAINING})
+    found.append({"distil": {"name": STUDENT, **learning}})
     tables = SMALL_TABLES if wish.kind == "size_mb" else ROWS["embedding_bits"]
-    found.append({"quantize": {"name": SERVED, "bits": 8, "heads_too": True, **ROWS, "embedding_bits": tables}})
+    rounding = {"name": SERVED, "bits": 8, "heads_too": True, **ROWS, "embedding_bits": tables}
+    if times is None or not times.has_ranges:
+        return [*found, {"quantize": rounding}]
+    last = {"name": ROUNDED_STUDENT, "learning_rate": LEARNING_RATE / 3, "num_train_epochs": epochs(texts) * RANGES,
+            "cache_teacher": False}  # fmt: skip
+    found.append({"together": [{"distil": {**learning, **last}}, {"quantize": {"method": "qat", **rounding}}]})
     return found
+
+
+def with_changes(written: list[dict], changes: dict[str, Any] | None) -> list[dict]:
+    """The stages, with `changes` in those that train."""
+
+    def changed(kind: str, options: Any) -> Any:
+        if kind == "together":
+            return with_changes(options, changes)
+        return {**options, **(changes or {})} if kind in ("fine-tune", "distil") else options
+
+    return [{kind: changed(kind, options) for kind, options in stage.items()} for stage in written]
+
+
+def epochs(texts: Texts) -> int:
+    return FEW_EPOCHS if texts.labelled + texts.unlabelled > MANY_TEXTS else EPOCHS
+
+
+def may_have_ranges(task: str) -> bool:
+    """Whether one range may be trained for the inputs of each layer: answers bear that, vectors and words less."""
+    return task not in (Embeddings.name, *LANGUAGE)
+
+
+def may_race(wish: Wish, task: str, parts: LayerSizes) -> bool:
+    """Whether several structures have what is asked for: of one stack, a time or a size, and no embedder's layers."""
+    return wish.kind != "accuracy_loss" and task != Embeddings.name and parts.stacks == 1
+
+
+def planned_steps(texts: Texts, changes: dict[str, Any]) -> int:
+    """Of the student's training."""
+    options = {"num_train_epochs": epochs(texts), **TRAINING, **changes}
+    rows = math.ceil((texts.labelled + texts.unlabelled) / options["per_device_train_batch_size"])
+    most = options.get("max_steps", -1)
+    return most if most > 0 else math.ceil(rows * options["num_train_epochs"])
+
+
+def costs(wish: Wish, times: MeasuredTimes | None, parts: LayerSizes) -> StructureTimes:
+    """What structures cost in what is asked for, milliseconds or megabytes."""
+    return times.structure if wish.is_of_time else StructureTimes(parts.rest, 0.0, parts.layer, 0.0)
 
 
 def cuts_vocabulary(wish: Wish, task: str) -> bool:
@@ -127,13 +173,15 @@ def whole_layers(wish: Wish, target: float, times: MeasuredTimes | None, parts: 
     return min(parts.number, max(1, int(left / layer + ROUNDED))) if layer else parts.number
 
 
-def structure(wish: Wish, target: float, times: MeasuredTimes | None) -> dict[str, Any]:
+def structure(wish: Wish, target: float, times: MeasuredTimes | None, layers: int | None = None) -> dict[str, Any]:
     """The options of the stage that cuts."""
+    evenly = {} if layers is None else {"layers": layers}
     if wish.is_of_time:
         parts = {name: round(value, 6) for name, value in vars(times.structure).items()}
-        return {"method": "time", "name": "structure", "milliseconds": round(target, 6), **parts}
+        return {"method": "time", "name": "structure", "milliseconds": round(target, 6), **parts, **evenly}
     if wish.kind == "size_mb":
-        return {"method": "size", "name": "structure", "megabytes": round(target, 6), "embedding_bits": SMALL_TABLES}
+        size = {"megabytes": round(target, 6), "embedding_bits": SMALL_TABLES}
+        return {"method": "size", "name": "structure", **size, **evenly}
     return {"method": "budget", "name": "structure", "sparsity": target}
 
 

@@ -9,14 +9,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig
 
 from hf_compress.checkpoint.opening import model_folder
 from hf_compress.files.output import Output
 from hf_compress.formats.export import export, installed
-from hf_compress.measuring.counting import num_parameters
 from hf_compress.measuring.measure import load_model
-from hf_compress.model.anatomy import anatomy
 from hf_compress.model.reading import num_positions_of
 from hf_compress.recipe.data import DataOptions, RecipeData
 from hf_compress.recipe.evaluate import EvaluateOptions, evaluate
@@ -31,21 +29,24 @@ from hf_compress.recipe.tasks.table import TASKS, task_of
 from hf_compress.report.report import Report
 from hf_compress.shrinking.plan import (
     LANGUAGE,
-    SMALL_TABLES,
     TEACHER,
     WRITES,
-    LayerSizes,
     Texts,
+    costs,
     first_target,
     least_time,
+    may_have_ranges,
+    may_race,
     next_target,
-    rarest_kept,
+    planned_steps,
     stages,
+    with_changes,
 )
+from hf_compress.shrinking.race import BY_WORTH, depths, nearest_depth, trial, trial_steps, winner
+from hf_compress.shrinking.sizes import is_whole, layer_sizes, min_count_for
 from hf_compress.shrinking.times import MeasuredTimes, measured_times
 from hf_compress.shrinking.told import plan_text
 from hf_compress.shrinking.wish import Wish
-from hf_compress.surgery.tokenizer import needed_tokens, token_counts, used_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -143,22 +144,31 @@ def shrink(
     fine_tunes = texts.kind.is_trained_on_labels and not texts.fits(AutoConfig.from_pretrained(model))
     method = {"method": Embeddings.name} if task == Embeddings.name else {}
     trainings = [{"fine-tune": {}}] * fine_tunes + [{"distil": method}]
-    Recipe(_changed(trainings, changes), seed=seed)  # says which changes cannot be
-    parts = layer_sizes(load_for(texts, model), texts, model) if task == Embeddings.name else None
+    Recipe(with_changes(trainings, changes), seed=seed)  # says which changes cannot be
     times = _times(texts, model, runtime, tokens) if wish.is_of_time else None
     target = first_target(wish, times) / (GGUF_BLOCKS if runtime == "llama.cpp" else 1.0)
     cuts_rare = wish.kind == "size_mb" and task not in (Embeddings.name, *LANGUAGE)
+    min_count = min_count_for(wish, texts, model) if cuts_rare else 1
+    parts = layer_sizes(load_for(texts, model, fresh_head=True), texts, model, min_count)
     written = partial(stages, wish, texts=_counts(texts), times=times, task=task, fine_tunes=fine_tunes, parts=parts,
-                      min_count=_min_count(wish, texts, model) if cuts_rare else 1)  # fmt: skip
-    told = plan_text(wish, target, times, runtime, texts.task, _counts(texts), written(target=target))
+                      min_count=min_count)  # fmt: skip
+    steps = trial_steps(planned_steps(_counts(texts), changes or {}))
+    race = depths(costs(wish, times, parts), target, parts.number) if steps and may_race(wish, task, parts) else []
+    told = plan_text(wish, target, times, runtime, texts.task, _counts(texts), written(target=target), race, steps)
     if plan:
         return Shrunk(wish, None, False, None, None, told)
     logger.warning("%s", told)
     checked = list(islice(texts.training_texts(), CHECKED)) if task == Classification.name else None
 
+    def recipe_of(stages: list[dict]) -> Recipe:
+        return Recipe(stages, model=model, data=source, task=task, seed=seed, name="shrink")
+
+    def raced(layers: int | None) -> Recipe:
+        return recipe_of(trial(with_changes(written(target=target, layers=layers), changes), steps))
+
     def tried(target: float) -> Tried:
-        stages_now = _changed(written(target=target), changes)
-        recipe = Recipe(stages_now, model=model, data=source, task=task, seed=seed, name="shrink")
+        layers = nearest_depth(best_depth, costs(wish, times, parts), target, parts.number)
+        recipe = recipe_of(with_changes(written(target=target, layers=layers), changes))
         made = recipe.run(Path(output) / "run", command=command)
         exported = Path(output) / f"exported-{made.stages[-1]['fingerprint']}"
         served = Path(_served(made.model, runtime, exported, checked))
@@ -172,9 +182,10 @@ def shrink(
 
     with Output(output) as place:
         place.check([*REPORT_FILES, "shrink.json"])
+        best_depth = winner(race, raced, Path(output) / "run") if race else BY_WORTH
         passes = [tried(target)]
         while len(passes) < PASSES and (again := _again(wish, passes[-1], written, times)) is not None:
-            if wish.is_met(passes[-1].reached) and _is_whole(passes[-1].model, texts, model):
+            if wish.is_met(passes[-1].reached) and is_whole(passes[-1].model, texts, model):
                 break  # faster or smaller than asked for with all that it had
             passes.append(tried(again))
         best = min(passes, key=lambda one: wish.distance(one.reached))
@@ -189,7 +200,8 @@ def shrink(
 
 
 def _times(texts: RecipeData, model: str | Path, runtime: str, tokens: int) -> MeasuredTimes:
-    return measured_times(load_for(texts, model, fresh_head=True), texts.tokenizer(model), runtime, tokens=tokens)
+    whole, tokenizer = load_for(texts, model, fresh_head=True), texts.tokenizer(model)
+    return measured_times(whole, tokenizer, runtime, tokens=tokens, ranges=may_have_ranges(texts.task))
 
 
 def check_tokens(tokens: int, model: str | Path) -> None:
@@ -225,38 +237,10 @@ def gguf_file(folder: Path) -> Path:
     return folder / installed("gguf").FILE
 
 
-def _min_count(wish: Wish, texts: RecipeData, source: str | Path) -> int:
-    """How often a token must occur in the training texts for a model of that size."""
-    model, tokenizer = load_for(texts, source, fresh_head=True), texts.tokenizer(source)
-    counts = token_counts(tokenizer, texts.training_texts())
-
-    def tokens(least: int) -> int:
-        return len(needed_tokens(tokenizer, (token for token, count in counts.items() if count >= least)))
-
-    table = model.get_input_embeddings().weight
-    return rarest_kept(wish, tokens, table.shape[1], num_parameters(model) - _layer_parameters(model) - table.numel())
-
-
-def layer_sizes(model: PreTrainedModel, texts: RecipeData, source: str | Path) -> LayerSizes:
-    """What whole layers of an embedder will take on disk, in 8 bit, its table cut to the texts and in fewer."""
-    layers = anatomy(model).layers
-    each = num_parameters(layers[0].module)
-    table = model.get_input_embeddings().weight
-    others = num_parameters(model) - len(layers) * each - table.numel()
-    tokens = len(used_tokens(texts.tokenizer(source), texts.training_texts()))
-    return LayerSizes(len(layers), each / 1e6, (others + tokens * table.shape[1] * SMALL_TABLES / 8) / 1e6)
-
-
 def _counts(texts: RecipeData) -> Texts:
     rows = texts.texts["train"]
     unlabelled = sum(label is None for label in rows["label"]) if texts.task == Classification.name else 0
     return Texts(len(rows) - unlabelled, unlabelled)
-
-
-def _changed(written: list[dict], changes: dict[str, Any] | None) -> list[dict]:
-    """The stages, with `changes` in those that train."""
-    trains = ("fine-tune", "distil")
-    return [{kind: {**o, **(changes or {})} if kind in trains else o for kind, o in stage.items()} for stage in written]
 
 
 def _again(wish: Wish, one: Tried, written: Callable, times: MeasuredTimes | None) -> float | None:
@@ -270,17 +254,6 @@ def _again(wish: Wish, one: Tried, written: Callable, times: MeasuredTimes | Non
         return again if written(target=again) != written(target=one.target) else None
     except RecipeError:
         return None
-
-
-def _is_whole(made: Path, texts: RecipeData, source: str | Path) -> bool:
-    """Whether nothing was cut from the layers of the model in `source`."""
-    return _layer_parameters(load_model(made, device="cpu")) == _layer_parameters(
-        load_for(texts, source, fresh_head=True)
-    )
-
-
-def _layer_parameters(model: PreTrainedModel) -> int:
-    return sum(num_parameters(layer.module) for layer in anatomy(model).layers)
 
 
 def _stage(made: Any, name: str) -> Path:

@@ -1,4 +1,7 @@
-"""Measures what layers, heads and neurons cost in a runtime on this machine: four structures of the model, in turns."""
+"""Measures what layers, heads and neurons cost in a runtime on this machine: four structures of the model, in turns.
+
+Where the runtime takes integers, the whole one also with one range for the inputs of each layer: what is faster stays.
+"""
 
 import copy
 import json
@@ -9,6 +12,7 @@ import tempfile
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import constants
@@ -31,22 +35,33 @@ from hf_compress.surgery import prune_heads, prune_layers, prune_neurons
 logger = logging.getLogger(__name__)
 
 ROUNDS = 30
+WORTH = 0.95  # of the time: what ranges must save to be trained
 ROWS = {"group_size": -1, "symmetric": True, "embedding_bits": 8}  # of the 8-bit model that will be served
 
 
 @dataclass(frozen=True)
 class MeasuredTimes:
-    """original: milliseconds of one text in the model as it is, in PyTorch; `structure` in the runtime."""
+    """original: milliseconds of one text in the model as it is, in PyTorch; `structure` in the runtime; has_ranges:
+    with one range for the inputs of each layer, which is faster there."""
 
     original: float
     structure: StructureTimes
     machine: str
+    has_ranges: bool = False
 
 
 def measured_times(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, runtime: str, *, tokens: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    runtime: str,
+    *,
+    tokens: int,
+    ranges: bool = False,
 ) -> MeasuredTimes:
-    """The times of 8-bit structures of `model` in `runtime`, kept for this machine, its threads and versions."""
+    """The times of 8-bit structures of `model` in `runtime`, kept for this machine, its threads and versions.
+
+    ranges  the inputs of layers may have one range each, where that is faster
+    """
     capped = f", {CAP}={os.environ[CAP]}" if CAP in os.environ else ""
     threads = torch.get_num_threads()
     machine = f"{device_name(torch.device('cpu'))}, {threads} thread{'s' * (threads != 1)}{capped}"
@@ -55,45 +70,73 @@ def measured_times(
         "class": type(model).__name__,
         "runtime": runtime,
         "tokens": tokens,
+        "ranges": ranges,
         "machine": machine,
         **versions(),
     }
     file = Path(constants.HF_HOME) / "hf_compress" / "times" / f"{digest(of)}.json"
     if file.is_file():
         kept = json.loads(file.read_text(encoding="utf-8"))
-        return MeasuredTimes(kept["original"], StructureTimes(**kept["structure"]), machine)
-    times = _measure(model, tokenizer, runtime, tokens, machine)
+        return MeasuredTimes(kept["original"], StructureTimes(**kept["structure"]), machine, kept["has_ranges"])
+    with tempfile.TemporaryDirectory() as place:
+        times = _measure(_Runtime(runtime, tokenizer, tokens, Path(place)), model, ranges, machine)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, json.dumps(asdict(times), indent=1))
     return times
 
 
-def _measure(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, runtime: str, tokens: int, machine: str
-) -> MeasuredTimes:
+def _measure(runtime: "_Runtime", model: PreTrainedModel, ranges: bool, machine: str) -> MeasuredTimes:
     depth = len(anatomy(model).layers)
     few = max(1, depth // 3)
     shapes = [(depth, 1.0, 1.0), (few, 1.0, 1.0), (depth, 0.5, 1.0), (depth, 1.0, 0.5)]
     if few == depth:
         raise ValueError(f"{type(model).__name__} has one layer: there is nothing to choose between.")
-    batch = {name: value[:1] for name, value in example_batch(model, sequence_length=tokens).items()}
-    with tempfile.TemporaryDirectory() as place:
-        models = [model]
-        for number, shape in enumerate(shapes):
-            logger.warning("measuring %d layer%s, %.0f%% of heads, %.0f%% of neurons in %s",
-                           shape[0], "s" * (shape[0] > 1), 100 * shape[1], 100 * shape[2], runtime)  # fmt: skip
-            served = packed(cut_evenly(model, *shape))
-            if runtime in RUNTIMES:
-                folder = Path(place) / str(number)
-                # what such a model answers is chance, and may hang on a rounding
-                installed(runtime).write(served, folder, tokenizer=tokenizer, calibration=None, bound=math.inf)
-                served = open_exported(folder)
-            models.append(served)
+    has_ranges = False
+    if ranges and runtime.is_exported:
+        _, each, one = runtime.milliseconds(
+            [model, *(runtime.served(model, shapes[0], ranges=r) for r in (False, True))]
+        )
+        has_ranges = one <= WORTH * each
+    served = [runtime.served(model, shape, ranges=has_ranges) for shape in shapes]
+    original, *times = runtime.milliseconds([model, *served])
+    return MeasuredTimes(original, solved(shapes, times), machine, has_ranges)
+
+
+@dataclass
+class _Runtime:
+    """Where structures run: opened from `place`, where that is not PyTorch."""
+
+    name: str
+    tokenizer: PreTrainedTokenizerBase | None
+    tokens: int
+    place: Path
+    number: int = 0
+
+    @property
+    def is_exported(self) -> bool:
+        return self.name in RUNTIMES
+
+    def served(self, model: PreTrainedModel, shape: tuple[int, float, float], *, ranges: bool) -> Any:
+        logger.warning("measuring %d layer%s, %.0f%% of heads, %.0f%% of neurons in %s%s",
+                       shape[0], "s" * (shape[0] > 1), 100 * shape[1], 100 * shape[2], self.name,
+                       ", inputs in one range" * ranges)  # fmt: skip
+        small = cut_evenly(model, *shape)
+        made = packed(small, calibration=[example_batch(small, sequence_length=self.tokens)] if ranges else None)
+        if not self.is_exported:
+            return made
+        self.number += 1
+        folder = self.place / str(self.number)
+        # what such a model answers is chance, and may hang on a rounding
+        installed(self.name).write(made, folder, tokenizer=self.tokenizer, calibration=None, bound=math.inf)
+        return open_exported(folder)
+
+    def milliseconds(self, models: list[Any]) -> list[float]:
+        """Of one text, in turns: the fastest tenth. A machine at work slows some rounds of one structure down, and
+        differences are what counts. The first is a model in PyTorch."""
+        batch = {name: value[:1] for name, value in example_batch(models[0], sequence_length=self.tokens).items()}
         with evaluating(models), torch.inference_mode():
             seconds = time_interleaved([partial(one, **batch) for one in models], rounds=ROUNDS, steady=True)
-    # The fastest tenth: a machine at work slows some rounds of one structure down, and differences are what counts.
-    original, whole, shallow, narrow, thin = (1e3 * Spread.of(times).low for times in seconds)
-    return MeasuredTimes(original, solved(shapes, [whole, shallow, narrow, thin]), machine)
+        return [1e3 * Spread.of(times).low for times in seconds]
 
 
 def solved(shapes: list[tuple[int, float, float]], times: list[float]) -> StructureTimes:
@@ -122,6 +165,9 @@ def cut_evenly(model: PreTrainedModel, layers: int, heads: float, neurons: float
     return small
 
 
-def packed(model: PreTrainedModel) -> PreTrainedModel:
-    """In 8 bit, as it will be served."""
-    return quantize(model, linear_maps(model, 8), **ROWS)
+def packed(model: PreTrainedModel, *, calibration: list | None = None) -> PreTrainedModel:
+    """In 8 bit, as it will be served; with `calibration`, inputs of a layer in the one range that they have there."""
+    ranges = (
+        {} if calibration is None else {"activation_bits": 8, "static_activations": True, "calibration": calibration}
+    )
+    return quantize(model, linear_maps(model, 8), **ROWS, **ranges)

@@ -1,5 +1,6 @@
 """What a plan says of itself before it starts."""
 
+from collections.abc import Sequence
 from textwrap import fill
 
 from hf_compress.recipe.tasks.classification import Classification
@@ -11,9 +12,11 @@ WIDTH = 80
 
 
 def plan_text(
-    wish: Wish, target: float, times: MeasuredTimes | None, runtime: str, task: str, texts: Texts, written: list[dict]
-) -> str:
-    """Lines for a terminal: the wish, what was measured for it, and the stages that are to meet it."""
+    wish: Wish, target: float, times: MeasuredTimes | None, runtime: str, task: str, texts: Texts, written: list[dict],
+    depths: Sequence[int], steps: int,
+) -> str:  # fmt: skip
+    """Lines for a terminal: the wish, what was measured for it, and the stages that are to meet it; before them
+    `steps` of the structures with so many layers, if there are any."""
     lines = [f"wanted    {wish.text(wish.value)}, in {runtime}"]
     if times is not None:
         parts, here = times.structure, runtime if runtime != "torch" else "8 bit"
@@ -23,12 +26,18 @@ def plan_text(
         lines.append(f"aim       {target:.2f} ms for a text of what is chosen")
     told = f" with a label, {texts.unlabelled:,} without" if task == Classification.name else f" for {task}"
     lines.append(f"texts     {texts.labelled:,}{told}")
+    if depths:
+        numbers = " and ".join([", ".join(map(str, depths[:-1])), str(depths[-1])] if depths[1:] else map(str, depths))
+        told = f"{steps} steps each by worth over cost, and evenly with {numbers} layers; the best goes on"
+        lines.append(fill(f"tried     {told}", WIDTH, subsequent_indent=" " * 10))
     names = [*map(_in_words, written), *([f"export to {runtime}"] if runtime != "torch" else []), "compare"]
     return "\n".join([*lines, fill(f"stages    {', '.join(names)}", WIDTH, subsequent_indent=" " * 10)])
 
 
 def _in_words(stage: dict) -> str:
     ((kind, options),) = stage.items()
+    if kind == "together":
+        return "8 bit with trained ranges"
     layers = options.get("num_hidden_layers")
     return {
         "prune": "cut structure" if options.get("method") != "vocabulary" else "cut vocabulary" + (

@@ -1,16 +1,16 @@
-"""One speed in a runtime, had in three ways: by importance over measured time, all layers evenly, or whole layers.
+"""One speed in a runtime, had as `shrink` does, by importance over measured time, all layers evenly, or in whole ones.
 
     hf-compress fine-tune --model all-MiniLM-L6-v2 --data movie_reviews --output runs/teacher
     python scripts/benchmarks/structures.py --model runs/teacher/model --data movie_reviews --output runs/structures
 
 Whole layers, evenly spaced as DistilBERT's are, set the times to be had: one for each number in `--layers`. What the
 parts cost is measured as `hf-compress shrink` does, and all students go through its stages: the same texts, steps and
-teacher, 8 bit, exported. Of those that all layers cannot have, thin as they may be, that is said. A run that was
+teacher, 8 bit, exported. `shrink` lets a few structures learn for a tenth of the steps and takes the best, here with
+the first seed. Of those that all layers cannot have, thin as they may be, that is said. A run that was
 stopped goes on; the differences are paired, text by text and seed by seed.
 """
 
 import argparse
-import copy
 import sys
 from itertools import islice
 from pathlib import Path
@@ -27,37 +27,45 @@ from hf_compress.recipe.data import DataOptions, RecipeData  # noqa: E402
 from hf_compress.recipe.evaluate import EvaluateOptions, evaluate  # noqa: E402
 from hf_compress.recipe.recipe import Recipe  # noqa: E402
 from hf_compress.recipe.tasks.classification import Classification  # noqa: E402
-from hf_compress.shrinking.plan import Texts, stages, structure  # noqa: E402
+from hf_compress.shrinking.plan import Texts, planned_steps, stages, structure, with_changes  # noqa: E402
+from hf_compress.shrinking.race import BY_WORTH, depths, trial, trial_steps, winner  # noqa: E402
 from hf_compress.shrinking.run import CHECKED  # noqa: E402
 from hf_compress.shrinking.times import MeasuredTimes, measured_times  # noqa: E402
 from hf_compress.shrinking.wish import Wish  # noqa: E402
 
-LEAST = 1 / 12  # of the heads and neurons of a layer
+WISH = Wish("latency_ms", 1.0)
 
 
-def cuts(times: MeasuredTimes, depth: int, layers: int) -> dict[str, dict[str, Any] | None]:
-    """The stage that prunes a model of `depth` layers to the time of so many whole ones, in each of the three ways."""
-    parts, milliseconds = times.structure, times.structure.of(layers)
-    share = ((milliseconds - parts.fixed) / depth - parts.rest) / (parts.heads + parts.neurons)
-    evenly = {"method": "structure", "heads": round(1 - share, 4), "neurons": round(1 - share, 4)}
+def cuts(times: MeasuredTimes, depth: int, layers: int, best: int | None) -> dict[str, dict[str, Any]]:
+    """The stage that prunes a model of `depth` layers to the time of so many whole ones, in each of the ways."""
+    milliseconds = times.structure.of(layers)
     return {
-        "by importance": structure(Wish("latency_ms", milliseconds), milliseconds, times),
-        "evenly": evenly if share >= LEAST else None,
-        "whole layers": {"method": "structure", "layers": 1 - layers / depth},
+        "as shrink": structure(WISH, milliseconds, times, best),
+        "by importance": structure(WISH, milliseconds, times),
+        "evenly": structure(WISH, milliseconds, times, depth),
+        "whole layers": {"method": "structure", "name": "structure", "layers": 1 - layers / depth},
     }
 
 
-def recipe(args: argparse.Namespace, cut: dict[str, Any], texts: Texts, times: MeasuredTimes, seed: int) -> Recipe:
-    """What `shrink` would do, with this in place of the stage that it cuts with."""
-    wish, changed = Wish("latency_ms", 1.0), []
-    for stage in stages(wish, times.structure.of(1), texts, times):
-        ((kind, options),) = copy.deepcopy(stage).items()
-        if kind == "prune" and options["method"] == "time":
-            options = {"name": "structure", **cut}
-        if kind == "distil":
-            options["num_train_epochs"] = args.epochs
-        changed.append({kind: options})
+def recipe(args: argparse.Namespace, cut: dict[str, Any], texts: Texts, times: MeasuredTimes, seed: int,
+           steps: int = 0) -> Recipe:  # fmt: skip
+    """What `shrink` would do, with this in place of the stage that it cuts with; or its trial of so many steps."""
+    written = with_changes(stages(WISH, times.structure.of(1), texts, times), {"num_train_epochs": args.epochs})
+    changed = [{"prune": cut} if stage.get("prune", {}).get("method") == "time" else stage for stage in written]
+    changed = trial(changed, steps) if steps else changed
     return Recipe(changed, model=args.model, data=str(args.data), seed=seed, name="structures")
+
+
+def raced(args: argparse.Namespace, depth: int, layers: int, texts: Texts, times: MeasuredTimes) -> int | None:
+    """The number of layers that `shrink` would take, or none for those by importance."""
+    milliseconds = times.structure.of(layers)
+    steps = trial_steps(planned_steps(texts, {"num_train_epochs": args.epochs}))
+    tried = depths(times.structure, milliseconds, depth) if steps else []
+
+    def short(number: int | None) -> Recipe:
+        return recipe(args, structure(WISH, milliseconds, times, number), texts, times, args.seeds[0], steps)
+
+    return winner(tried, short, args.output / "run") if tried else BY_WORTH
 
 
 def made(args: argparse.Namespace, name: str, cut: dict[str, Any], texts: Texts, times: MeasuredTimes,
@@ -90,18 +98,20 @@ def main() -> None:
     data = RecipeData(DataOptions(str(args.data)), Classification.name, needs_labels=True)
     model, tokenizer = load_model(args.model), data.tokenizer(args.model)
     checked = list(islice(data.training_texts(), CHECKED))
-    times = measured_times(model, tokenizer, args.runtime, tokens=args.tokens)
+    times = measured_times(model, tokenizer, args.runtime, tokens=args.tokens, ranges=True)
     told = ", ".join(f"{name} {number}" for name, number in versions().items())
     print(f"{times.machine}, {told}: {times.original:.2f} ms; {times.structure}", flush=True)
+    depth = len(anatomy(model).layers)
     texts, levels = Texts(data.count("train", labelled=True), 0), []
     for layers in args.layers:
         levels.append({})
-        for way, cut in cuts(times, len(anatomy(model).layers), layers).items():
+        best = raced(args, depth, layers, texts, times)
+        for way, cut in cuts(times, depth, layers, best).items():
             name = f"{way}, {times.structure.of(layers):.2f} ms"
-            if cut is None:
-                print(f"{name}: all layers take longer, thin as they may be", flush=True)
-            else:
+            try:
                 levels[-1][name] = made(args, name, cut, texts, times, checked)
+            except ValueError as error:  # thin as they may be, so many layers take longer
+                print(f"{name}: {error}", flush=True)
     options = EvaluateOptions(sequence_length=args.tokens, latency_rounds=60, throughput_rounds=12)
     models = {"original": [args.model]} | {name: found for level in levels for name, found in level.items()}
     report = evaluate(options, models, data, "scripts/benchmarks/structures.py")

@@ -1,0 +1,203 @@
+"""Structures of one cost learn beside one another, and the best of them goes on: by hand, and to its end."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import tiny_batch, tiny_model
+from recipe_run import reviews, tiny_folder
+from transformers import AutoModelForSequenceClassification
+
+import hf_compress as hfc
+from hf_compress.measuring.counting import num_parameters
+from hf_compress.model.anatomy import anatomy
+from hf_compress.pruning.targets import StructureTimes, prune_to_size, prune_to_time, stored_megabytes
+from hf_compress.recipe import Recipe
+from hf_compress.shrinking import race
+from hf_compress.shrinking import run as shrinking
+from hf_compress.shrinking.plan import LayerSizes, Texts, costs, may_have_ranges, may_race, planned_steps, stages
+from hf_compress.shrinking.race import BY_WORTH, depths, nearest_depth, trial, trial_steps, winner
+from hf_compress.shrinking.times import MeasuredTimes
+from hf_compress.shrinking.told import plan_text
+from hf_compress.shrinking.wish import Wish
+
+TIMES = StructureTimes(fixed=1.0, heads=2.0, neurons=3.0, rest=0.5)
+SPEED, MANY = Wish("speedup", 10.0), Texts(2000, 0)
+QUICK = {"max_steps": 4, "per_device_train_batch_size": 8, "save_steps": 2, "disable_tqdm": True, "bf16": False,
+         "use_cpu": True}  # fmt: skip
+
+
+def loader(model):
+    batch = tiny_batch(model)
+    writes = "CausalLM" in type(model).__name__ or "LMHead" in type(model).__name__
+    labels = batch["input_ids"] if writes else torch.zeros(len(batch["input_ids"]), dtype=torch.long)
+    return [{**batch, "labels": labels}]
+
+
+def widths(model):
+    parts = anatomy(model)
+    return [a.num_heads for a in parts.attentions], [layer.feed_forward.num_neurons for layer in parts.layers]
+
+
+@pytest.mark.parametrize("family", ["bert", "mpnet", "llama", "gpt2"])
+@pytest.mark.parametrize("layers", [1, 2, 3, 4])
+def test_so_many_layers_stay_and_all_of_them_as_wide(family, layers):
+    wide = {"n_layer": 4, "n_inner": 256} if family == "gpt2" else {"num_hidden_layers": 4, "intermediate_size": 256}
+    model = tiny_model(family, **wide)
+    depth = len(anatomy(model).layers)
+    whole = num_parameters(model)
+    inner = sum(num_parameters(layer.module) for layer in anatomy(model).layers)
+    kept = inner * layers / depth * 0.7
+    hfc.prune(model, loader(model), sparsity=(inner - kept) / whole, layers=layers)
+    heads, neurons = widths(model)
+    assert len(anatomy(model).layers) == layers
+    assert len(set(heads)) == 1 and max(neurons) - min(neurons) <= layers * 256 // 64  # what may stay comes back
+    each = inner / depth
+    assert kept - each < sum(num_parameters(layer.module) for layer in anatomy(model).layers) <= kept + 1
+    assert model(**tiny_batch(model)).logits.isfinite().all()
+
+
+def test_a_time_and_a_size_are_met_with_so_many_layers():
+    model = tiny_model(num_hidden_layers=4, intermediate_size=256)
+    prune_to_time(model, loader(model), TIMES, TIMES.of(3, heads=0.5, neurons=0.5), layers=3)
+    heads, neurons = widths(model)
+    whole_heads, whole_neurons = widths(tiny_model(num_hidden_layers=4, intermediate_size=256))
+    assert len(heads) == 3
+    taken = [
+        TIMES.of(1, heads=h / whole_heads[0], neurons=n / whole_neurons[0]) - 1.0
+        for h, n in zip(*widths(model), strict=True)
+    ]
+    assert 1.0 + sum(taken) <= TIMES.of(3, heads=0.5, neurons=0.5) + 1e-6
+    other = tiny_model(num_hidden_layers=4, intermediate_size=256)
+    goal = 0.6 * stored_megabytes(other, 8, 4)
+    prune_to_size(other, loader(other), goal, embedding_bits=4, layers=4)
+    assert len(anatomy(other).layers) == 4 and stored_megabytes(other, 8, 4) <= goal
+
+
+def test_layers_that_cannot_stay_are_refused_and_nothing_changes():
+    model = tiny_model(num_hidden_layers=4)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for layers, message in ((0, "between 1 and 4, got 0"), (5, "between 1 and 4, got 5")):
+        with pytest.raises(ValueError, match=message):
+            prune_to_time(model, loader(model), TIMES, 6.0, layers=layers)
+    with pytest.raises(ValueError, match="So little cannot be left of 4 layers, thin as they may be: let fewer stay"):
+        prune_to_time(model, loader(model), TIMES, 3.2, layers=4)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_depths_go_from_whole_layers_to_the_thinnest():
+    of = TIMES.of
+    assert depths(TIMES, of(6), 6) == []  # nothing has to be cut
+    assert depths(TIMES, of(2), 12) == [2, 6, 9]  # 10 of (0.5 + 5 / 8) are 11.25, and 11 are left
+    assert depths(TIMES, of(1), 6) == [1, 3, 4]
+    assert depths(TIMES, of(1, heads=0.5, neurons=0.5), 6) == [1, 2]
+    assert depths(TIMES, 1.2, 6) == []  # not even one
+    free = StructureTimes(fixed=1.0, heads=0.0, neurons=5.0, rest=0.0)
+    assert depths(free, 6.0, 6) == [1, 3, 6]
+    assert nearest_depth(4, TIMES, of(1, heads=0.5, neurons=0.5), 6) == 2
+    assert nearest_depth(2, TIMES, of(4), 6) == 4 and nearest_depth(2, TIMES, of(6), 6) is BY_WORTH
+    assert nearest_depth(BY_WORTH, TIMES, of(1), 6) is BY_WORTH
+
+
+def test_a_race_is_a_tenth_of_the_steps_and_none_where_that_is_little():
+    assert [trial_steps(steps) for steps in (4, 199, 200, 1470, 9000)] == [0, 0, 20, 147, 150]
+    assert planned_steps(MANY, {}) == 378 and planned_steps(MANY, {"num_train_epochs": 0.5}) == 32
+    assert planned_steps(MANY, {"max_steps": 7}) == 7 and planned_steps(Texts(0, 64_000), {}) == 4000
+
+
+def test_what_has_no_structures_to_choose_from_does_not_race():
+    parts = LayerSizes(6, 2.0, 1.0)
+    assert may_race(SPEED, "sequence-classification", parts) and may_race(Wish("size_mb", 3), "causal-lm", parts)
+    assert not may_race(SPEED, "embeddings", parts) and not may_race(
+        Wish("accuracy_loss", 1), "token-classification", parts
+    )
+    assert not may_race(Wish("size_mb", 3), "seq2seq-lm", LayerSizes(6, 2.0, 1.0, stacks=2))
+    assert vars(costs(Wish("size_mb", 3), None, parts)) == {"fixed": 1.0, "heads": 0.0, "neurons": 2.0, "rest": 0.0}
+
+
+@pytest.mark.parametrize("has_ranges", [False, True])
+def test_the_trial_is_the_recipe_up_to_a_short_training(has_ranges):
+    written = stages(SPEED, 6.0, MANY, MeasuredTimes(60.0, TIMES, "a machine", has_ranges), layers=2)
+    assert [next(iter(one)) for one in written][2:] == ["distil", "together" if has_ranges else "quantize"]
+    short = trial(written, 30)
+    assert [next(iter(one)) for one in short] == ["prune", "prune", "distil"] and short[:2] == written[:2]
+    options = short[-1]["distil"]
+    assert options["max_steps"] == 30 and options["logging_steps"] == 15 and not options["cache_teacher"]
+    assert options["teacher"] == "vocabulary" and options["name"] == "trial"
+    assert written[1]["prune"]["layers"] == 2
+    for each in (written, short):
+        assert Recipe(each).stages
+
+
+def test_ranges_are_trained_with_the_student_where_they_are_faster():
+    written = stages(SPEED, 6.0, MANY, MeasuredTimes(60.0, TIMES, "a machine", True))
+    student, rounding = written[-1]["together"]
+    assert student["distil"]["num_train_epochs"] == 1 and rounding["quantize"]["method"] == "qat"
+    assert student["distil"]["learning_rate"] == pytest.approx(1e-4) and student["distil"]["teacher"] == "vocabulary"
+    assert rounding["quantize"]["symmetric"] and rounding["quantize"]["group_size"] == -1
+    assert [may_have_ranges(task) for task in ("token-classification", "embeddings", "masked-lm")] == [
+        True,
+        False,
+        False,
+    ]
+
+
+def recipes(losses):
+    """Recipes that end with these losses, or in an error."""
+
+    def recipe(number):
+        def run(output):
+            if isinstance(losses[number], Exception):
+                raise losses[number]
+            return SimpleNamespace(stages=[{"figures": {"last_losses": {"loss": losses[number]}}}])
+
+        return SimpleNamespace(run=run)
+
+    return recipe
+
+
+def test_the_least_loss_wins_and_what_cannot_be_cut_is_left_out(tmp_path, caplog):
+    assert winner([2, 4], recipes({BY_WORTH: 0.5, 2: 0.4, 4: 0.6}), tmp_path) == 2
+    assert winner([2, 4], recipes({BY_WORTH: 0.3, 2: 0.4, 4: 0.6}), tmp_path) is BY_WORTH
+    caplog.clear()
+    assert winner([1, 2], recipes({BY_WORTH: 0.5, 1: 0.45, 2: ValueError("thin as they may be")}), tmp_path) == 1
+    assert "2 layers, evenly: left out: thin as they may be" in caplog.text and "best: 1 layer, evenly" in caplog.text
+    with pytest.raises(ValueError, match="the wish"):
+        winner([1], recipes({BY_WORTH: ValueError("the wish"), 1: 0.1}), tmp_path)
+
+
+def test_a_plan_tells_of_the_race():
+    written = stages(SPEED, 6.0, MANY, MeasuredTimes(60.0, TIMES, "a machine", True), layers=2)
+    told = plan_text(SPEED, 6.0, None, "openvino", "sequence-classification", MANY, written, [1, 2, 4], 37)
+    assert "37 steps each by worth over cost, and evenly with 1, 2 and 4 layers" in " ".join(told.split())
+    assert "cut structure, distil, 8 bit with trained ranges, export to openvino" in " ".join(told.split())
+    assert all(len(line) <= 80 for line in told.splitlines())
+
+
+@pytest.mark.parametrize("has_ranges", [False, True])
+def test_the_winner_goes_on_to_the_end(has_ranges, tmp_path, monkeypatch):
+    """Three layers win, and what is exported has three; with ranges, its inputs have one each."""
+    pytest.importorskip("openvino")
+    times = MeasuredTimes(30.0, StructureTimes(1.0, 2.0, 3.0, 0.5), "a machine", has_ranges)
+    monkeypatch.setattr(shrinking, "measured_times", lambda *args, **kwargs: times)
+    monkeypatch.setattr(shrinking, "MEASURING", {"latency_rounds": 2, "throughput_rounds": 2, "isolate": False})
+    monkeypatch.setattr(shrinking, "PASSES", 1)
+    monkeypatch.setattr(race, "LEAST", 1)
+    monkeypatch.setattr(race, "SHARE", 0.5)
+    seen = []
+
+    def first_even(numbers, recipe, output):
+        seen.extend(numbers)
+        return winner([numbers[1]], lambda n: recipe(n) if n else recipes({BY_WORTH: 99.0})(n), output)
+
+    monkeypatch.setattr(shrinking, "winner", first_even)
+    model = tiny_folder(tmp_path / "model")
+    data = {"source": str(reviews(tmp_path / "r.csv")), "max_length": 16}
+    done = hfc.shrink(model, data, output=tmp_path / "out", speedup=3.0, runtime="openvino", changes=QUICK)
+    assert seen[1] == 3 and (done.model / "openvino_model.xml").is_file()
+    small = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "run" / "model")
+    assert len(anatomy(small).layers) == 3
+    settings = json.dumps(small.config.quantization_config if has_ranges else {})
+    assert ("activation" in settings) == has_ranges
+    assert ("FakeQuantize" in (done.model / "openvino_model.xml").read_text(encoding="utf-8")) == has_ranges
