@@ -77,7 +77,7 @@ def test_the_ways_to_cut_a_structure_have_one_time(monkeypatch):
     times, of_two = MeasuredTimes(20.0, parts, "this one"), parts.of(2)
     ways = cuts(times, 6, 2, 3)
     assert {ways[way]["milliseconds"] for way in ("as shrink", "by importance", "evenly")} == {of_two}
-    assert [ways[way].get("layers") for way in ("as shrink", "by importance", "evenly")] == [3, None, 6]
+    assert [ways[way].get("num_layers") for way in ("as shrink", "by importance", "evenly")] == [3, None, 6]
     assert parts.of(6 - round(6 * ways["whole layers"]["layers"])) == of_two
     assert cuts(times, 6, 2, None)["as shrink"] == ways["by importance"]
 

@@ -40,7 +40,7 @@ def prune(
     metric: Literal["parameters", "multiply_adds", "latency"] = "parameters",
     sequence_length: int = 128,
     target: float | None = None,
-    layers: int | None = None,
+    num_layers: int | None = None,
 ) -> ModelT:
     """Cut heads, neurons and layers until a share `sparsity` of the model is gone. Changes `model` and returns it.
 
@@ -53,7 +53,7 @@ def prune(
                      example in turns with the model as it was, on the device where it is, with its threads
     sequence_length  tokens of the example for the last two
     target           what `sparsity` was called when it meant the share that is left; it goes with the next version
-    layers           so many stay, evenly spaced, and of all of them the same share of heads and of neurons; which of
+    num_layers       so many stay, evenly spaced, and of all of them the same share of heads and of neurons; which of
                      these is as above. Without, worth over cost decides
 
     Each piece is a head (with all that share its key and value), a bundle of neurons, or a whole layer. They go in the
@@ -69,10 +69,10 @@ def prune(
     tokens = None if metric == "parameters" else sequence_length
     pieces = sorted(units(model, dataloader, tokens), key=lambda unit: unit.importance / max(unit.cost, 1))
     if metric == "latency":
-        chosen = _choose_by_latency(model, pieces, target, sequence_length, layers)
+        chosen = _choose_by_latency(model, pieces, target, sequence_length, num_layers)
     else:
         total = num_parameters(model) if tokens is None else _multiply_adds(model, sequence_length)
-        chosen = choose(anatomy(model), pieces, total - int(target * total), layers)
+        chosen = choose(anatomy(model), pieces, total - int(target * total), num_layers)
     return cut(model, chosen)
 
 
@@ -93,15 +93,15 @@ def share_that_goes(sparsity: float | None, target: float | None) -> float:
     return sparsity
 
 
-def choose(parts: Anatomy, pieces: Sequence[Unit], surplus: int, layers: int | None = None) -> list[Unit]:
+def choose(parts: Anatomy, pieces: Sequence[Unit], surplus: int, num_layers: int | None = None) -> list[Unit]:
     """The first of `pieces` whose costs reach `surplus`, but for those that need not go: the last may be a whole layer.
 
     Where that would leave one layer alone, in a model of one stack, two stay that are as wide together: worth is of
-    each layer in the whole model, and does not tell how little one can do by itself. With `layers` so many stay, evenly
-    spaced and cut evenly. Raises ValueError if all together do not reach it.
+    each layer in the whole model, and does not tell how little one can do by itself. With `num_layers` so many stay,
+    evenly spaced and cut evenly. Raises ValueError if all together do not reach it.
     """
-    if layers is not None:
-        return _even(parts, pieces, surplus, layers)
+    if num_layers is not None:
+        return _even(parts, pieces, surplus, num_layers)
     chosen = _first(parts, pieces, surplus)
     is_alone = len(parts.stacks) == 1 and len({unit.layer for unit in chosen if unit.is_layer}) == len(parts.layers) - 1
     if not is_alone or len(parts.layers) < 3:
@@ -109,14 +109,14 @@ def choose(parts: Anatomy, pieces: Sequence[Unit], surplus: int, layers: int | N
     return _of_layers(parts, pieces, surplus, 2, least=LEAST_SHARE) or chosen
 
 
-def _even(parts: Anatomy, pieces: Sequence[Unit], surplus: int, layers: int) -> list[Unit]:
+def _even(parts: Anatomy, pieces: Sequence[Unit], surplus: int, num_layers: int) -> list[Unit]:
     if len(parts.stacks) > 1:
-        raise ValueError(f"layers={layers} is of models with one stack, and this one has {len(parts.stacks)}.")
-    if not 1 <= layers <= len(parts.layers):
-        raise ValueError(f"layers, those that stay, must lie between 1 and {len(parts.layers)}, got {layers}.")
-    chosen = _of_layers(parts, pieces, surplus, layers)
+        raise ValueError(f"num_layers={num_layers} is of models with one stack, and this one has {len(parts.stacks)}.")
+    if not 1 <= num_layers <= len(parts.layers):
+        raise ValueError(f"num_layers, those that stay, must lie between 1 and {len(parts.layers)}, got {num_layers}.")
+    chosen = _of_layers(parts, pieces, surplus, num_layers)
     if chosen is None:
-        raise ValueError(f"So little cannot be left of {layers} layers, thin as they may be: let fewer stay.")
+        raise ValueError(f"So little cannot be left of {num_layers} layers, thin as they may be: let fewer stay.")
     return chosen
 
 
@@ -244,7 +244,7 @@ def _multiply_adds(model: PreTrainedModel, sequence_length: int) -> int:
 
 
 def _choose_by_latency(
-    model: PreTrainedModel, pieces: Sequence[Unit], target: float, sequence_length: int, layers: int | None
+    model: PreTrainedModel, pieces: Sequence[Unit], target: float, sequence_length: int, num_layers: int | None
 ) -> list[Unit]:
     """The fewest pieces with which a copy of the model is fast enough, found by halving the multiply-adds left."""
     parts, total = anatomy(model), _multiply_adds(model, sequence_length)
@@ -256,7 +256,7 @@ def _choose_by_latency(
     for _ in range(LATENCY_STEPS):
         share = (low + high) / 2
         try:
-            chosen = choose(parts, pieces, total - int(share * total), layers)
+            chosen = choose(parts, pieces, total - int(share * total), num_layers)
         except ValueError:
             low = share
             continue

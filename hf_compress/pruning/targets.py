@@ -40,11 +40,11 @@ class StructureTimes:
 
 def prune_to_time(
     model: PreTrainedModel, dataloader: Iterable[Mapping[str, Tensor]], times: StructureTimes, milliseconds: float,
-    layers: int | None = None,
+    num_layers: int | None = None,
 ) -> PreTrainedModel:  # fmt: skip
     """Cut heads, neurons and layers of a whole `model`, in order of importance over time, until a text takes no more.
 
-    Changes `model` and returns it. `dataloader` and `layers` as in `hfc.prune`. Raises ValueError, and
+    Changes `model` and returns it. `dataloader` and `num_layers` as in `hfc.prune`. Raises ValueError, and
     changes nothing, for a time that cannot be had.
     """
     check_prunable(model, "prune_to_time")
@@ -64,7 +64,7 @@ def prune_to_time(
 
     pieces = [timed(unit) for unit in units(model, dataloader, None)]
     pieces = sorted((unit for unit in pieces if unit.cost > 0), key=lambda unit: unit.importance / unit.cost)
-    return cut(model, choose(parts, pieces, round(NANOSECONDS * surplus), layers))
+    return cut(model, choose(parts, pieces, round(NANOSECONDS * surplus), num_layers))
 
 
 def prune_to_size(
@@ -74,11 +74,11 @@ def prune_to_size(
     *,
     bits: int = 8,
     embedding_bits: int = 8,
-    layers: int | None = None,
+    num_layers: int | None = None,
 ) -> PreTrainedModel:
     """Cut heads, neurons and layers, in order of importance over parameters, until the model will be that small.
 
-    Changes `model` and returns it. `dataloader` and `layers` as in `hfc.prune`; tables will be stored in
+    Changes `model` and returns it. `dataloader` and `num_layers` as in `hfc.prune`; tables will be stored in
     `embedding_bits`, all else in `bits`. Raises ValueError, and changes nothing, for a size that cannot be had.
     """
     check_prunable(model, "prune_to_size")
@@ -86,7 +86,7 @@ def prune_to_size(
     if surplus <= 0:
         return model
     pieces = sorted(units(model, dataloader, None), key=lambda unit: unit.importance / max(unit.cost, 1))
-    return cut(model, choose(anatomy(model), pieces, int(surplus * 8e6 / bits), layers))
+    return cut(model, choose(anatomy(model), pieces, int(surplus * 8e6 / bits), num_layers))
 
 
 def stored_megabytes(model: PreTrainedModel, bits: int, embedding_bits: int) -> float:

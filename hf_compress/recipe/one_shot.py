@@ -148,7 +148,7 @@ class BudgetOptions:
         default="parameters", metadata={"help": "parameters, multiply_adds or latency."}
     )
     sequence_length: int = field(default=128, metadata={"help": "Tokens of the example that costs are counted on."})
-    layers: int | None = field(default=None, metadata={"help": LAYERS_HELP})
+    num_layers: int | None = field(default=None, metadata={"help": LAYERS_HELP})
     scoring_examples: int = field(default=256, metadata={"help": "Training examples that importance is measured on."})
     scoring_batch_size: int = field(default=32, metadata={"help": "Examples that are scored at once."})
     target: float | None = field(default=None, metadata={"help": "Share that is left; say sparsity, target will go."})
@@ -159,7 +159,7 @@ class BudgetOptions:
     def apply(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: Samples):
         loader = samples.loader(self.scoring_examples, self.scoring_batch_size)
         prune(model, loader, sparsity=self.sparsity, metric=self.metric, sequence_length=self.sequence_length,
-              layers=self.layers)  # fmt: skip
+              num_layers=self.num_layers)  # fmt: skip
         return model, tokenizer
 
 
@@ -172,14 +172,14 @@ class TimeOptions:
     heads: float = field(default=0.0, metadata={"help": "Milliseconds of all heads of a whole layer."})
     neurons: float = field(default=0.0, metadata={"help": "Milliseconds of all neurons of a whole layer."})
     rest: float = field(default=0.0, metadata={"help": "Milliseconds of a layer without heads and neurons."})
-    layers: int | None = field(default=None, metadata={"help": LAYERS_HELP})
+    num_layers: int | None = field(default=None, metadata={"help": LAYERS_HELP})
     scoring_examples: int = field(default=128, metadata={"help": "Training examples that importance is measured on."})
     scoring_batch_size: int = field(default=32, metadata={"help": "Examples that are scored at once."})
 
     def apply(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: Samples):
         times = StructureTimes(self.fixed, self.heads, self.neurons, self.rest)
         loader = samples.loader(self.scoring_examples, self.scoring_batch_size)
-        return prune_to_time(model, loader, times, self.milliseconds, self.layers), tokenizer
+        return prune_to_time(model, loader, times, self.milliseconds, self.num_layers), tokenizer
 
 
 @dataclass
@@ -189,7 +189,7 @@ class SizeOptions:
     megabytes: float = field(metadata={"help": "Of the weights, once they are stored in so many bits."})
     bits: int = field(default=8, metadata={"help": "Bits that the weights will have."})
     embedding_bits: int = field(default=8, metadata={"help": "Bits that the tables of tokens will have."})
-    layers: int | None = field(default=None, metadata={"help": LAYERS_HELP})
+    num_layers: int | None = field(default=None, metadata={"help": LAYERS_HELP})
     scoring_examples: int = field(default=128, metadata={"help": "Training examples that importance is measured on."})
     scoring_batch_size: int = field(default=32, metadata={"help": "Examples that are scored at once."})
 

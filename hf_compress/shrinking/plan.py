@@ -74,7 +74,7 @@ def stages(
     rounding = {"name": SERVED, "bits": 8, "heads_too": True, **ROWS, "embedding_bits": tables}
     if times is None or not times.has_ranges:
         return [*found, {"quantize": rounding}]
-    last = {"name": ROUNDED_STUDENT, "learning_rate": LEARNING_RATE / 3, "num_train_epochs": epochs(texts) * RANGES,
+    last = {"name": ROUNDED_STUDENT, "learning_rate": LEARNING_RATE / 10, "num_train_epochs": epochs(texts) * RANGES,
             "cache_teacher": False}  # fmt: skip
     found.append({"together": [{"distil": {**learning, **last}}, {"quantize": {"method": "qat", **rounding}}]})
     return found
@@ -175,7 +175,7 @@ def whole_layers(wish: Wish, target: float, times: MeasuredTimes | None, parts: 
 
 def structure(wish: Wish, target: float, times: MeasuredTimes | None, layers: int | None = None) -> dict[str, Any]:
     """The options of the stage that cuts."""
-    evenly = {} if layers is None else {"layers": layers}
+    evenly = {} if layers is None else {"num_layers": layers}
     if wish.is_of_time:
         parts = {name: round(value, 6) for name, value in vars(times.structure).items()}
         return {"method": "time", "name": "structure", "milliseconds": round(target, 6), **parts, **evenly}

@@ -49,7 +49,7 @@ def test_so_many_layers_stay_and_all_of_them_as_wide(family, layers):
     whole = num_parameters(model)
     inner = sum(num_parameters(layer.module) for layer in anatomy(model).layers)
     kept = inner * layers / depth * 0.7
-    hfc.prune(model, loader(model), sparsity=(inner - kept) / whole, layers=layers)
+    hfc.prune(model, loader(model), sparsity=(inner - kept) / whole, num_layers=layers)
     heads, neurons = widths(model)
     assert len(anatomy(model).layers) == layers
     assert len(set(heads)) == 1 and max(neurons) - min(neurons) <= layers * 256 // 64  # what may stay comes back
@@ -60,7 +60,7 @@ def test_so_many_layers_stay_and_all_of_them_as_wide(family, layers):
 
 def test_a_time_and_a_size_are_met_with_so_many_layers():
     model = tiny_model(num_hidden_layers=4, intermediate_size=256)
-    prune_to_time(model, loader(model), TIMES, TIMES.of(3, heads=0.5, neurons=0.5), layers=3)
+    prune_to_time(model, loader(model), TIMES, TIMES.of(3, heads=0.5, neurons=0.5), num_layers=3)
     heads, neurons = widths(model)
     whole_heads, whole_neurons = widths(tiny_model(num_hidden_layers=4, intermediate_size=256))
     assert len(heads) == 3
@@ -71,7 +71,7 @@ def test_a_time_and_a_size_are_met_with_so_many_layers():
     assert 1.0 + sum(taken) <= TIMES.of(3, heads=0.5, neurons=0.5) + 1e-6
     other = tiny_model(num_hidden_layers=4, intermediate_size=256)
     goal = 0.6 * stored_megabytes(other, 8, 4)
-    prune_to_size(other, loader(other), goal, embedding_bits=4, layers=4)
+    prune_to_size(other, loader(other), goal, embedding_bits=4, num_layers=4)
     assert len(anatomy(other).layers) == 4 and stored_megabytes(other, 8, 4) <= goal
 
 
@@ -80,9 +80,9 @@ def test_layers_that_cannot_stay_are_refused_and_nothing_changes():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for layers, message in ((0, "between 1 and 4, got 0"), (5, "between 1 and 4, got 5")):
         with pytest.raises(ValueError, match=message):
-            prune_to_time(model, loader(model), TIMES, 6.0, layers=layers)
+            prune_to_time(model, loader(model), TIMES, 6.0, num_layers=layers)
     with pytest.raises(ValueError, match="So little cannot be left of 4 layers, thin as they may be: let fewer stay"):
-        prune_to_time(model, loader(model), TIMES, 3.2, layers=4)
+        prune_to_time(model, loader(model), TIMES, 3.2, num_layers=4)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -125,7 +125,7 @@ def test_the_trial_is_the_recipe_up_to_a_short_training(has_ranges):
     options = short[-1]["distil"]
     assert options["max_steps"] == 30 and options["logging_steps"] == 15 and not options["cache_teacher"]
     assert options["teacher"] == "vocabulary" and options["name"] == "trial"
-    assert written[1]["prune"]["layers"] == 2
+    assert written[1]["prune"]["num_layers"] == 2
     for each in (written, short):
         assert Recipe(each).stages
 
@@ -134,7 +134,7 @@ def test_ranges_are_trained_with_the_student_where_they_are_faster():
     written = stages(SPEED, 6.0, MANY, MeasuredTimes(60.0, TIMES, "a machine", True))
     student, rounding = written[-1]["together"]
     assert student["distil"]["num_train_epochs"] == 1 and rounding["quantize"]["method"] == "qat"
-    assert student["distil"]["learning_rate"] == pytest.approx(1e-4) and student["distil"]["teacher"] == "vocabulary"
+    assert student["distil"]["learning_rate"] == pytest.approx(3e-5) and student["distil"]["teacher"] == "vocabulary"
     assert rounding["quantize"]["symmetric"] and rounding["quantize"]["group_size"] == -1
     assert [may_have_ranges(task) for task in ("token-classification", "embeddings", "masked-lm")] == [
         True,
