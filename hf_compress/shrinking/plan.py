@@ -23,6 +23,7 @@ COUNTS = 1, 2, 3, 4, 6, 8, 12, 16, 24, 32  # how often a token that stays must o
 LANGUAGE = MaskedLM.name, CausalLM.name, Seq2Seq.name
 WRITES = CausalLM.name, Seq2Seq.name
 LEARNING_RATE = 3e-4
+RANGES_RATE = 0.1  # of the student's
 RANGES = 1 / 6  # of the epochs once more, in 8 bit: the ranges of inputs, and what their rounding costs
 ROUNDED = 0.1  # of a layer: what a wish may be missed by
 TRAINING = {"per_device_train_batch_size": 32, "warmup_steps": 0.1, "train_sampling_strategy": "group_by_length",
@@ -74,21 +75,30 @@ def stages(
     rounding = {"name": SERVED, "bits": 8, "heads_too": True, **ROWS, "embedding_bits": tables}
     if times is None or not times.has_ranges:
         return [*found, {"quantize": rounding}]
-    last = {"name": ROUNDED_STUDENT, "learning_rate": LEARNING_RATE / 10, "num_train_epochs": epochs(texts) * RANGES,
-            "cache_teacher": False}  # fmt: skip
-    found.append({"together": [{"distil": {**learning, **last}}, {"quantize": {"method": "qat", **rounding}}]})
+    last = {"name": ROUNDED_STUDENT, **_of_ranges(learning)}
+    found.append({"together": [{"distil": last}, {"quantize": {"method": "qat", **rounding}}]})
     return found
 
 
 def with_changes(written: list[dict], changes: dict[str, Any] | None) -> list[dict]:
-    """The stages, with `changes` in those that train."""
+    """The stages, with `changes` in those that train; what trains ranges has its share of steps and rate."""
 
-    def changed(kind: str, options: Any) -> Any:
+    def changed(kind: str, options: Any, new: dict[str, Any]) -> Any:
         if kind == "together":
-            return with_changes(options, changes)
-        return {**options, **(changes or {})} if kind in ("fine-tune", "distil") else options
+            return [{k: changed(k, o, _of_ranges(new)) for k, o in part.items()} for part in options]
+        return {**options, **new} if kind in ("fine-tune", "distil") else options
 
-    return [{kind: changed(kind, options) for kind, options in stage.items()} for stage in written]
+    return [{kind: changed(kind, options, changes or {}) for kind, options in stage.items()} for stage in written]
+
+
+def _of_ranges(changes: dict[str, Any]) -> dict[str, Any]:
+    shares: dict[str, Callable[[Any], Any]] = {
+        "num_train_epochs": lambda value: value * RANGES,
+        "max_steps": lambda value: math.ceil(value * RANGES) if value > 0 else value,
+        "learning_rate": lambda value: value * RANGES_RATE,
+        "cache_teacher": lambda value: False,  # one pass over the texts at most
+    }
+    return {name: shares[name](value) if name in shares else value for name, value in changes.items()}
 
 
 def epochs(texts: Texts) -> int:

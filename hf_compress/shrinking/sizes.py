@@ -27,12 +27,17 @@ def min_count_for(wish: Wish, texts: RecipeData, source: str | Path) -> int:
 
 
 def layer_sizes(model: PreTrainedModel, texts: RecipeData, source: str | Path, min_count: int = 1) -> LayerSizes:
-    """What whole layers will take on disk, in 8 bit, and all else, the table cut to the texts and in fewer."""
+    """What whole layers will take on disk, in 8 bit, and all else, the table in fewer.
+
+    min_count  the table is cut to tokens that the texts need so often; 0 where it stays whole
+    """
     layers = anatomy(model).layers
     each = num_parameters(layers[0].module)
     table = model.get_input_embeddings().weight
     others = num_parameters(model) - len(layers) * each - table.numel()
-    tokens = len(used_tokens(texts.tokenizer(source), texts.training_texts(), min_count=min_count))
+    tokens = len(table)
+    if min_count:
+        tokens = len(used_tokens(texts.tokenizer(source), texts.training_texts(), min_count=min_count))
     rest = (others + tokens * table.shape[1] * SMALL_TABLES / 8) / 1e6
     return LayerSizes(len(layers), each / 1e6, rest, stacks=len(anatomy(model).stacks))
 

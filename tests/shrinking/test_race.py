@@ -16,7 +16,16 @@ from hf_compress.pruning.targets import StructureTimes, prune_to_size, prune_to_
 from hf_compress.recipe import Recipe
 from hf_compress.shrinking import race
 from hf_compress.shrinking import run as shrinking
-from hf_compress.shrinking.plan import LayerSizes, Texts, costs, may_have_ranges, may_race, planned_steps, stages
+from hf_compress.shrinking.plan import (
+    LayerSizes,
+    Texts,
+    costs,
+    may_have_ranges,
+    may_race,
+    planned_steps,
+    stages,
+    with_changes,
+)
 from hf_compress.shrinking.race import BY_WORTH, depths, nearest_depth, trial, trial_steps, winner
 from hf_compress.shrinking.times import MeasuredTimes
 from hf_compress.shrinking.told import plan_text
@@ -141,6 +150,17 @@ def test_ranges_are_trained_with_the_student_where_they_are_faster():
         False,
         False,
     ]
+
+
+def test_changes_reach_what_trains_ranges_in_their_share():
+    written = stages(SPEED, 6.0, MANY, MeasuredTimes(60.0, TIMES, "a machine", True))
+    changes = {"num_train_epochs": 3, "max_steps": 20, "learning_rate": 1e-3, "cache_teacher": True, "bf16": False}
+    *others, last = with_changes(written, changes)
+    assert {name: others[-1]["distil"][name] for name in changes} == changes
+    told = {"num_train_epochs": 0.5, "max_steps": 4, "learning_rate": 1e-4, "cache_teacher": False, "bf16": False}
+    assert {name: last["together"][0]["distil"][name] for name in told} == pytest.approx(told)
+    assert last["together"][1] == written[-1]["together"][1]
+    assert with_changes(written, {"max_steps": -1})[-1]["together"][0]["distil"]["max_steps"] == -1
 
 
 def recipes(losses):
