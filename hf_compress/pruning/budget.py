@@ -67,7 +67,8 @@ def prune(
     check_finished(model, "prune")
     check_prunable(model, "prune")
     tokens = None if metric == "parameters" else sequence_length
-    pieces = sorted(units(model, dataloader, tokens), key=lambda unit: unit.importance / max(unit.cost, 1))
+    found = units(model, dataloader, tokens, layers=num_layers is None)
+    pieces = sorted(found, key=lambda unit: unit.importance / max(unit.cost, 1))
     if metric == "latency":
         chosen = _choose_by_latency(model, pieces, target, sequence_length, num_layers)
     else:

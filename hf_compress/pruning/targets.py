@@ -62,7 +62,7 @@ def prune_to_time(
             time += times.neurons * len(unit.neurons) / layer.feed_forward.num_neurons
         return replace(unit, cost=round(NANOSECONDS * time))
 
-    pieces = [timed(unit) for unit in units(model, dataloader, None)]
+    pieces = [timed(unit) for unit in units(model, dataloader, None, layers=num_layers is None)]
     pieces = sorted((unit for unit in pieces if unit.cost > 0), key=lambda unit: unit.importance / unit.cost)
     return cut(model, choose(parts, pieces, round(NANOSECONDS * surplus), num_layers))
 
@@ -85,7 +85,8 @@ def prune_to_size(
     surplus = stored_megabytes(model, bits, embedding_bits) - megabytes
     if surplus <= 0:
         return model
-    pieces = sorted(units(model, dataloader, None), key=lambda unit: unit.importance / max(unit.cost, 1))
+    found = units(model, dataloader, None, layers=num_layers is None)
+    pieces = sorted(found, key=lambda unit: unit.importance / max(unit.cost, 1))
     return cut(model, choose(anatomy(model), pieces, int(surplus * 8e6 / bits), num_layers))
 
 

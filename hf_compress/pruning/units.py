@@ -33,15 +33,20 @@ class Unit:
         return not self.heads and not self.neurons
 
 
-def units(model: PreTrainedModel, dataloader: Iterable[Mapping[str, Tensor]], tokens: int | None) -> list[Unit]:
-    """Everything that may go. Costs are multiply-adds of a sequence of `tokens`, or parameters where that is None."""
+def units(
+    model: PreTrainedModel, dataloader: Iterable[Mapping[str, Tensor]], tokens: int | None, *, layers: bool = True
+) -> list[Unit]:
+    """Everything that may go. Costs are multiply-adds of a sequence of `tokens`, or parameters where that is None.
+
+    layers  False leaves whole layers untried, which takes most of the time: their importance is 0
+    """
     parts, batches = anatomy(model), list(first_batches(dataloader))
     attentions, forwards = parts.attentions, [layer.feed_forward.output for layer in parts.layers]
     modules = [*(a.output for a in attentions), *forwards]
     widths = [*(a.head_dim for a in attentions), *(1 for _ in forwards)]
     with evaluating([model]):
         rows = mean_absolute_gradients(model, batches, modules, widths)
-        worths = _layer_worths(model, parts, batches)
+        worths = _layer_worths(model, parts, batches) if layers else [0.0] * len(parts.layers)
     heads, neurons = rows[: len(attentions)], rows[len(attentions) :]
     found: list[Unit] = []
     number = 0

@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification
 import hf_compress as hfc
 from hf_compress.measuring.counting import num_parameters
 from hf_compress.model.anatomy import anatomy
+from hf_compress.pruning import units
 from hf_compress.pruning.targets import StructureTimes, prune_to_size, prune_to_time, stored_megabytes
 from hf_compress.recipe import Recipe
 from hf_compress.shrinking import race
@@ -82,6 +83,15 @@ def test_a_time_and_a_size_are_met_with_so_many_layers():
     goal = 0.6 * stored_megabytes(other, 8, 4)
     prune_to_size(other, loader(other), goal, embedding_bits=4, num_layers=4)
     assert len(anatomy(other).layers) == 4 and stored_megabytes(other, 8, 4) <= goal
+
+
+def test_layers_that_go_by_their_place_are_not_tried_out(monkeypatch):
+    """What takes most of the time of a structure is not done again for each of a race."""
+    model, whole = tiny_model(num_hidden_layers=4), num_parameters(tiny_model(num_hidden_layers=4))
+    monkeypatch.setattr(units, "_layer_worths", lambda *args: pytest.fail("tried out"))
+    hfc.prune(model, loader(model), sparsity=0.4, num_layers=2)
+    prune_to_time(model, loader(model), TIMES, TIMES.of(2, heads=0.5, neurons=0.5), num_layers=2)
+    assert num_parameters(model) < 0.6 * whole and len(anatomy(model).layers) == 2
 
 
 def test_layers_that_cannot_stay_are_refused_and_nothing_changes():
