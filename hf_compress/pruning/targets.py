@@ -50,7 +50,7 @@ def prune_to_time(
     check_prunable(model, "prune_to_time")
     parts = anatomy(model)
     surplus = times.of(len(parts.layers)) - milliseconds
-    if surplus <= 0:
+    if surplus <= 0 and num_layers is None:
         return model
     heads = [sum(attention.num_heads for attention in layer.attentions) for layer in parts.layers]
 
@@ -83,7 +83,7 @@ def prune_to_size(
     """
     check_prunable(model, "prune_to_size")
     surplus = stored_megabytes(model, bits, embedding_bits) - megabytes
-    if surplus <= 0:
+    if surplus <= 0 and num_layers is None:
         return model
     found = units(model, dataloader, None, layers=num_layers is None)
     pieces = sorted(found, key=lambda unit: unit.importance / max(unit.cost, 1))

@@ -150,8 +150,7 @@ def shrink(
     target = first_target(wish, times) / (GGUF_BLOCKS if runtime == "llama.cpp" else 1.0)
     cuts_rare = wish.kind == "size_mb" and task not in (Embeddings.name, *LANGUAGE)
     min_count = min_count_for(wish, texts, model) if cuts_rare else 1
-    whole = load_for(texts, model, fresh_head=True)
-    parts = layer_sizes(whole, texts, model, min_count if cuts_vocabulary(wish, task) else 0)
+    parts = layer_sizes(texts, model, min_count if cuts_vocabulary(wish, task) else 0)
     written = partial(stages, wish, texts=_counts(texts), times=times, task=task, fine_tunes=fine_tunes, parts=parts,
                       min_count=min_count)  # fmt: skip
     steps = trial_steps(planned_steps(_counts(texts), changes or {}))

@@ -26,11 +26,12 @@ def min_count_for(wish: Wish, texts: RecipeData, source: str | Path) -> int:
     return rarest_kept(wish, tokens, table.shape[1], num_parameters(model) - layer_parameters(model) - table.numel())
 
 
-def layer_sizes(model: PreTrainedModel, texts: RecipeData, source: str | Path, min_count: int = 1) -> LayerSizes:
+def layer_sizes(texts: RecipeData, source: str | Path, min_count: int = 1) -> LayerSizes:
     """What whole layers will take on disk, in 8 bit, and all else, the table in fewer.
 
     min_count  the table is cut to tokens that the texts need so often; 0 where it stays whole
     """
+    model = load_for(texts, source, fresh_head=True)
     layers = anatomy(model).layers
     each = num_parameters(layers[0].module)
     table = model.get_input_embeddings().weight

@@ -85,6 +85,13 @@ def test_a_time_and_a_size_are_met_with_so_many_layers():
     assert len(anatomy(other).layers) == 4 and stored_megabytes(other, 8, 4) <= goal
 
 
+def test_so_many_layers_stay_also_where_all_would_be_small_enough():
+    model = tiny_model(num_hidden_layers=4)
+    assert len(anatomy(prune_to_time(model, loader(model), TIMES, 99.0, num_layers=3)).layers) == 3
+    assert len(anatomy(prune_to_size(model, loader(model), 99.0, num_layers=2)).layers) == 2
+    assert widths(model) == widths(tiny_model(num_hidden_layers=2))
+
+
 def test_layers_that_go_by_their_place_are_not_tried_out(monkeypatch):
     """What takes most of the time of a structure is not done again for each of a race."""
     model, whole = tiny_model(num_hidden_layers=4), num_parameters(tiny_model(num_hidden_layers=4))
