@@ -196,7 +196,7 @@ class SizeOptions:
     def apply(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: Samples):
         rows = samples.loader(self.scoring_examples, self.scoring_batch_size)
         prune_to_size(
-            model, rows, self.megabytes, bits=self.bits, embedding_bits=self.embedding_bits, layers=self.layers
+            model, rows, self.megabytes, bits=self.bits, embedding_bits=self.embedding_bits, num_layers=self.num_layers
         )
         return model, tokenizer
 

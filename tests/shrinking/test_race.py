@@ -238,3 +238,14 @@ def test_the_winner_goes_on_to_the_end(has_ranges, tmp_path, monkeypatch):
     settings = json.dumps(small.config.quantization_config if has_ranges else {})
     assert ("activation" in settings) == has_ranges
     assert ("FakeQuantize" in (done.model / "openvino_model.xml").read_text(encoding="utf-8")) == has_ranges
+
+
+@pytest.mark.parametrize("goal", [
+    {"method": "budget", "sparsity": 0.3}, {"method": "size", "megabytes": 1.0, "bits": 8},
+    {"method": "time", "milliseconds": 12.0, "fixed": 1.0, "heads": 2.0, "neurons": 3.0, "rest": 0.5},
+], ids=lambda goal: goal["method"])  # fmt: skip
+def test_a_recipe_says_how_many_layers_stay(goal, tmp_path):
+    stages = [{"prune": {**goal, "num_layers": 2, "scoring_examples": 8, "scoring_batch_size": 4}}]
+    data = {"source": str(reviews(tmp_path / "r.csv")), "max_length": 16}
+    made = Recipe(stages, model=tiny_folder(tmp_path / "model"), data=data).run(tmp_path / "out")
+    assert len(anatomy(AutoModelForSequenceClassification.from_pretrained(made.model)).layers) == 2
