@@ -210,6 +210,8 @@ def test_a_plan_tells_of_the_race():
     assert "37 steps each by worth over cost, and evenly with 1, 2 and 4 layers" in " ".join(told.split())
     assert "cut structure, distil, 8 bit with trained ranges, export to openvino" in " ".join(told.split())
     assert all(len(line) <= 80 for line in told.splitlines())
+    one = plan_text(SPEED, 6.0, None, "openvino", "sequence-classification", MANY, written, [1], 37)
+    assert "evenly with 1 layer; the best goes on" in " ".join(one.split())
 
 
 @pytest.mark.parametrize("has_ranges", [False, True])
