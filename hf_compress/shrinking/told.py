@@ -28,7 +28,8 @@ def plan_text(
     lines.append(f"texts     {texts.labelled:,}{told}")
     if depths:
         numbers = " and ".join([", ".join(map(str, depths[:-1])), str(depths[-1])] if depths[1:] else map(str, depths))
-        told = f"{steps} steps each by worth over cost, and evenly with {numbers} layer{'s' * (depths[-1] > 1)}; the best goes on"
+        evenly = f"evenly with {numbers} layer{'s' * (depths[-1] > 1)}"
+        told = f"{steps} steps each by worth over cost, and {evenly}; the best goes on"
         lines.append(fill(f"tried     {told}", WIDTH, subsequent_indent=" " * 10))
     names = [*map(_in_words, written), *([f"export to {runtime}"] if runtime != "torch" else []), "compare"]
     return "\n".join([*lines, fill(f"stages    {', '.join(names)}", WIDTH, subsequent_indent=" " * 10)])
