@@ -91,15 +91,21 @@ def _measure(runtime: "_Runtime", model: PreTrainedModel, ranges: bool, machine:
     shapes = [(depth, 1.0, 1.0), (few, 1.0, 1.0), (depth, 0.5, 1.0), (depth, 1.0, 0.5)]
     if few == depth:
         raise ValueError(f"{type(model).__name__} has one layer: there is nothing to choose between.")
-    has_ranges = False
-    if ranges and runtime.is_exported:
-        _, each, one = runtime.milliseconds(
-            [model, *(runtime.served(model, shapes[0], ranges=r) for r in (False, True))]
-        )
-        has_ranges = one <= WORTH * each
+    has_ranges = ranges and runtime.is_exported and _are_faster(runtime, model, shapes[0])
     served = [runtime.served(model, shape, ranges=has_ranges) for shape in shapes]
     original, *times = runtime.milliseconds([model, *served])
     return MeasuredTimes(original, solved(shapes, times), machine, has_ranges)
+
+
+def _are_faster(runtime: "_Runtime", model: PreTrainedModel, shape: tuple[int, float, float]) -> bool:
+    """Whether inputs in one range each save time."""
+    try:
+        both = [runtime.served(model, shape, ranges=has_ranges) for has_ranges in (False, True)]
+    except ValueError as error:  # a layer that these inputs do not reach, or values that 8 bits do not hold
+        logger.warning("inputs stay without ranges: %s", error)
+        return False
+    _, each, one = runtime.milliseconds([model, *both])
+    return one <= WORTH * each
 
 
 @dataclass

@@ -28,7 +28,7 @@ from hf_compress.shrinking.plan import (
     with_changes,
 )
 from hf_compress.shrinking.race import BY_WORTH, depths, nearest_depth, trial, trial_steps, winner
-from hf_compress.shrinking.times import MeasuredTimes
+from hf_compress.shrinking.times import MeasuredTimes, _measure
 from hf_compress.shrinking.told import plan_text
 from hf_compress.shrinking.wish import Wish
 
@@ -167,6 +167,35 @@ def test_ranges_are_trained_with_the_student_where_they_are_faster():
         False,
         False,
     ]
+
+
+class Runtime:
+    """Takes milliseconds by a table: whole with and without ranges, then the four structures."""
+
+    is_exported = True
+
+    def __init__(self, with_ranges):
+        self.with_ranges, self.asked = with_ranges, []
+
+    def served(self, model, shape, *, ranges):
+        if ranges and self.with_ranges is None:
+            raise ValueError("No calibration input reached ['pooler'].")
+        self.asked.append((shape, ranges))
+        return TIMES.of(shape[0], heads=shape[1], neurons=shape[2]) * (self.with_ranges if ranges else 1.0)
+
+    def milliseconds(self, models):
+        return [100.0, *models[1:]]
+
+
+@pytest.mark.parametrize("share, faster", [(0.5, True), (0.97, False), (1.2, False), (None, False)])
+def test_ranges_stay_where_they_are_faster(share, faster):
+    """Structures are measured as they will be served; what has no ranges is served without."""
+    runtime, model = Runtime(share), tiny_model(num_hidden_layers=4)
+    times = _measure(runtime, model, True, "here")
+    assert times.has_ranges is faster and [ranges for _, ranges in runtime.asked[-4:]] == [faster] * 4
+    assert vars(times.structure) == pytest.approx({n: t * (share if faster else 1) for n, t in vars(TIMES).items()})
+    runtime.asked.clear()
+    assert not _measure(runtime, model, False, "here").has_ranges and len(runtime.asked) == 4
 
 
 def test_changes_reach_what_trains_ranges_in_their_share():
