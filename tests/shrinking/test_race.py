@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import tiny_batch, tiny_model
+from recipe.task_files import CASES, model_of, source_of
 from recipe_run import reviews, tiny_folder
 from transformers import AutoModelForSequenceClassification
 
@@ -280,3 +281,29 @@ def test_a_recipe_says_how_many_layers_stay(goal, tmp_path):
     data = {"source": str(reviews(tmp_path / "r.csv")), "max_length": 16}
     made = Recipe(stages, model=tiny_folder(tmp_path / "model"), data=data).run(tmp_path / "out")
     assert len(anatomy(AutoModelForSequenceClassification.from_pretrained(made.model)).layers) == 2
+
+
+BY_TASK = {case.task: case for case in reversed(CASES)}
+
+
+@pytest.mark.parametrize(
+    "task",
+    [pytest.param(t, marks=[pytest.mark.long] * (t != "question-answering")) for t in BY_TASK if t != "seq2seq-lm"],
+)
+def test_every_task_races_and_trains_its_ranges(task, tmp_path, monkeypatch):
+    times = MeasuredTimes(30.0, StructureTimes(1.0, 2.0, 3.0, 0.5), "a machine", may_have_ranges(task))
+    monkeypatch.setattr(shrinking, "measured_times", lambda *args, **kwargs: times)
+    monkeypatch.setattr(shrinking, "MEASURING", {"latency_rounds": 2, "throughput_rounds": 2, "isolate": False})
+    monkeypatch.setattr(shrinking, "PASSES", 1)
+    monkeypatch.setattr(race, "LEAST", 1)
+    monkeypatch.setattr(race, "SHARE", 0.5)
+    case = BY_TASK[task]
+    model, data = model_of(case, tmp_path / "begin"), {"source": str(source_of(case, tmp_path / "data"))}
+    options = dict(zip((name.removeprefix("--") for name in case.options[::2]), case.options[1::2], strict=True))
+    megabytes = sum(file.stat().st_size for file in model.glob("*.safetensors")) / 1e6
+    wish = {"size_mb": megabytes / 5} if task == "causal-lm" else {"speedup": 3.0}
+    done = hfc.shrink(model, data | options | {"max_length": 16}, output=tmp_path / "out", task=task, changes=QUICK,
+                      **wish)  # fmt: skip
+    settings = json.dumps(case.auto_class.from_pretrained(done.model).config.quantization_config)
+    assert ("activation_range" in settings or "static" in settings) == may_have_ranges(task), settings
+    assert len(list((tmp_path / "out" / "run" / "stages").glob("*-trial-*"))) > 1
