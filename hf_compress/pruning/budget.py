@@ -66,6 +66,7 @@ def prune(
     target = 1 - share_that_goes(sparsity, target)
     check_finished(model, "prune")
     check_prunable(model, "prune")
+    check_num_layers(model, num_layers)
     tokens = None if metric == "parameters" else sequence_length
     found = units(model, dataloader, tokens, layers=num_layers is None)
     pieces = sorted(found, key=lambda unit: unit.importance / max(unit.cost, 1))
@@ -110,11 +111,18 @@ def choose(parts: Anatomy, pieces: Sequence[Unit], surplus: int, num_layers: int
     return _of_layers(parts, pieces, surplus, 2, least=LEAST_SHARE) or chosen
 
 
-def _even(parts: Anatomy, pieces: Sequence[Unit], surplus: int, num_layers: int) -> list[Unit]:
+def check_num_layers(model: PreTrainedModel, num_layers: int | None) -> None:
+    """Raise ValueError for a number of layers that cannot stay, before anything is measured for it."""
+    parts = anatomy(model)
+    if num_layers is None:
+        return
     if len(parts.stacks) > 1:
         raise ValueError(f"num_layers={num_layers} is of models with one stack, and this one has {len(parts.stacks)}.")
     if not 1 <= num_layers <= len(parts.layers):
         raise ValueError(f"num_layers, those that stay, must lie between 1 and {len(parts.layers)}, got {num_layers}.")
+
+
+def _even(parts: Anatomy, pieces: Sequence[Unit], surplus: int, num_layers: int) -> list[Unit]:
     chosen = _of_layers(parts, pieces, surplus, num_layers)
     if chosen is None:
         raise ValueError(f"So little cannot be left of {num_layers} layers, thin as they may be: let fewer stay.")

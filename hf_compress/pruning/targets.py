@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from hf_compress.measuring.counting import num_parameters
 from hf_compress.model.anatomy import anatomy
-from hf_compress.pruning.budget import choose, cut
+from hf_compress.pruning.budget import check_num_layers, choose, cut
 from hf_compress.pruning.masks import check_prunable
 from hf_compress.pruning.units import Unit, units
 
@@ -48,6 +48,7 @@ def prune_to_time(
     changes nothing, for a time that cannot be had.
     """
     check_prunable(model, "prune_to_time")
+    check_num_layers(model, num_layers)
     parts = anatomy(model)
     surplus = times.of(len(parts.layers)) - milliseconds
     if surplus <= 0 and num_layers is None:
@@ -82,6 +83,7 @@ def prune_to_size(
     `embedding_bits`, all else in `bits`. Raises ValueError, and changes nothing, for a size that cannot be had.
     """
     check_prunable(model, "prune_to_size")
+    check_num_layers(model, num_layers)
     surplus = stored_megabytes(model, bits, embedding_bits) - megabytes
     if surplus <= 0 and num_layers is None:
         return model

@@ -25,6 +25,7 @@ WRITES = CausalLM.name, Seq2Seq.name
 LEARNING_RATE = 3e-4
 RANGES_RATE = 0.1  # of the student's
 RANGES = 1 / 6  # of the epochs once more, in 8 bit: the ranges of inputs, and what their rounding costs
+THINNEST = 1 / 8  # of a layer's heads and neurons: with less nothing is left that could learn
 ROUNDED = 0.1  # of a layer: what a wish may be missed by
 TRAINING = {"per_device_train_batch_size": 32, "warmup_steps": 0.1, "train_sampling_strategy": "group_by_length",
             "save_steps": 0.5}  # fmt: skip
@@ -125,7 +126,11 @@ def planned_steps(texts: Texts, changes: dict[str, Any]) -> int:
 
 def costs(wish: Wish, times: MeasuredTimes | None, parts: LayerSizes) -> StructureTimes:
     """What structures cost in what is asked for, milliseconds or megabytes."""
-    return times.structure if wish.is_of_time else StructureTimes(parts.rest, 0.0, parts.layer, 0.0)
+    return (
+        times.structure
+        if wish.is_of_time
+        else StructureTimes(fixed=parts.rest, heads=0.0, neurons=parts.layer, rest=0.0)
+    )
 
 
 def cuts_vocabulary(wish: Wish, task: str) -> bool:
@@ -213,8 +218,8 @@ def first_target(wish: Wish, times: MeasuredTimes | None) -> float:
 
 
 def least_time(parts: StructureTimes) -> float:
-    """Of one layer with an eighth of its heads and neurons: below, nothing is left that could learn."""
-    return parts.of(1, heads=1 / 8, neurons=1 / 8)
+    """Of one layer of the thinnest."""
+    return parts.of(1, heads=THINNEST, neurons=THINNEST)
 
 
 def next_target(wish: Wish, target: float, reached: float) -> float | None:

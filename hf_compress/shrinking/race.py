@@ -11,12 +11,12 @@ from typing import Any
 
 from hf_compress.pruning.targets import StructureTimes
 from hf_compress.recipe.recipe import Recipe
+from hf_compress.shrinking.plan import THINNEST
 
 logger = logging.getLogger(__name__)
 
 DEPTHS = 3  # that are tried besides the choice by worth
 SHARE, MOST, LEAST = 0.1, 150, 20  # of the steps of the training; at most so many; with fewer nothing can be told
-THINNEST = 1 / 8  # of a layer's heads and neurons
 TRIAL = "trial"
 BY_WORTH = None  # heads, neurons and layers as they are worth over cost, in place of a number of layers
 
@@ -37,10 +37,8 @@ def nearest_depth(depth: int | None, costs: StructureTimes, target: float, layer
 
 
 def _possible(costs: StructureTimes, target: float, layers: int) -> range:
-    inner = costs.heads + costs.neurons
-
     def has(number: int, share: float) -> bool:
-        return costs.fixed + number * (costs.rest + share * inner) <= target
+        return costs.of(number, heads=share, neurons=share) <= target
 
     if has(layers, 1.0):
         return range(0)

@@ -148,9 +148,9 @@ def shrink(
     Recipe(with_changes(trainings, changes), seed=seed)  # says which changes cannot be
     times = _times(texts, model, runtime, tokens) if wish.is_of_time else None
     target = first_target(wish, times) / (GGUF_BLOCKS if runtime == "llama.cpp" else 1.0)
-    cuts_rare = wish.kind == "size_mb" and task not in (Embeddings.name, *LANGUAGE)
-    min_count = min_count_for(wish, texts, model) if cuts_rare else 1
-    parts = layer_sizes(texts, model, min_count if cuts_vocabulary(wish, task) else 0)
+    is_of_size = wish.kind == "size_mb"
+    min_count = min_count_for(wish, texts, model) if is_of_size and task not in (Embeddings.name, *LANGUAGE) else 1
+    parts = layer_sizes(texts, model, min_count if is_of_size and cuts_vocabulary(wish, task) else 0)
     written = partial(stages, wish, texts=_counts(texts), times=times, task=task, fine_tunes=fine_tunes, parts=parts,
                       min_count=min_count)  # fmt: skip
     steps = trial_steps(planned_steps(_counts(texts), changes or {}))

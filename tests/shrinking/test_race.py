@@ -102,6 +102,17 @@ def test_layers_that_go_by_their_place_are_not_tried_out(monkeypatch):
     assert num_parameters(model) < 0.6 * whole and len(anatomy(model).layers) == 2
 
 
+@pytest.mark.parametrize("metric", ["parameters", "multiply_adds", "latency"])
+def test_a_number_of_layers_is_checked_before_anything_is_measured(metric, monkeypatch):
+    monkeypatch.setattr(units, "mean_absolute_gradients", lambda *args: pytest.fail("measured"))
+    model = tiny_model(num_hidden_layers=4)
+    for layers in (0, 5):
+        with pytest.raises(ValueError, match=f"must lie between 1 and 4, got {layers}"):
+            hfc.prune(model, loader(model), sparsity=0.5, metric=metric, num_layers=layers)
+    with pytest.raises(ValueError, match="num_layers=2 is of models with one stack, and this one has 2"):
+        prune_to_size(tiny_model("t5"), [], 1.0, num_layers=2)
+
+
 def test_layers_that_cannot_stay_are_refused_and_nothing_changes():
     model = tiny_model(num_hidden_layers=4)
     before = {name: value.clone() for name, value in model.state_dict().items()}
