@@ -10,7 +10,7 @@ from hf_compress.recipe.options import RecipeError
 from hf_compress.recipe.tasks.classification import Classification
 from hf_compress.recipe.tasks.embedding import Embeddings
 from hf_compress.recipe.tasks.language import CausalLM, MaskedLM, Seq2Seq
-from hf_compress.shrinking.times import ROWS, MeasuredTimes
+from hf_compress.shrinking.times import ROWS, THINNEST, MeasuredTimes
 from hf_compress.shrinking.wish import Wish
 
 TEACHER, STUDENT, ROUNDED_STUDENT, SERVED = "teacher", "student", "ranges", "packed"
@@ -25,7 +25,6 @@ WRITES = CausalLM.name, Seq2Seq.name
 LEARNING_RATE = 3e-4
 RANGES_RATE = 0.1  # of the student's
 RANGES = 1 / 6  # of the epochs once more, in 8 bit: the ranges of inputs, and what their rounding costs
-THINNEST = 1 / 8  # of a layer's heads and neurons: with less nothing is left that could learn
 ROUNDED = 0.1  # of a layer: what a wish may be missed by
 TRAINING = {"per_device_train_batch_size": 32, "warmup_steps": 0.1, "train_sampling_strategy": "group_by_length",
             "save_steps": 0.5}  # fmt: skip
@@ -206,7 +205,7 @@ def first_target(wish: Wish, times: MeasuredTimes | None) -> float:
         return BUDGETS[0]
     if not wish.is_of_time:
         return wish.value
-    target = times.original / wish.value if wish.kind == "speedup" else wish.value
+    target = wish.milliseconds(times.original)
     least = least_time(times.structure)
     if target < least:
         best = times.original / least if wish.kind == "speedup" else least

@@ -11,7 +11,7 @@ from typing import Any
 
 from hf_compress.pruning.targets import StructureTimes
 from hf_compress.recipe.recipe import Recipe
-from hf_compress.shrinking.plan import THINNEST
+from hf_compress.shrinking.times import THINNEST
 
 logger = logging.getLogger(__name__)
 

@@ -146,7 +146,7 @@ def shrink(
     method = {"method": Embeddings.name} if task == Embeddings.name else {}
     trainings = [{"fine-tune": {}}] * fine_tunes + [{"distil": method}]
     Recipe(with_changes(trainings, changes), seed=seed)  # says which changes cannot be
-    times = _times(texts, model, runtime, tokens) if wish.is_of_time else None
+    times = _times(texts, model, runtime, tokens, wish) if wish.is_of_time else None
     target = first_target(wish, times) / (GGUF_BLOCKS if runtime == "llama.cpp" else 1.0)
     is_of_size = wish.kind == "size_mb"
     min_count = min_count_for(wish, texts, model) if is_of_size and task not in (Embeddings.name, *LANGUAGE) else 1
@@ -200,9 +200,9 @@ def shrink(
     return Shrunk(wish, best.reached, is_met, best.served, best.report, told)
 
 
-def _times(texts: RecipeData, model: str | Path, runtime: str, tokens: int) -> MeasuredTimes:
+def _times(texts: RecipeData, model: str | Path, runtime: str, tokens: int, wish: Wish) -> MeasuredTimes:
     whole, tokenizer = load_for(texts, model, fresh_head=True), texts.tokenizer(model)
-    return measured_times(whole, tokenizer, runtime, tokens=tokens, ranges=may_have_ranges(texts.task))
+    return measured_times(whole, tokenizer, runtime, tokens=tokens, ranges=may_have_ranges(texts.task), wish=wish)
 
 
 def check_tokens(tokens: int, model: str | Path) -> None:

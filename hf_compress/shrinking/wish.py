@@ -39,6 +39,10 @@ class Wish:
     def is_of_time(self) -> bool:
         return self.kind in ("speedup", "latency_ms")
 
+    def milliseconds(self, original: float) -> float:
+        """Of a text, for a wish of time and a model that takes so many."""
+        return original / self.value if self.kind == "speedup" else self.value
+
     def is_met(self, reached: float) -> bool:
         """Whether a model with this figure is what was asked for, within the tolerance."""
         if self.kind == "speedup":

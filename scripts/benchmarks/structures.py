@@ -12,6 +12,7 @@ stopped goes on; the differences are paired, text by text and seed by seed.
 
 import argparse
 import sys
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -98,13 +99,16 @@ def main() -> None:
     data = RecipeData(DataOptions(str(args.data)), Classification.name, needs_labels=True)
     model, tokenizer = load_model(args.model), data.tokenizer(args.model)
     checked = list(islice(data.training_texts(), CHECKED))
-    times = measured_times(model, tokenizer, args.runtime, tokens=args.tokens, ranges=True)
+    measured = partial(measured_times, model, tokenizer, args.runtime, tokens=args.tokens, ranges=True)
+    whole = measured()
     told = ", ".join(f"{name} {number}" for name, number in versions().items())
-    print(f"{times.machine}, {told}: {times.original:.2f} ms; {times.structure}", flush=True)
+    print(f"{whole.machine}, {told}: {whole.original:.2f} ms; {whole.structure}", flush=True)
     depth = len(anatomy(model).layers)
     texts, levels = Texts(data.count("train", labelled=True), 0), []
     for layers in args.layers:
         levels.append({})
+        times = measured(wish=Wish("latency_ms", whole.structure.of(layers)))
+        print(f"about {layers} of its layers: {times.structure}", flush=True)
         best = raced(args, depth, layers, texts, times)
         for way, cut in cuts(times, depth, layers, best).items():
             name = f"{way}, {times.structure.of(layers):.2f} ms"

@@ -12,7 +12,7 @@ from hf_compress.pruning.units import units
 from hf_compress.recipe import Recipe
 from hf_compress.recipe.options import RecipeError
 from hf_compress.shrinking.plan import LayerSizes, Texts, first_target, next_target, rarest_kept, stages, whole_layers
-from hf_compress.shrinking.times import MeasuredTimes, cut_evenly, solved
+from hf_compress.shrinking.times import MeasuredTimes, cut_evenly, shapes_near, solved
 from hf_compress.shrinking.wish import Wish
 
 TIMES = StructureTimes(fixed=1.0, heads=2.0, neurons=3.0, rest=0.5)
@@ -52,6 +52,27 @@ def test_times_are_solved_from_four_structures():
     assert vars(found) == pytest.approx(vars(TIMES))
     noisy = solved(shapes, [34.0, 12.0, 35.0, 34.5])  # fewer heads slower: noise
     assert noisy.heads == 0.0 == noisy.neurons and noisy.rest == pytest.approx(5.5)
+
+
+@pytest.mark.parametrize("share, depth, groups, shapes", [
+    (1.7, 6, 12, [(6, 1, 1), (2, 1, 1), (6, 0.5, 1), (6, 1, 0.5)]),  # more than the whole takes
+    (0.5, 6, 12, [(3, 1, 1), (6, 0.5, 0.5), (3, 0.5, 1), (3, 1, 0.5)]),
+    (0.2, 6, 12, [(1, 1, 1), (6, 1 / 6, 0.2), (1, 0.5, 1), (1, 1, 0.5)]),  # heads go whole
+    (0.01, 2, 12, [(1, 1, 1), (2, 1 / 6, 0.125), (1, 0.5, 1), (1, 1, 0.5)]),
+    (0.6, 4, 3, [(2, 1, 1), (4, 2 / 3, 0.6), (2, 2 / 3, 1), (2, 1, 0.5)]),
+    (0.6, 4, 1, [(2, 1, 1), (4, 1, 0.6), (2, 1, 1), (2, 1, 0.5)]),
+])  # fmt: skip
+def test_structures_that_are_measured_are_near_the_share_of_time_wanted(share, depth, groups, shapes):
+    found = shapes_near(share, depth, groups)
+    assert found == [pytest.approx(shape) for shape in shapes]
+    times = [TIMES.of(n, heads=h, neurons=m) for n, h, m in found]
+    parts = solved(found, times)
+    if groups > 1:
+        assert vars(parts) == pytest.approx(vars(TIMES))
+    else:  # the one group of heads cannot be told from the rest
+        assert parts.heads == 0.0 and parts.layer == pytest.approx(TIMES.layer)
+    noisy = solved(found, [times[0], 2 * times[0], times[2] + 1.0, times[3]])
+    assert noisy.of(found[0][0]) == pytest.approx(times[0]) and min(vars(noisy).values()) >= 0.0
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "gpt2"])

@@ -182,18 +182,19 @@ def test_ranges_are_trained_with_the_student_where_they_are_faster():
 
 
 class Runtime:
-    """Takes milliseconds by a table: whole with and without ranges, then the four structures."""
+    """Takes milliseconds by a table, `cached` of them below 10: whole with and without ranges, then four structures."""
 
     is_exported = True
 
-    def __init__(self, with_ranges):
-        self.with_ranges, self.asked = with_ranges, []
+    def __init__(self, with_ranges, cached=1.0):
+        self.with_ranges, self.cached, self.asked = with_ranges, cached, []
 
     def served(self, model, shape, *, ranges):
         if ranges and self.with_ranges is None:
             raise ValueError("No calibration input reached ['pooler'].")
         self.asked.append((shape, ranges))
-        return TIMES.of(shape[0], heads=shape[1], neurons=shape[2]) * (self.with_ranges if ranges else 1.0)
+        milliseconds = TIMES.of(shape[0] or 4, heads=shape[1], neurons=shape[2]) * (self.with_ranges if ranges else 1.0)
+        return milliseconds * (self.cached if milliseconds < 10 else 1.0)
 
     def milliseconds(self, models):
         return [100.0, *models[1:]]
@@ -207,7 +208,18 @@ def test_ranges_stay_where_they_are_faster(share, faster):
     assert times.has_ranges is faster and [ranges for _, ranges in runtime.asked[-4:]] == [faster] * 4
     assert vars(times.structure) == pytest.approx({n: t * (share if faster else 1) for n, t in vars(TIMES).items()})
     runtime.asked.clear()
-    assert not _measure(runtime, model, False, "here").has_ranges and len(runtime.asked) == 4
+    assert not _measure(runtime, model, False, "here").has_ranges and len(runtime.asked) == 5
+
+
+@pytest.mark.parametrize(
+    "wish, part", [(Wish("speedup", 20), 0.5), (Wish("latency_ms", 5.0), 0.5), (Wish("speedup", 6), 1.0)]
+)
+def test_structures_that_are_measured_take_about_the_time_wanted(wish, part):
+    """Of a runtime in which what takes little, whose weights stay in a cache, takes half of that."""
+    runtime = Runtime(None, cached=0.5)
+    times = _measure(runtime, tiny_model(num_hidden_layers=4), True, "here", wish)
+    assert times.original == 100.0 and times.whole == TIMES.of(4)
+    assert vars(times.structure) == pytest.approx({name: part * time for name, time in vars(TIMES).items()})
 
 
 def test_changes_reach_what_trains_ranges_in_their_share():

@@ -20,6 +20,12 @@ TEXTS = 64
 BOUND = {"rounded": 0.1, "float": 1e-3}
 SPANS = "start_logits", "end_logits"  # (B, T): one number a token
 Arrays = dict[str, np.ndarray]
+NOT_GIVEN: dict[str, Callable[[int, int], np.ndarray]] = {  # of rows and tokens
+    "beam_idx": lambda rows, tokens: np.arange(rows, dtype=np.int32),
+    "position_ids": lambda rows, tokens: np.tile(np.arange(tokens), (rows, 1)),
+    "token_type_ids": lambda rows, tokens: np.zeros((rows, tokens), np.int64),
+    "attention_mask": lambda rows, tokens: np.ones((rows, tokens), np.int64),
+}
 
 
 @dataclass(frozen=True)
@@ -32,19 +38,17 @@ class Session:
 
 def feed(session: Session, batch: Mapping[str, Tensor]) -> Arrays:
     """`batch` as `session` takes it; a cache is empty, what is left over stays out."""
-    ids = batch["input_ids"]
-    given = {
-        "beam_idx": np.arange(len(ids), dtype=np.int32),
-        "position_ids": np.tile(np.arange(ids.shape[1]), (len(ids), 1)),
-        "token_type_ids": np.zeros(ids.shape, np.int64),
-        "attention_mask": np.ones(ids.shape, np.int64),
-        **{name: value.cpu().numpy() for name, value in batch.items()},
-    }
+    rows, tokens = batch["input_ids"].shape
     fed = {}
     for name, (first, *rest) in session.inputs.items():
         name_given = name.removeprefix("input.")
-        empty = (len(ids) if first is None else first, *(0 if size is None else size for size in rest))
-        fed[name] = given[name_given] if name_given in given else np.zeros(empty, np.float32)
+        if name_given in batch:
+            fed[name] = batch[name_given].cpu().numpy()
+        elif name_given in NOT_GIVEN:
+            fed[name] = NOT_GIVEN[name_given](rows, tokens)
+        else:
+            empty = (rows if first is None else first, *(0 if size is None else size for size in rest))
+            fed[name] = np.zeros(empty, np.float32)
     return fed
 
 

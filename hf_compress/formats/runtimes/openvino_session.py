@@ -39,16 +39,21 @@ def session(program: ov.Model, options: dict[str, str | int]) -> Session:
     compiled = core().compile_model(program, "CPU", options)
     request = compiled.create_infer_request()
     shapes = {port.get_any_name(): port.get_partial_shape() for port in compiled.inputs}
-    ports = [(port.get_any_name(), port, port.get_element_type().to_dtype()) for port in compiled.inputs]
+    ports = [(port.get_any_name(), port, port.get_element_type()) for port in compiled.inputs]
     results = [(name, port) for port in compiled.outputs for name in port.get_names()]
+
+    held: Arrays = {}  # what the request reads, a view of a tensor of its own for each input
 
     def run(fed: Arrays) -> Arrays:
         request.reset_state()
-        # Tensors of its own: `infer(fed)` looks at each array anew, a sixth of the time of a model of one layer.
-        arrays = [np.ascontiguousarray(fed[name], dtype) for name, _, dtype in ports]  # live as long as it runs
-        for (_, port, _), array in zip(ports, arrays, strict=True):
-            request.set_tensor(port, ov.Tensor(array, shared_memory=True))
-        request.infer()
+        # `infer(fed)` looks at each array anew, and copies results twice: a fourth of the time of a model of one layer.
+        for name, port, kind in ports:
+            if name not in held or held[name].shape != fed[name].shape:
+                tensor = ov.Tensor(kind, ov.Shape(fed[name].shape))
+                request.set_tensor(port, tensor)
+                held[name] = tensor.data
+            np.copyto(held[name], fed[name], casting="unsafe")
+        request.infer(share_outputs=True)
         return {name: request.get_tensor(port).data.copy() for name, port in results}
 
     return Session({n: tuple(None if d.is_dynamic else d.get_length() for d in s) for n, s in shapes.items()}, run)
