@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 
@@ -243,6 +244,30 @@ os.kill(os.getpid(), signal.SIGALRM)
 def test_a_signal_is_handled_after_sessions_have_ended(folder):
     ended = subprocess.run([sys.executable, "-c", SIGNALLED, folder], capture_output=True, text=True)
     assert (ended.returncode, ended.stdout.strip()) == (0, "handled"), ended.stderr[-1000:]
+
+
+CAPPED = """
+import sys
+from pathlib import Path
+import torch
+from hf_compress.engines.processor import has_int8
+from hf_compress.formats.runtimes.opened import open_exported
+print(has_int8(), open_exported(Path(sys.argv[1]))(input_ids=torch.arange(9, 19)[None]).logits.tolist())
+"""
+
+
+def test_a_processor_held_back_runs_what_rounds_inputs_as_they_come(tmp_path):
+    """oneDNN obeys the cap and the plugin does not: it would ask for products of integers, which oneDNN refused."""
+    model = hfc.quantize(with_spread(tiny_model("bert", **SMALL)), embedding_bits=8, **ROWS)
+    folder = hfc.export(model, tmp_path / "model", format="openvino", tokenizer=tiny_tokenizer())
+    capped = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    ended = subprocess.run([sys.executable, "-c", CAPPED, folder], capture_output=True, text=True, env=capped)
+    assert ended.returncode == 0, ended.stderr[-1000:]
+    has_int8, logits = ended.stdout.split(maxsplit=1)
+    assert has_int8 == "False"
+    with torch.no_grad():
+        expected = model(input_ids=torch.arange(9, 19)[None]).logits
+    torch.testing.assert_close(torch.tensor(json.loads(logits)), expected, atol=0.02, rtol=0.02)
 
 
 def test_each_token_is_rounded_where_the_model_rounds_it():

@@ -1,5 +1,6 @@
 """OpenVINO models, ready to run."""
 
+import os
 from functools import cache
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import openvino as ov
 
 from hf_compress.engines.processor import has_int8
 from hf_compress.formats.runtimes.agreement import Arrays, Session
+from hf_compress.model.precision import CAP
 
 RUN_OPTIONS = {"INFERENCE_PRECISION_HINT": "f32"}  # processors with bfloat16 would else not round inputs to integers
 # Processors without VNNI add products of u8 x i8 in 16 bits, which overflow: there this option keeps float products.
@@ -36,6 +38,8 @@ def open_folder(folder: Path, *, threads: int | None = None, exact: bool | None 
 
 
 def session(program: ov.Model, options: dict[str, str | int]) -> Session:
+    if CAP in os.environ and not has_int8():  # hides VNNI from oneDNN, not from the plugin, which would ask it for that
+        options = {**options, "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
     compiled = core().compile_model(program, "CPU", options)
     request = compiled.create_infer_request()
     shapes = {port.get_any_name(): port.get_partial_shape() for port in compiled.inputs}
