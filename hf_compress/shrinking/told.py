@@ -20,10 +20,12 @@ def plan_text(
     lines = [f"wanted    {wish.text(wish.value)}, in {runtime}"]
     if times is not None:
         parts, here = times.structure, runtime if runtime != "torch" else "8 bit"
-        whole = "" if times.whole is None else f"all layers {times.whole:.2f} ms; of about the aim "
-        parts_told = f"{parts.fixed:.2f} ms and {parts.layer:.2f} a layer: heads {parts.heads:.2f}, neurons "
+        whole = "" if times.whole is None else f"{times.whole:.2f} ms with all layers; of about the aim "
+        told = (
+            f"{parts.fixed:.2f} ms and {parts.layer:.2f} a layer: heads {parts.heads:.2f}, neurons {parts.neurons:.2f}"
+        )
         lines.append(f"measured  {times.original:.2f} ms in PyTorch, on {times.machine}")
-        lines.append(f"{here:<9} {whole}{parts_told}{parts.neurons:.2f}")
+        lines.append(fill(f"{here:<9} {whole}{told}", WIDTH, subsequent_indent=" " * 10))
         lines.append(f"aim       {target:.2f} ms for a text of what is chosen")
     told = f" with a label, {texts.unlabelled:,} without" if task == Classification.name else f" for {task}"
     lines.append(f"texts     {texts.labelled:,}{told}")

@@ -30,7 +30,7 @@ ov = pytest.importorskip("openvino")
 from hf_compress.formats.named_weight import named_weights  # noqa: E402
 from hf_compress.formats.openvino import dynamic_group, fake_quantize, round_tokens, weight_nodes  # noqa: E402
 from hf_compress.formats.runtimes import openvino_session  # noqa: E402
-from hf_compress.formats.runtimes.agreement import feed  # noqa: E402
+from hf_compress.formats.runtimes.agreement import Session, feed  # noqa: E402
 from hf_compress.formats.runtimes.openvino_session import WITHOUT_OVERFLOW, core, open_folder, session  # noqa: E402
 from hf_compress.layers.activations import round_per_token, round_to_range  # noqa: E402
 
@@ -121,6 +121,15 @@ def test_the_folder_opens_with_as_many_threads_as_are_asked_for(folder, classifi
     opened = open_folder(folder, threads=1)
     logits = torch.from_numpy(opened.run(feed(opened, batch))["logits"])
     torch.testing.assert_close(logits, classifier(**batch).logits, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (2, 3, 5)])  # texts; choices of each
+def test_what_is_not_given_has_the_shape_of_the_ids(shape):
+    names = "input_ids", "attention_mask", "token_type_ids"
+    fed = feed(Session({name: (None,) * len(shape) for name in names}, dict), {"input_ids": torch.full(shape, 7)})
+    assert {name: (value.shape, value.flat[0]) for name, value in fed.items()} == {
+        "input_ids": (shape, 7), "attention_mask": (shape, 1), "token_type_ids": (shape, 0)
+    }  # fmt: skip
 
 
 def test_answers_stay_and_arrays_may_lie_in_any_order(folder, classifier):

@@ -20,11 +20,11 @@ TEXTS = 64
 BOUND = {"rounded": 0.1, "float": 1e-3}
 SPANS = "start_logits", "end_logits"  # (B, T): one number a token
 Arrays = dict[str, np.ndarray]
-NOT_GIVEN: dict[str, Callable[[int, int], np.ndarray]] = {  # of rows and tokens
-    "beam_idx": lambda rows, tokens: np.arange(rows, dtype=np.int32),
-    "position_ids": lambda rows, tokens: np.tile(np.arange(tokens), (rows, 1)),
-    "token_type_ids": lambda rows, tokens: np.zeros((rows, tokens), np.int64),
-    "attention_mask": lambda rows, tokens: np.ones((rows, tokens), np.int64),
+NOT_GIVEN: dict[str, Callable[[tuple[int, ...]], np.ndarray]] = {  # of the shape of the token ids
+    "beam_idx": lambda shape: np.arange(shape[0], dtype=np.int32),
+    "position_ids": lambda shape: np.tile(np.arange(shape[1]), (shape[0], 1)),
+    "token_type_ids": lambda shape: np.zeros(shape, np.int64),
+    "attention_mask": lambda shape: np.ones(shape, np.int64),
 }
 
 
@@ -38,16 +38,16 @@ class Session:
 
 def feed(session: Session, batch: Mapping[str, Tensor]) -> Arrays:
     """`batch` as `session` takes it; a cache is empty, what is left over stays out."""
-    rows, tokens = batch["input_ids"].shape
+    shape = tuple(batch["input_ids"].shape)
     fed = {}
     for name, (first, *rest) in session.inputs.items():
         name_given = name.removeprefix("input.")
         if name_given in batch:
             fed[name] = batch[name_given].cpu().numpy()
         elif name_given in NOT_GIVEN:
-            fed[name] = NOT_GIVEN[name_given](rows, tokens)
+            fed[name] = NOT_GIVEN[name_given](shape)
         else:
-            empty = (rows if first is None else first, *(0 if size is None else size for size in rest))
+            empty = (shape[0] if first is None else first, *(0 if size is None else size for size in rest))
             fed[name] = np.zeros(empty, np.float32)
     return fed
 

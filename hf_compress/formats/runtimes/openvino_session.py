@@ -45,12 +45,11 @@ def session(program: ov.Model, options: dict[str, str | int]) -> Session:
     shapes = {port.get_any_name(): port.get_partial_shape() for port in compiled.inputs}
     ports = [(port.get_any_name(), port, port.get_element_type()) for port in compiled.inputs]
     results = [(name, port) for port in compiled.outputs for name in port.get_names()]
-
     held: Arrays = {}  # what the request reads, a view of a tensor of its own for each input
 
     def run(fed: Arrays) -> Arrays:
         request.reset_state()
-        # `infer(fed)` looks at each array anew, and copies results twice: a fourth of the time of a model of one layer.
+        # `infer(fed)` looks at each array anew and copies results twice: a fifth of what a model of one layer takes.
         for name, port, kind in ports:
             if name not in held or held[name].shape != fed[name].shape:
                 tensor = ov.Tensor(kind, ov.Shape(fed[name].shape))
