@@ -5,12 +5,14 @@ depth serve all: a runtime in which a layer costs much even when it is thin want
 """
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from hf_compress.pruning.targets import StructureTimes
 from hf_compress.recipe.recipe import Recipe
+from hf_compress.report.score import is_share
 from hf_compress.shrinking.times import THINNEST
 
 logger = logging.getLogger(__name__)
@@ -64,11 +66,14 @@ def trial(written: Sequence[dict], steps: int) -> list[dict[str, Any]]:
 
 
 def winner(depths: Sequence[int], recipe: Callable[[int | None], Recipe], output: Path) -> int | None:
-    """The number of layers, or BY_WORTH, whose student has the least loss over the last half of its steps.
+    """The number of layers, or BY_WORTH, whose student is the best after its steps.
 
-    The texts of these steps are new to it where the training has an epoch and more, and the same for all.
+    That is the one with the least loss over the last half of them, of those that do as well as any on the validation
+    texts, or whose metric cannot be told apart from the best one's. The texts of these steps are new to it where the
+    training has an epoch and more, and the same for all; but its teacher has learned them by heart, so that what kept
+    most of it has little loss on them.
     """
-    losses: dict[int | None, float] = {}
+    found: dict[int | None, dict[str, Any]] = {}
     for number in (BY_WORTH, *depths):
         try:
             made = recipe(number).run(output)
@@ -77,11 +82,25 @@ def winner(depths: Sequence[int], recipe: Callable[[int | None], Recipe], output
                 raise
             logger.warning("%s: left out: %s", _told(number), error)  # heads go whole: it may not come out so thin
             continue
-        losses[number] = made.stages[-1]["figures"]["last_losses"]["loss"]
-        logger.warning("%s: loss %.4g", _told(number), losses[number])
-    best = min(losses, key=losses.__getitem__)
+        found[number] = made.stages[-1]["figures"]
+        logger.warning("%s: loss %.4g", _told(number), _loss(found[number]))
+    best = min(_as_good_as_any(found), key=lambda number: _loss(found[number]))
     logger.warning("best: %s", _told(best))
     return best
+
+
+def _loss(figures: dict[str, Any]) -> float:
+    return figures["last_losses"]["loss"]
+
+
+def _as_good_as_any(found: dict[int | None, dict[str, Any]]) -> list[int | None]:
+    """Those whose share of right answers on the validation texts lies within a standard error of the highest one."""
+    told = {number: figures["validation"] for number, figures in found.items() if "validation" in figures}
+    if not all(number in told and is_share(told[number]["metric"]) for number in found):
+        return list(found)
+    highest = max(told.values(), key=lambda one: one["value"])
+    error = math.sqrt(highest["value"] * (1 - highest["value"]) / highest["texts"])
+    return [number for number, one in told.items() if one["value"] >= highest["value"] - error]
 
 
 def _told(number: int | None) -> str:
