@@ -49,7 +49,7 @@ def session(program: ov.Model, options: dict[str, str | int]) -> Session:
 
     def run(fed: Arrays) -> Arrays:
         request.reset_state()
-        # `infer(fed)` looks at each array anew and copies results twice, which a model of one layer feels (docs/LOG.md).
+        # `infer(fed)` looks at each array anew and copies results twice: small models feel it (docs/LOG.md).
         for name, port, kind in ports:
             if name not in held or held[name].shape != fed[name].shape:
                 tensor = ov.Tensor(kind, ov.Shape(fed[name].shape))
